@@ -1,0 +1,54 @@
+# Two commands do everything on a fresh Debian or Ubuntu machine: `make demo` and `make test`.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test check format bench clean
+
+help: ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+# Debian splits ensurepip off into python3-venv; a machine with plain Python gets it here.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Tallymark needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) 2>/dev/null || { rm -rf $(VENV); \
+		echo "installing python3-venv"; \
+		SUDO=$$(test $$(id -u) = 0 || echo sudo); \
+		$$SUDO apt-get update -q && $$SUDO apt-get install -y -q --no-install-recommends python3-venv; \
+		$(PYTHON) -m venv $(VENV); }
+
+$(VENV)/.server: pyproject.toml | $(BIN)/python
+	@echo "installing Tallymark into $(VENV)"
+	@$(BIN)/python -m pip install -q -e '.[server]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	@echo "installing Tallymark and what its tests need into $(VENV)"
+	@$(BIN)/python -m pip install -q -e '.[test]'
+	@touch $@
+
+demo: $(VENV)/.server ## meter a git repository's history, show totals, leave the server up
+	@$(BIN)/tallymark demo
+
+test: $(VENV)/.test ## unit, scenario and process-level tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.test ## format, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.test ## put the code into its format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.test ## print the performance table
+	$(BIN)/tallymark bench
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

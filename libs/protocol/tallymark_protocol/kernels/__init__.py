@@ -1,0 +1,1 @@
+"""Numba kernels that more than one service needs."""

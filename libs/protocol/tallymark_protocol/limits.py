@@ -1,0 +1,44 @@
+"""Every bound of the system, in one place. `docs/limits.md` is generated from the comments' numbers by hand
+and checked by a test."""
+
+METRIC_CODE_PATTERN = r"[a-zA-Z0-9_.:-]{1,64}"
+METRIC_CODE_BYTES_MAX = 64
+DIMENSIONS_MAX = 8  # per metric
+DIMENSION_VALUES_MAX = 1_000  # declared per dimension
+DIMENSION_COMBINATIONS_MAX = 10_000  # kept as cells per account, metric and day
+THRESHOLDS_MAX = 8  # per metric
+THRESHOLD_CODE_BYTES_MAX = 64
+DESCRIPTION_BYTES_MAX = 1_024
+
+PROPERTIES_BYTES_MAX = 64 * 1024  # per event, encoded
+PROPERTY_KEY_BYTES_MAX = 128
+PROPERTY_VALUE_BYTES_MAX = 1_024
+EVENT_ID_BYTES_MAX = 256  # encoded, with its type tag
+VALUE_TEXT_BYTES_MAX = 1_024  # a COUNT_UNIQUE STRING value, encoded, with its tag
+
+REQUEST_EVENTS_MAX = 100_000
+REQUEST_BYTES_MAX = 16 * 1024 * 1024
+CHUNK_METRICS_MAX = 1_024  # distinct metric codes in one chunk
+FRAME_BYTES_MAX = REQUEST_BYTES_MAX + 64 * 1024
+APPEND_BYTES_MAX = 32 * 1024 * 1024  # one partition's payload from a gateway
+APPEND_EVENTS_MAX = 400_000
+APPEND_CHUNKS_MAX = 8_192
+
+ACCOUNT_ID_MAX = 2**64 - 1
+VALUE_MIN = -(2**63)
+VALUE_MAX = 2**63 - 1
+TIME_FUTURE_NS_MAX = 3_600 * 10**9  # beyond the leader's clock
+
+CHUNK_RETRY_NS_MAX = 15 * 60 * 10**9  # how long a chunk may be retried under its identity
+PRODUCER_RETENTION_NS = 20 * 60 * 10**9  # how long a partition remembers a chunk (longer than it may be retried)
+PRODUCER_WINDOW = 1_024  # sequences of a producer that a partition remembers
+DEDUP_WINDOW_NS = 35 * 24 * 3_600 * 10**9  # default time for which event ids are remembered
+
+PAGE_EVENTS_MAX = 10_000
+QUERY_BUCKETS_MAX = 50_000
+QUERY_ROWS_MAX = 100_000
+
+SCHEMA_BYTES_MAX = 1024 * 1024  # a metric's schema, encoded; it must fit into one etcd request
+THRESHOLD_VALUE_MAX = 2**127 - 1
+GRACE_SECONDS_MAX = 10 * 366 * 86_400  # ten years
+ERROR_MESSAGE_BYTES_MAX = 4_096  # longer ones are cut

@@ -1,0 +1,503 @@
+"""Message bodies: what travels inside frames, other than chunks and payloads.
+
+Structs are MessagePack arrays: a newer peer may append fields with defaults, an older one ignores what it does
+not know. 128-bit sums are 16 bytes, little-endian, two's complement. Times are i64 ns, ranges half-open.
+
+Frame types and who sends what::
+
+    HELLO / WELCOME      first frame either way; versions, features, topology
+    INGEST -> RECEIPT    a chunk (bytes of `layout`) to a gateway
+    APPEND -> APPENDED   a payload from a gateway to the leader of its partition
+    CALL -> RESULT       one struct of the union `Call`; the answer's type goes with the call's
+    ERROR                instead of any answer: a `WireError`
+    PING -> PONG         empty
+    GOAWAY               the server stops taking requests on this connection; answers under way still come
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Final
+
+import msgspec
+
+from tallymark_protocol.errors import WireError
+from tallymark_protocol.model import MetricSchema
+from tallymark_protocol.periods import Period, PeriodSpec
+
+PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION_MIN: Final = 1
+
+
+class FrameType(enum.IntEnum):
+    """What a frame carries."""
+
+    HELLO = 1
+    WELCOME = 2
+    ERROR = 3
+    GOAWAY = 4
+    PING = 5
+    PONG = 6
+    INGEST = 16
+    RECEIPT = 17
+    APPEND = 32
+    APPENDED = 33
+    CALL = 48
+    RESULT = 49
+
+
+class Message(msgspec.Struct, array_like=True, frozen=True):
+    """Base of every message body."""
+
+
+# ---------------------------------------------------------------- handshake
+
+
+class Hello(Message):
+    """The first frame of a client (or of a node that connects to another)."""
+
+    version_min: int
+    version_max: int
+    software: str = ""  # name and version, for logs only
+    features: list[str] = []
+
+
+class Topology(Message):
+    """Where to send what. Addresses are "host:port"."""
+
+    partition_count: int
+    gateways: list[str] = []
+    query: list[str] = []
+    alerts: list[str] = []
+    refresh_seconds: int = 30
+
+
+class Welcome(Message):
+    """The answer to Hello: the highest version both speak, the features both have."""
+
+    version: int
+    node_id: str
+    role: str  # "ingest", "store", "query", "alerts", or several joined by "+"
+    now_ns: int  # the server's clock, so that clients can stamp chunks in server time
+    features: list[str] = []
+    topology: Topology | None = None  # from gateways
+    request_events_max: int = 0
+    request_bytes_max: int = 0
+
+
+# ---------------------------------------------------------------- ingest
+
+
+class PartitionRun(Message):
+    """Where a chunk's events for one partition lie: in chunk order at offsets [base, base + count)."""
+
+    partition: int
+    base_offset: int
+    count: int
+
+
+class EventOutcome(Message):
+    """What became of an event that was not simply stored."""
+
+    index: int  # in the chunk
+    reason: int  # errors.Reason
+    partition: int
+    offset: int  # of the original event for a duplicate or a conflict, else -1
+
+
+class PartitionFailure(Message):
+    """The chunk's events for one partition were not resolved: stored or not is open unless `not_stored`."""
+
+    partition: int
+    count: int
+    error: WireError
+    not_stored: bool = False  # true where the leader refused them, so that nothing of them is in the log
+
+
+class Receipt(Message):
+    """The answer to a chunk. Events not in `outcomes` and not of a failed partition are stored."""
+
+    partition_count: int
+    runs: list[PartitionRun]
+    outcomes: list[EventOutcome] = []
+    failures: list[PartitionFailure] = []
+
+
+# APPEND is this header (msgpack), preceded by its length as a u16, followed by the payload's bytes.
+class AppendHeader(Message):
+    """A gateway's request to the leader of a partition."""
+
+    partition: int
+    checksum: int  # CRC-32C of the payload
+    is_async: bool = False  # every chunk in it was sent with ASYNC
+
+
+class ChunkOutcome(Message):
+    """What became of one chunk of a payload, in the order of its chunk table."""
+
+    base_offset: int  # of its first event; -1 where error is set
+    # (index in the payload's part of the chunk, reason, offset of the original or -1), for events not stored
+    exceptions: list[tuple[int, int, int]] = []
+    error: WireError | None = None
+
+
+class Appended(Message):
+    """The answer to an APPEND."""
+
+    chunks: list[ChunkOutcome] | None = None  # None: all chunks new and all events stored, from base_offset on
+    base_offset: int = -1
+
+
+# ---------------------------------------------------------------- totals
+
+
+class Stats(Message):
+    """The statistics of a set of events. `sum` is 16 bytes; min, max, last are None when there is none.
+
+    For COUNT_UNIQUE metrics `count` is the number of operations and only `unique` is set beside it.
+    """
+
+    count: int = 0
+    sum: bytes = b"\x00" * 16
+    min: int | None = None
+    max: int | None = None
+    last_value: int | None = None
+    last_event_at: int | None = None
+    last_offset: int = -1
+    unique: int | None = None
+    alert_flags: int = 0  # bit i: threshold i was crossed in this period (period totals only)
+
+
+class Row(Message):
+    """Statistics of one group in one bucket.
+
+    `group` has one entry per group_by key: ("value", text), None where the property was missing, and
+    OTHER where its value is not a declared one.
+    """
+
+    stats: Stats
+    bucket: int = 0
+    group: list[GroupValue] = []
+    account_id: int = -1  # set in Top rows
+
+
+class GroupValue(Message):
+    """One dimension value of a group: kind 0 = a value, 1 = missing, 2 = other (undeclared values)."""
+
+    kind: int
+    value: str = ""
+
+
+class Filter(Message):
+    """A dimension must have one of these values."""
+
+    key: str
+    values: list[str]
+
+
+# ---------------------------------------------------------------- calls to a store (leader of a partition)
+
+
+class StoreTotals(Message, tag="store_totals"):
+    """Statistics of one account's events of one metric, exactly those timed in each bucket.
+
+    Buckets are sorted and disjoint. `account_id = None` with `top > 0` ranks accounts by the aggregate
+    of the single bucket (no group_by), the best first, ties by account id; `after` unused.
+    """
+
+    partition: int
+    metric_code: str
+    account_id: int | None
+    buckets: list[tuple[int, int]]
+    filters: list[Filter] = []
+    group_by: list[str] = []
+    top: int = 0
+
+
+class TotalsResult(Message):
+    """Rows with at least one event (or operation); a single ungrouped bucket always gives one row per bucket."""
+
+    rows: list[Row]
+    as_of: int  # applied offset the answer was computed at
+    partition: int = 0
+    metric_uid: int = 0
+
+
+class StoreRealtime(Message, tag="store_realtime"):
+    """The running total of the billing period that contains `at_ns` (None: now)."""
+
+    partition: int
+    metric_code: str
+    account_id: int
+    at_ns: int | None = None
+
+
+class RealtimeResult(Message):
+    """The period cell."""
+
+    stats: Stats
+    start_ns: int
+    end_ns: int
+    as_of: int
+    partition: int = 0
+
+
+class StoreEvents(Message, tag="store_events"):
+    """Accepted events in log order, from offset `from_offset` on, of an account (None: all) and metric (None: all)."""
+
+    partition: int
+    account_id: int | None
+    metric_code: str | None
+    start_ns: int
+    end_ns: int
+    from_offset: int = 0
+    limit: int = 100
+
+
+class EventRecord(Message):
+    """One stored event as it is given back."""
+
+    account_id: int
+    metric_code: str
+    value: int | str
+    event_time_ns: int
+    append_time_ns: int
+    operation: int
+    properties: dict[str, str]
+    event_id: bytes | None  # typed canonical form
+    partition: int
+    offset: int
+
+
+class EventsResult(Message):
+    """A page; `next_offset` continues after it, None at the end."""
+
+    events: list[EventRecord]
+    next_offset: int | None
+    as_of: int
+
+
+class StoreAlerts(Message, tag="store_alerts"):
+    """Alert records of a partition from event offset `from_offset` on, in log order."""
+
+    partition: int
+    account_id: int | None = None
+    metric_code: str | None = None
+    from_position: int = 0  # position in the partition's sequence of alert records
+    limit: int = 1_000
+
+
+class AlertRecord(Message):
+    """A threshold crossing."""
+
+    id: str
+    account_id: int
+    metric_code: str
+    threshold_code: str
+    threshold_value: int
+    period_start_ns: int
+    period_end_ns: int
+    value_at_cross: bytes  # 16 bytes
+    first_multiple: bytes  # 16 bytes; 1 for a threshold that does not recur
+    last_multiple: bytes
+    triggered_at_ns: int  # append time of the crossing event
+    event_offset: int
+    partition: int
+    position: int  # in the partition's sequence of alert records
+
+
+class AlertsResult(Message):
+    """A page of alert records; `next_position` is where to go on (also when the page is empty)."""
+
+    alerts: list[AlertRecord]
+    next_position: int
+    more: bool
+
+
+class StoreStatus(Message, tag="store_status"):
+    """Ask a store what it holds."""
+
+
+class PartitionStatus(Message):
+    """One partition at a store."""
+
+    partition: int
+    epoch: int
+    log_end: int
+    high_watermark: int
+    applied: int
+    error: str = ""  # why it is not served
+    digest: str = ""  # logical digest of the applied state, only when asked for by StoreDigest
+
+
+class StatusResult(Message):
+    """All partitions of a store."""
+
+    node_id: str
+    partitions: list[PartitionStatus]
+    log_bytes: int
+    log_full: bool
+    details: dict[str, int] = {}
+
+
+class StoreDigest(Message, tag="store_digest"):
+    """Logical digest of a partition's state, and (with `recount`) of a from-scratch recount of its log."""
+
+    partition: int
+    recount: bool = False
+
+
+# ---------------------------------------------------------------- calls to a query node
+
+
+class QueryTotals(Message, tag="query_totals"):
+    """One account's usage of a metric in a period, filtered."""
+
+    account_id: int
+    metric_code: str
+    period: PeriodSpec | Period
+    filters: list[Filter] = []
+    group_by: list[str] = []
+    unit: str | None = None  # "hour", "day", "month": a time series
+
+
+class QueryRealtime(Message, tag="query_realtime"):
+    """One account's running total in the current billing period."""
+
+    account_id: int
+    metric_code: str
+
+
+class QueryTop(Message, tag="query_top"):
+    """The accounts with the highest aggregate."""
+
+    metric_code: str
+    period: PeriodSpec | Period
+    limit: int = 10
+    filters: list[Filter] = []
+
+
+class QueryEvents(Message, tag="query_events"):
+    """Raw events, paginated: pass the `cursor` of the page before."""
+
+    account_id: int
+    start_ns: int
+    end_ns: int
+    metric_code: str | None = None
+    cursor: str = ""
+    limit: int = 1_000
+
+
+class QueryAlerts(Message, tag="query_alerts"):
+    """Alert records; `since` maps partition to the position to read from."""
+
+    account_id: int | None = None
+    metric_code: str | None = None
+    since: dict[int, int] = {}
+    limit: int = 1_000
+
+
+class QueryResult(Message):
+    """Answer to QueryTotals, QueryTop and QueryRealtime. Bounds are those the answer was computed with."""
+
+    rows: list[Row]
+    start_ns: int
+    end_ns: int
+    buckets: list[tuple[int, int]] = []
+    as_of: dict[int, int] = {}  # offset by partition
+    agg_type: int = 0
+
+
+class EventsPage(Message):
+    """Answer to QueryEvents; an empty cursor means that there is no more."""
+
+    events: list[EventRecord]
+    cursor: str
+
+
+class AlertsPage(Message):
+    """Answer to QueryAlerts; `next` is the `since` that continues."""
+
+    alerts: list[AlertRecord]
+    next: dict[int, int]
+    more: bool
+
+
+# ---------------------------------------------------------------- calls to a gateway
+
+
+class GetTopology(Message, tag="get_topology"):
+    """Ask for the topology again."""
+
+
+class MetricCreate(Message, tag="metric_create"):
+    """Create a metric."""
+
+    schema: MetricSchema
+
+
+class MetricUpdate(Message, tag="metric_update"):
+    """Change what may be changed of a metric: add thresholds, add dimension values, description."""
+
+    schema: MetricSchema
+
+
+class MetricDelete(Message, tag="metric_delete"):
+    """Delete a metric. Its events stay; its code can be created anew, with a new uid."""
+
+    code: str
+
+
+class MetricList(Message, tag="metric_list"):
+    """All metrics."""
+
+
+class MetricInfo(Message):
+    """A metric as it is."""
+
+    uid: int
+    version: int
+    schema: MetricSchema
+
+
+class MetricsResult(Message):
+    """Answer to every Metric call: the metrics concerned."""
+
+    metrics: list[MetricInfo]
+
+
+# ---------------------------------------------------------------- calls to the process that hosts the coordinator
+
+
+class CoordinatorCall(Message, tag="coordinator"):
+    """An operation of the coordinator port, for roles that run alone beside an embedded coordinator."""
+
+    operation: str
+    body: bytes
+
+
+class CoordinatorResult(Message):
+    """Its answer."""
+
+    body: bytes
+
+
+Call = (
+    StoreTotals
+    | StoreRealtime
+    | StoreEvents
+    | StoreAlerts
+    | StoreStatus
+    | StoreDigest
+    | QueryTotals
+    | QueryRealtime
+    | QueryTop
+    | QueryEvents
+    | QueryAlerts
+    | GetTopology
+    | MetricCreate
+    | MetricUpdate
+    | MetricDelete
+    | MetricList
+    | CoordinatorCall
+)
