@@ -2,7 +2,7 @@
 
     TallymarkError                 code, retriable, message, details
      ├─ ServerError                the service failed, or sent a code this version doesn't know
-     ├─ BackpressureError          too much at once: back off (`retry_after_ms`) and call again
+     ├─ BackpressureError          too much for now, or no room: back off (`retry_after_ms`) and call again
      ├─ AlreadyExistsError         the metric's code is taken (`identical`: by an equal schema)
      ├─ NotFoundError              no such metric, or nothing under that name
      ├─ InvalidRequestError        the request can never succeed as it is
@@ -99,16 +99,17 @@ class TallymarkError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions pickle by `args` alone, which would drop the keyword-only rest.
-        return _rebuild, (type(self), self.message, self.code, self.retriable, self.details)
+        return _rebuild, (type(self), self.args, self.__dict__)
 
     def __str__(self) -> str:
         return self.message or type(self).__name__
 
 
-def _rebuild(
-    kind: type[TallymarkError], message: str, code: int, retriable: bool, details: dict[str, Any]
-) -> TallymarkError:
-    return kind(message, code=code, retriable=retriable, details=details)
+def _rebuild(kind: type[TallymarkError], args: tuple[Any, ...], state: dict[str, Any]) -> TallymarkError:
+    # Past __init__, whose arguments a subclass may have changed.
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class ServerError(TallymarkError):
@@ -193,7 +194,7 @@ _CLASS_OF_CODE: dict[int, type[TallymarkError]] = {
     ErrorCode.METRIC_EXISTS: AlreadyExistsError,
     ErrorCode.NOT_FOUND: NotFoundError,
     ErrorCode.OVERLOADED: BackpressureError,
-    ErrorCode.DISK_FULL: UnavailableError,
+    ErrorCode.DISK_FULL: BackpressureError,
     ErrorCode.NOT_LEADER: UnavailableError,
     ErrorCode.PARTITION_UNAVAILABLE: UnavailableError,
     ErrorCode.PARTITION_DAMAGED: UnavailableError,

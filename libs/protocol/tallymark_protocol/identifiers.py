@@ -122,8 +122,9 @@ def check_account_id(account_id: int) -> int:
     except TypeError:
         number = -1
     if not 0 <= number <= limits.ACCOUNT_ID_MAX:
-        # Not the number itself: one of very many digits can't be printed.
-        shown = number if -1 < number.bit_length() <= 128 and number != -1 else type(account_id).__name__
+        # Cut, and by its repr only if that can be had: an int of very many digits can't be printed.
+        wide = isinstance(account_id, int) and account_id.bit_length() > 128
+        shown = "a larger int" if wide else f"{account_id!r:.60}"
         raise InvalidRequestError(f"account_id must be a whole number from 0 to 2^64-1, not {shown}")
     return number
 

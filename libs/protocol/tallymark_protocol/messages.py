@@ -130,6 +130,7 @@ class AppendHeader(Message):
     partition: int
     checksum: int  # CRC-32C of the payload
     is_async: bool = False  # every chunk in it was sent with ASYNC
+    metrics_revision: int = 0  # the leader judges only once it knows the metrics as of this revision
 
 
 class ChunkOutcome(Message):
@@ -144,7 +145,9 @@ class ChunkOutcome(Message):
 class Appended(Message):
     """The answer to an APPEND."""
 
-    chunks: list[ChunkOutcome] | None = None  # None: all chunks new and all events stored, from base_offset on
+    chunks: list[ChunkOutcome] | None = (
+        None  # None: all chunks new and all events stored, from base_offset on
+    )
     base_offset: int = -1
 
 

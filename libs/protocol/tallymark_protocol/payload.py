@@ -253,9 +253,7 @@ def _check_tagged(data: Any, ends: Any, content: Any, count: Any, tag_max: Any, 
 
 
 @nb.njit(nogil=True, cache=True)
-def _place_sections(
-    data: Any, position: Any, encodings: Any, sizes: Any, columns: Any
-) -> int:
+def _place_sections(position: Any, encodings: Any, sizes: Any, columns: Any) -> int:
     """Fill `columns` from a header's numbers. `sizes`: metric, property, id and text bytes."""
     n = columns[C_EVENTS]
     for column in range(8):
@@ -363,7 +361,7 @@ def validate_chunk(data: Any, base: Any, length: Any, columns: Any) -> int:
         np.int64(load_u32(data, base + 64)),
     )
     encodings = np.int64(load_u32(data, base + 40))
-    status = _place_sections(data, np.int64(base + _CHUNK_HEADER_BYTES), encodings, sizes, columns)
+    status = _place_sections(np.int64(base + _CHUNK_HEADER_BYTES), encodings, sizes, columns)
     if status != OK:
         return status
     if columns[C_END] != base + length:
@@ -401,7 +399,7 @@ def _place_payload(data: Any, base: Any, length: Any, columns: Any) -> int:
     )
     encodings = np.int64(load_u32(data, base + 16))
     start = np.int64(base + _PAYLOAD_HEADER_BYTES + chunks * _CHUNK_ENTRY_BYTES)
-    status = _place_sections(data, start, encodings, sizes, columns)
+    status = _place_sections(start, encodings, sizes, columns)
     if status != OK:
         return status
     if columns[C_END] != base + length:

@@ -46,7 +46,7 @@ _EPOCH_ORDINAL = dt.date(1970, 1, 1).toordinal()
 _TIME_START_NS = -(2**63)
 
 
-class Period(msgspec.Struct, frozen=True):
+class Period(msgspec.Struct, frozen=True, tag="period"):
     """A half-open interval of time: `[start_ns, end_ns)` in nanoseconds since the Unix epoch."""
 
     start_ns: int  # inclusive
@@ -130,7 +130,9 @@ def _datetime_ns(value: dt.datetime) -> int:
 
 def _bounded(time_ns: int, value: object) -> int:
     if not 0 <= time_ns <= TIME_END_NS:
-        raise InvalidRequestError(f"time {value!s:.100} is outside 1970-01-01 to 2262-04-11")
+        # Very long ints can't be printed.
+        shown = str(value) if time_ns.bit_length() <= 128 else "given"
+        raise InvalidRequestError(f"time {shown} is outside 1970-01-01 to 2262-04-11")
     return time_ns
 
 
@@ -302,9 +304,9 @@ def day_starts(zone: ZoneTable, until_ns: int) -> list[int]:
     return _day_starts_between(start, max(until_ns, start + 1), zone)
 
 
-def _day_starts_between(from_ns: int, until_ns: int, zone: ZoneTable) -> list[int]:
-    """Return the day starts in `[start of the day that contains from_ns, until_ns)`."""
-    seconds = from_ns // SECOND_NS
+def _day_starts_between(since_ns: int, until_ns: int, zone: ZoneTable) -> list[int]:
+    """Return the day starts in `[start of the day that contains since_ns, until_ns)`."""
+    seconds = since_ns // SECOND_NS
     day = _day_number(seconds, zone)
     starts = [_day_start_s(day, zone) * SECOND_NS]
     day += 1
@@ -320,10 +322,7 @@ def _day_starts_between(from_ns: int, until_ns: int, zone: ZoneTable) -> list[in
             if reached >= day:
                 # Midnight was jumped over, or struck by the jump: the last such day starts with the run, and
                 # the ones before it, if any, are skipped days.
-                run_start_ns = run_start * SECOND_NS
-                if run_start_ns >= until_ns:
-                    return starts
-                starts.append(run_start_ns)
+                starts.append(run_start * SECOND_NS)
                 day = reached + 1
         next_ns = (day * DAY_S - offset) * SECOND_NS
         midnights = range(next_ns, run_end_ns, DAY_NS)
@@ -334,11 +333,11 @@ def _day_starts_between(from_ns: int, until_ns: int, zone: ZoneTable) -> list[in
         index += 1
 
 
-def _hour_starts_between(from_ns: int, until_ns: int, zone: ZoneTable) -> list[int]:
-    """Return the hour starts in `(from_ns, until_ns)`, after `from_ns` itself."""
-    starts = [from_ns]
-    index = bisect_right(zone.instants, from_ns // SECOND_NS)
-    run_start_ns = from_ns
+def _hour_starts_between(since_ns: int, until_ns: int, zone: ZoneTable) -> list[int]:
+    """Return the hour starts in `(since_ns, until_ns)`, after `since_ns` itself."""
+    starts = [since_ns]
+    index = bisect_right(zone.instants, since_ns // SECOND_NS)
+    run_start_ns = since_ns
     while True:
         shift = zone.offsets[index] * SECOND_NS
         is_last = index == len(zone.instants)
@@ -351,10 +350,10 @@ def _hour_starts_between(from_ns: int, until_ns: int, zone: ZoneTable) -> list[i
         index += 1
 
 
-def _month_starts_between(from_ns: int, until_ns: int, zone: ZoneTable) -> list[int]:
-    """Return the month starts in `(from_ns, until_ns)`, after `from_ns` itself."""
-    starts = [from_ns]
-    month = _month_index(_day_number(from_ns // SECOND_NS, zone), 1) + 1
+def _month_starts_between(since_ns: int, until_ns: int, zone: ZoneTable) -> list[int]:
+    """Return the month starts in `(since_ns, until_ns)`, after `since_ns` itself."""
+    starts = [since_ns]
+    month = _month_index(_day_number(since_ns // SECOND_NS, zone), 1) + 1
     while (start_ns := _day_start_s(_month_day(month, 1), zone) * SECOND_NS) < until_ns:
         starts.append(start_ns)
         month += 1
@@ -363,7 +362,7 @@ def _month_starts_between(from_ns: int, until_ns: int, zone: ZoneTable) -> list[
 
 # The longest that a bucket of a unit can be: gives the least number of buckets before any is made. A day can be
 # a good deal longer than 24 hours where a zone crossed the date line.
-_LONGEST_NS = {"hour": HOUR_NS, "day": 3 * DAY_NS, "month": 34 * DAY_NS}
+_LONGEST_NS = {"hour": HOUR_NS, "day": 4 * DAY_NS, "month": 34 * DAY_NS}
 
 
 def buckets(start_ns: int, end_ns: int, unit: str, zone: ZoneTable, max_buckets: int) -> list[Period]:
@@ -399,11 +398,11 @@ def buckets(start_ns: int, end_ns: int, unit: str, zone: ZoneTable, max_buckets:
 
 
 def _checked_range(start_ns: int, end_ns: int) -> Period:
-    if not _TIME_START_NS <= start_ns:
+    if start_ns < _TIME_START_NS:
         raise InvalidRequestError(f"the range's start {start_ns} ns is out of bounds")
-    if not end_ns <= TIME_END_NS:
+    if end_ns > TIME_END_NS:
         raise InvalidRequestError(f"the range's end {end_ns} ns is out of bounds")
-    if not start_ns <= end_ns:
+    if end_ns < start_ns:
         raise InvalidRequestError(f"the range's end {end_ns} ns lies before its start {start_ns} ns")
     return Period(start_ns, end_ns)
 
@@ -422,7 +421,7 @@ class PeriodKind(enum.StrEnum):
     LAST_BILLING_PERIOD = "last_billing_period"
 
 
-class PeriodSpec(msgspec.Struct, frozen=True):
+class PeriodSpec(msgspec.Struct, frozen=True, tag="named"):
     """A period by name. What it comes to depends on metric and time, so the server works it out."""
 
     kind: PeriodKind

@@ -6,6 +6,7 @@ from typing import Any
 
 import numba as nb
 import numpy as np
+
 from tallymark_protocol.kernels.blake2b import WORK_WORDS, blake2b_128
 
 
@@ -20,7 +21,9 @@ def hash_each(prefixes_a: Any, prefixes_b: Any, data: Any, starts: Any, ends: An
 
 
 def expected(a: int, b: int, message: bytes) -> tuple[int, int]:
-    digest = hashlib.blake2b(a.to_bytes(8, "little") + b.to_bytes(8, "little") + message, digest_size=16).digest()
+    digest = hashlib.blake2b(
+        a.to_bytes(8, "little") + b.to_bytes(8, "little") + message, digest_size=16
+    ).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 

@@ -192,6 +192,9 @@ class RealFile:
         self._write(position, parts, os.RWF_DSYNC)
 
     def _write(self, position: int, parts: Sequence[BytesLike], flags: int) -> None:
+        if flags and len(parts) > IOV_MAX:
+            buffers: Sequence[Any] = parts
+            parts = [b"".join(buffers)]  # one sync, not one for each call
         with _mapped("write", self._name):
             for first in range(0, len(parts), IOV_MAX):
                 batch: Sequence[Any] = parts[first : first + IOV_MAX]
@@ -221,7 +224,7 @@ class RealFile:
             data = np.empty(length, np.uint8)
             done = 0
             while done < length:
-                step = os.preadv(self._descriptor, [memoryview(data)[done:]], position + done)
+                step = os.preadv(self._descriptor, [data[done:].data], position + done)
                 if step == 0:
                     break  # cut by somebody meanwhile
                 done += step
@@ -353,6 +356,10 @@ class _Inode:
         self.pending.clear()
 
 
+def _overlap(change: tuple[int, bytes], position: int, length: int) -> bool:
+    return change[0] < position + length and position < change[0] + len(change[1])
+
+
 def _resized(data: ByteArray, size: int) -> ByteArray:
     """Return `data` cut or zero-filled to `size`; in a new array, as views of the old one may exist."""
     fresh = np.zeros(size, np.uint8)
@@ -420,11 +427,17 @@ class MemoryFile:
         self._inode.data = _resized(self._inode.data, size)
 
     def write_sync(self, position: int, parts: Sequence[BytesLike]) -> None:
-        """Write `parts` durably; earlier writes that weren't synced stay so."""
+        """Write `parts` durably; earlier writes elsewhere in the file that weren't synced stay so."""
         self._memory.check("sync", self._name)
         self.write(position, parts)
         self._memory.syncs += 1
-        self._inode.apply(self._inode.pending.pop())
+        inode = self._inode
+        _, content = written = inode.pending.pop()  # type: ignore[misc]
+        # What lies under the new bytes has reached the disk before them, or never will.
+        under = [c for c in inode.pending if isinstance(c, int) or _overlap(c, position, len(content))]
+        inode.pending = [change for change in inode.pending if change not in under]
+        for change in [*under, written]:
+            inode.apply(change)
 
     def sync(self) -> None:
         """Make the content written so far durable."""

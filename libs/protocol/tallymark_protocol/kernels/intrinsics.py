@@ -90,7 +90,7 @@ def mix64(value: Any) -> Any:
 
 @nb.njit(nogil=True, cache=True)
 def hash_bytes(data: Any, start: Any, end: Any, seed: Any) -> Any:
-    """A 64-bit hash of `data[start:end]` for in-memory tables; never stored, never sent."""
+    """A 64-bit hash of `data[start:end]`. Checkpoints hold it (payload fingerprints): it must not change."""
     state = np.uint64(seed) ^ np.uint64(end - start)
     position = start
     while position + 8 <= end:

@@ -1,0 +1,315 @@
+"""What every role knows of the cluster: metrics, leaders and nodes, followed from the coordinator.
+
+Owns the coordinator's key names and the records under them. A catalog is a cache that is never behind what
+its owner waited for (`wait_revision`), and `fetch` reads past it, so that a metric made a moment ago through
+another gateway is found.
+
+    metrics/<code>         `schema.encode_record`; the stored uid is 0, the key's create revision is the uid
+    leaders/<partition>    `Leader`, under its node's lease; the key's create revision is the epoch
+    nodes/<role>/<node>    `Node`, under its node's lease
+    cluster                `Cluster`: constants fixed when the cluster is created
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import msgspec
+
+from tallymark_protocol.errors import NotFoundError, RemoteProtocolError, TallymarkError, UnavailableError
+from tallymark_protocol.schema import MetricRecord, decode_record
+from tallymark_runtime.coordinator import (
+    Coordinator,
+    EventKind,
+    KeyValue,
+    Put,
+    Snapshot,
+    absent,
+    follow,
+)
+
+_log = logging.getLogger(__name__)
+
+METRICS = b"metrics/"
+LEADERS = b"leaders/"
+NODES = b"nodes/"
+CLUSTER = b"cluster"
+FORMAT_VERSION = 1
+
+RETRY_S = 0.2  # between attempts to reach the coordinator
+
+
+class Leader(msgspec.Struct, frozen=True):
+    """Who leads a partition."""
+
+    node_id: str
+    address: str  # "host:port" of the store
+    instance: str  # of this process life
+
+
+class Node(msgspec.Struct, frozen=True):
+    """A process of some role."""
+
+    node_id: str
+    address: str
+    role: str  # "ingest", "store", "query" or "alerts"
+
+
+class Cluster(msgspec.Struct, frozen=True):
+    """Constants of a cluster."""
+
+    partition_count: int
+    format_version: int = FORMAT_VERSION
+
+
+def metric_key(code: str) -> bytes:
+    """The key under which a metric lies."""
+    return METRICS + code.encode()
+
+
+def leader_key(partition: int) -> bytes:
+    """The key under which a partition's leader lies."""
+    return LEADERS + str(partition).encode()
+
+
+def node_key(role: str, node_id: str) -> bytes:
+    """The key under which a node of a role lies."""
+    return NODES + role.encode() + b"/" + node_id.encode()
+
+
+def metric_of(item: KeyValue) -> MetricRecord:
+    """The metric under a key: its uid is the revision at which the key was created.
+
+    Raises:
+        RemoteProtocolError: the value is no metric record.
+    """
+    return msgspec.structs.replace(decode_record(item.value), uid=item.create_revision)
+
+
+def decode_value(kind: type[msgspec.Struct], item: KeyValue) -> msgspec.Struct:
+    """A value of the types above.
+
+    Raises:
+        RemoteProtocolError: it is not one.
+    """
+    try:
+        return msgspec.msgpack.decode(item.value, type=kind)
+    except msgspec.DecodeError as error:
+        raise RemoteProtocolError(f"malformed value of {item.key!r}: {error}") from None
+
+
+async def establish_cluster(coordinator: Coordinator, wanted: Cluster) -> Cluster:
+    """Create the cluster's constants, or read those that are there already.
+
+    Raises:
+        RemoteProtocolError: they were written by a version that this one does not know.
+    """
+    await coordinator.txn([absent(CLUSTER)], [Put(CLUSTER, msgspec.msgpack.encode(wanted))])
+    item = await coordinator.get(CLUSTER)
+    if item is None:
+        raise UnavailableError("the cluster's constants are gone from the coordinator")
+    found = decode_value(Cluster, item)
+    assert isinstance(found, Cluster)
+    if found.format_version != FORMAT_VERSION:
+        raise RemoteProtocolError(
+            f"the cluster has format version {found.format_version}; this software knows {FORMAT_VERSION}"
+        )
+    return found
+
+
+class Catalog:
+    """Follows one prefix of the coordinator in a task of its own. `start` it, `close` it."""
+
+    def __init__(self, coordinator: Coordinator, prefix: bytes) -> None:
+        self.coordinator = coordinator
+        self.revision = 0  # everything up to this revision is known here
+        self._prefix = prefix
+        self._items: dict[bytes, KeyValue] = {}
+        self._changed = asyncio.Event()  # set, and replaced, whenever something was taken in
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begin to follow; returns when the first picture is there."""
+        self._task = asyncio.get_running_loop().create_task(self._follow())
+        await self.wait_revision(1)
+
+    async def close(self) -> None:
+        """Stop following."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def wait_revision(self, revision: int) -> None:
+        """Wait until every change up to `revision` is known, asking the coordinator where that takes long."""
+        while self.revision < revision:
+            changed = self._changed
+            try:
+                async with asyncio.timeout(0.05):
+                    await changed.wait()
+            except TimeoutError:
+                # The revision may have touched other prefixes only, of which a watch says nothing.
+                await self._list()
+
+    async def wait_change(self) -> None:
+        """Wait until something was taken in."""
+        await self._changed.wait()
+
+    def items(self) -> list[KeyValue]:
+        """Everything under the prefix, by key."""
+        return [self._items[key] for key in sorted(self._items)]
+
+    def item(self, key: bytes) -> KeyValue | None:
+        """What is under a key."""
+        return self._items.get(key)
+
+    def on_put(self, item: KeyValue) -> None:
+        """A key was set; for children."""
+
+    def on_delete(self, item: KeyValue) -> None:
+        """A key was deleted; `item` is what it was. For children."""
+
+    async def _list(self) -> None:
+        listed = await self.coordinator.range(self._prefix)
+        self._take_snapshot(Snapshot(listed.items, listed.revision))
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                async for news in follow(self.coordinator, self._prefix):
+                    if isinstance(news, Snapshot):
+                        self._take_snapshot(news)
+                        continue
+                    for event in news:
+                        if event.item.mod_revision > self.revision:
+                            self._take(event.item, deleted=event.kind is EventKind.DELETE)
+                    self._advance(max(event.item.mod_revision for event in news))
+            except TallymarkError as error:
+                _log.warning("the coordinator cannot be followed: %s", error)
+                await asyncio.sleep(RETRY_S)
+
+    def _take_snapshot(self, snapshot: Snapshot) -> None:
+        if snapshot.revision < self.revision:
+            return
+        present = {item.key for item in snapshot.items}
+        for key in sorted(set(self._items) - present):
+            self._take(self._items[key], deleted=True)
+        for item in snapshot.items:
+            known = self._items.get(item.key)
+            if known is None or known.mod_revision != item.mod_revision:
+                self._take(item, deleted=False)
+        self._advance(max(snapshot.revision, 1))
+
+    def _take(self, item: KeyValue, *, deleted: bool) -> None:
+        known = self._items.pop(item.key, None)
+        # A key that was deleted and set again in between is another one: its end is told first.
+        if known is not None and (deleted or known.create_revision != item.create_revision):
+            self.on_delete(known)
+        if not deleted:
+            self._items[item.key] = item
+            self.on_put(item)
+
+    def _advance(self, revision: int) -> None:
+        self.revision = max(self.revision, revision)
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+
+class MetricCatalog(Catalog):
+    """The metrics. `on_change` is called with each changed record; with `deleted=True` when it is gone."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        super().__init__(coordinator, METRICS)
+        self.on_change: Callable[[MetricRecord], None] = _ignore
+        self._records: dict[str, MetricRecord] = {}
+
+    def on_put(self, item: KeyValue) -> None:
+        """A metric was created or changed."""
+        record = metric_of(item)
+        self._records[record.schema.code] = record
+        self.on_change(record)
+
+    def on_delete(self, item: KeyValue) -> None:
+        """A metric was deleted."""
+        record = metric_of(item)
+        self._records.pop(record.schema.code, None)
+        self.on_change(msgspec.structs.replace(record, deleted=True))
+
+    def get(self, code: str) -> MetricRecord | None:
+        """The metric with this code, as far as is known here."""
+        return self._records.get(code)
+
+    def all(self) -> list[MetricRecord]:
+        """All metrics known here, by code."""
+        return [self._records[code] for code in sorted(self._records)]
+
+    async def fetch(self, code: str) -> MetricRecord | None:
+        """The metric with this code as the coordinator has it now."""
+        item = await self.coordinator.get(metric_key(code))
+        return None if item is None else metric_of(item)
+
+
+class LeaderCatalog(Catalog):
+    """Who leads which partition."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        super().__init__(coordinator, LEADERS)
+
+    def address(self, partition: int) -> str | None:
+        """The leader's address; None while nobody leads."""
+        item = self.item(leader_key(partition))
+        if item is None:
+            return None
+        leader = decode_value(Leader, item)
+        assert isinstance(leader, Leader)
+        return leader.address
+
+
+class NodeCatalog(Catalog):
+    """Which nodes there are."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        super().__init__(coordinator, NODES)
+
+    def addresses(self, role: str) -> list[str]:
+        """The addresses of all nodes of a role, by node id."""
+        prefix = NODES + role.encode() + b"/"
+        found = []
+        for item in self.items():
+            if item.key.startswith(prefix):
+                node = decode_value(Node, item)
+                assert isinstance(node, Node)
+                found.append(node.address)
+        return found
+
+
+async def register(
+    coordinator: Coordinator, role: str, node_id: str, address: str, lease_ttl_s: float
+) -> asyncio.Task[None]:
+    """Tell the cluster of a node, and keep telling it until the task returned is cancelled."""
+
+    async def announce() -> int:
+        lease = await coordinator.lease_grant(lease_ttl_s)
+        value = msgspec.msgpack.encode(Node(node_id, address, role))
+        await coordinator.put(node_key(role, node_id), value, lease=lease)
+        return lease
+
+    async def keep(lease: int) -> None:
+        try:
+            while True:
+                await asyncio.sleep(lease_ttl_s / 3)
+                try:
+                    await coordinator.lease_keepalive(lease)
+                except NotFoundError:
+                    lease = await announce()
+                except UnavailableError:
+                    continue
+        finally:
+            await coordinator.lease_revoke(lease)
+
+    return asyncio.get_running_loop().create_task(keep(await announce()))
+
+
+def _ignore(record: MetricRecord) -> None:
+    """Take the place of a callback that was not given."""

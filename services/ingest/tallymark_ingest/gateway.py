@@ -1,0 +1,505 @@
+"""The gateway's core: from callers' chunks to appends at the leaders, and from their answers to receipts.
+
+Pure: it knows no socket, no loop and no clock. Frames, answers and `now_ns` (any clock that never goes back) come
+in; what is to be sent collects in `take_answers` and `take_appends`, and `next_deadline` says when `tick` wants to
+be called at the latest. `server` is its shell.
+
+**Coalescing.** Requests that arrived since the last tick are split together, in one kernel call, into one append
+per partition. While `appends_in_flight_max` such rounds are under way new requests wait, at most
+`coalesce_ns_max`, so that what goes to the leaders grows with the load and a single caller waits for nobody.
+SYNC and ASYNC requests never share an append.
+
+**No loss, no doubling.** Every request is answered exactly once. An append whose fate is open (connection lost, no
+leader, no answer in time) is sent again, with the very same bytes, until an answer comes or all its requests have
+been answered otherwise; the leader recognises its chunks by their identities. A request that is not resolved at
+its deadline gets a receipt that says for which partitions, so its caller can send the same chunk again.
+
+An append's life::
+
+    QUEUED   behind `appends_in_flight_max` others of its partition
+    SENT     out; ends with `answered` or `failed`
+    WAITING  failed and to be sent again at its time, or as soon as its partition's leader changes
+    DONE     answered, refused for good, or wanted by nobody any more
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import deque
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+
+from tallymark_ingest.split import (
+    ROUND_BYTES_MAX,
+    ROUND_EVENTS_MAX,
+    ROUND_METRICS_MAX,
+    checksum_holds,
+    glance,
+    split,
+)
+from tallymark_ingest.work import Answer, Append, AppendState, Request, Round, check_answer
+from tallymark_protocol import layout as lay
+from tallymark_protocol import limits
+from tallymark_protocol.codec import encode
+from tallymark_protocol.errors import ErrorCode, RemoteProtocolError, WireError, to_wire
+from tallymark_protocol.messages import (
+    Appended,
+    ChunkOutcome,
+    EventOutcome,
+    FrameType,
+    PartitionFailure,
+    PartitionRun,
+    Receipt,
+)
+from tallymark_protocol.payload import OK, explain
+
+REQUEST_OVERHEAD_BYTES: Final = 1_024  # what a request costs beside its body, roughly
+_ATTEMPT_NS_MIN: Final = 1_000_000
+
+# Codes by which a leader says that it took nothing: all others leave open whether the append is in its log.
+_REFUSALS: Final = frozenset(
+    {
+        ErrorCode.MALFORMED,
+        ErrorCode.INVALID_ARGUMENT,
+        ErrorCode.TOO_LARGE,
+        ErrorCode.OVERLOADED,
+        ErrorCode.DISK_FULL,
+    }
+)
+
+
+class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The core's bounds. Times in nanoseconds."""
+
+    appends_in_flight_max: int = 3  # per partition; and rounds under way before requests wait for each other
+    coalesce_ns_max: int = 2_000_000  # how long a request waits for others at most
+    pending_bytes_max: int = 64 * 1024 * 1024  # of requests and appends together; more is refused
+    append_timeout_ns: int = 10_000_000_000  # for one attempt
+    retry_ns_min: int = 20_000_000  # before the second attempt; doubles from there
+    retry_ns_max: int = 1_000_000_000
+    request_timeout_ns: int = 30_000_000_000  # of requests that name none
+    request_timeout_ns_max: int = 120_000_000_000
+    answer_margin_ns_max: int = (
+        250_000_000  # a receipt is sent this long (or a tenth) before its caller gives up
+    )
+    retry_after_ms: int = 50  # advice to callers that are refused for load
+
+
+class Gateway:
+    """The core; see the module's docstring. Not thread-safe: one loop calls it."""
+
+    def __init__(self, partition_count: int, config: GatewayConfig, rng: random.Random) -> None:
+        self.partition_count = partition_count
+        self.config = config
+        self._rng = rng  # jitter of retries only
+        self._waiting: tuple[deque[Request], deque[Request]] = (
+            deque(),
+            deque(),
+        )  # not yet split: SYNC, ASYNC
+        self._waiting_since_ns = 0  # when the oldest of them came, if there is any
+        self._open: dict[Request, None] = {}  # every request that has no answer yet, in order of arrival
+        self._expiry_ns: int | None = None  # no open request's deadline is before it
+        self._queues: list[deque[Append]] = [deque() for _ in range(partition_count)]
+        self._queued_bytes = [0] * partition_count  # by `_weight`
+        self._in_flight = [0] * partition_count  # appends SENT or WAITING
+        self._failing = [0] * partition_count  # of them, those that have failed before
+        self._rounds = 0  # rounds that requests wait for
+        self._retries: list[
+            tuple[int, int, Append]
+        ] = []  # heap of (due_ns, tie, append); stale entries are skipped
+        self._tie = 0
+        self._bytes = 0  # held by requests and appends
+        self._answers: list[Answer] = []
+        self._appends: list[Append] = []
+
+    # ------------------------------------------------------------ what the shell looks at
+
+    @property
+    def pending_bytes(self) -> int:
+        """Memory held by requests and appends under way."""
+        return self._bytes
+
+    @property
+    def is_full(self) -> bool:
+        """Whether reading from callers should stop for now (three quarters of the bound)."""
+        return 4 * self._bytes > 3 * self.config.pending_bytes_max
+
+    @property
+    def is_relieved(self) -> bool:
+        """Whether reading may go on after `is_full` (half of the bound)."""
+        return 2 * self._bytes <= self.config.pending_bytes_max
+
+    @property
+    def open_requests(self) -> int:
+        """Requests without an answer."""
+        return len(self._open)
+
+    def take_answers(self) -> list[Answer]:
+        """Frames for callers, each to be sent once."""
+        answers = self._answers
+        if answers:
+            self._answers = []
+        return answers
+
+    def take_appends(self) -> list[Append]:
+        """Appends to send to the leaders of their partitions, in order; report each with `answered` or `failed`."""
+        appends = self._appends
+        if appends:
+            self._appends = []
+        return appends
+
+    def next_deadline(self) -> int | None:
+        """When `tick` must be called at the latest; None when nothing is under way."""
+        due = self._expiry_ns
+        if self._waiting[0] or self._waiting[1]:
+            flush = self._waiting_since_ns + self.config.coalesce_ns_max
+            due = flush if due is None or flush < due else due
+        if self._retries and (due is None or self._retries[0][0] < due):
+            due = self._retries[0][0]
+        return due
+
+    # ------------------------------------------------------------ inputs
+
+    def ingest(self, connection: Any, request_id: int, body: bytes, timeout_ms: int, now_ns: int) -> None:
+        """Take an INGEST frame. Call `tick` once all frames that came together are taken."""
+        seen = glance(body)
+        if seen is None:
+            self._refuse(connection, request_id, _no_chunk(body))
+            return
+        if not checksum_holds(body):
+            self._refuse(
+                connection,
+                request_id,
+                WireError(int(ErrorCode.MALFORMED), False, "malformed chunk: its checksum does not match"),
+            )
+            return
+        config = self.config
+        cost = len(body) + 8 * seen.events + REQUEST_OVERHEAD_BYTES
+        if self._bytes + cost > config.pending_bytes_max:
+            self._refuse(
+                connection,
+                request_id,
+                WireError(
+                    int(ErrorCode.OVERLOADED),
+                    True,
+                    "the gateway holds as much as it may",
+                    {"retry_after_ms": config.retry_after_ms},
+                ),
+            )
+            return
+        timeout = timeout_ms * 1_000_000 if timeout_ms else config.request_timeout_ns
+        timeout = min(timeout, config.request_timeout_ns_max)
+        deadline = now_ns + timeout - min(timeout // 10, config.answer_margin_ns_max)
+        request = Request(connection, request_id, body, seen.events, seen.metrics, deadline)
+        self._bytes += cost
+        self._open[request] = None
+        if self._expiry_ns is None or deadline < self._expiry_ns:
+            self._expiry_ns = deadline
+        if not self._waiting[0] and not self._waiting[1]:
+            self._waiting_since_ns = now_ns
+        self._waiting[seen.flags & lay.FLAG_ASYNC].append(request)
+
+    def tick(self, now_ns: int) -> None:
+        """Do what is due: expire, send again, split what has waited long enough or needs not wait."""
+        if self._expiry_ns is not None and now_ns >= self._expiry_ns:
+            self._expire(now_ns)
+        while self._retries and self._retries[0][0] <= now_ns:
+            due, _, append = heapq.heappop(self._retries)
+            if append.state is AppendState.WAITING and append.due_ns == due:
+                self._send_again(append, now_ns)
+        while self._waiting[0] or self._waiting[1]:
+            if (
+                self._rounds >= self.config.appends_in_flight_max
+                and now_ns < self._waiting_since_ns + self.config.coalesce_ns_max
+            ):
+                break
+            for kind in (0, 1):
+                if self._waiting[kind]:
+                    self._split_round(self._waiting[kind], is_async=kind == 1, now_ns=now_ns)
+
+    def answered(self, append: Append, appended: Appended, now_ns: int) -> None:
+        """Take the leader's answer to an append that was sent."""
+        assert append.state is AppendState.SENT
+        try:
+            outcomes = check_answer(append, appended)
+        except RemoteProtocolError as error:
+            self._fail_all(append, WireError(int(ErrorCode.INTERNAL), False, error.message), not_stored=False)
+            self._done(append, now_ns)
+            return
+        partition = append.partition
+        if outcomes is None:
+            base = appended.base_offset
+            for request, count in zip(append.requests, append.counts, strict=True):
+                if partition in request.left:
+                    request.runs.append(PartitionRun(partition, base, count))
+                    self._resolve(request, partition)
+                base += count
+        else:
+            for number, outcome in enumerate(outcomes):
+                request = append.requests[number]
+                if partition in request.left:
+                    self._take_outcome(append, number, request, outcome)
+                    self._resolve(request, partition)
+        self._done(append, now_ns)
+
+    def failed(self, append: Append, error: WireError, now_ns: int, *, sent: bool) -> None:
+        """Take notice that an append got no APPENDED.
+
+        Args:
+            append: one that `take_appends` gave out.
+            error: what the leader answered, or what went wrong on the way.
+            now_ns: the time.
+            sent: whether the leader may have received it.
+        """
+        assert append.state is AppendState.SENT
+        refused = error.code in _REFUSALS
+        if sent and not refused:
+            append.maybe_stored = True
+        if not error.retriable or error.code == ErrorCode.DISK_FULL:
+            # A full disk is for the caller to wait out: it backs off, and nothing piles up here meanwhile.
+            self._fail_all(append, error, not_stored=refused and not append.maybe_stored)
+            self._done(append, now_ns)
+            return
+        if append.uncount():
+            self._rounds -= 1
+        if not append.has_failed:
+            append.has_failed = True
+            self._failing[append.partition] += 1
+            # What is behind it would make requests of all partitions wait.
+            for following in self._queues[append.partition]:
+                if following.uncount():
+                    self._rounds -= 1
+        if not append.is_wanted():
+            self._done(append, now_ns)
+            return
+        config = self.config
+        backoff = min(config.retry_ns_min << min(append.attempts - 1, 16), config.retry_ns_max)
+        append.state = AppendState.WAITING
+        self._schedule(append, now_ns + backoff // 2 + int(self._rng.random() * (backoff // 2)))
+
+    def leader_changed(self, partition: int, now_ns: int) -> None:
+        """Send a partition's failed appends again at the next tick: it has another leader."""
+        if not 0 <= partition < self.partition_count or not self._failing[partition]:
+            return
+        for _, _, append in list(self._retries):
+            if (
+                append.partition == partition
+                and append.state is AppendState.WAITING
+                and append.due_ns > now_ns
+            ):
+                self._schedule(append, now_ns)
+
+    # ------------------------------------------------------------ splitting
+
+    def _split_round(self, waiting: deque[Request], *, is_async: bool, now_ns: int) -> None:
+        """Split as many waiting requests of a kind as go into one call, and hand on the appends."""
+        requests: list[Request] = []
+        bodies: list[bytes] = []
+        events = size = metrics = 0
+        while waiting and len(requests) < limits.APPEND_CHUNKS_MAX:
+            request = waiting[0]
+            body = request.body
+            if body is None:  # it has expired
+                waiting.popleft()
+                continue
+            events += request.events
+            size += len(body)
+            metrics += request.metrics
+            if requests and (
+                events > ROUND_EVENTS_MAX or size > ROUND_BYTES_MAX or metrics > ROUND_METRICS_MAX
+            ):
+                break
+            requests.append(request)
+            bodies.append(body)
+            waiting.popleft()
+        if not requests:
+            return
+        result = split(bodies, self.partition_count)
+        for request, body, status in zip(requests, bodies, result.status, strict=True):
+            request.body = None
+            self._bytes -= len(body) + 8 * request.events
+            if status != OK:
+                self._close(request)
+                self._refuse(request.connection, request.request_id, to_wire(explain(status, "chunk")))
+        round_ = Round(result.part, result.firsts)
+        appends = []
+        for payload in result.payloads:
+            members = [requests[chunk] for chunk in payload.chunks]
+            for request, count in zip(members, payload.counts, strict=True):
+                request.left[payload.partition] = count
+            appends.append(Append(payload, members, round_, is_async=is_async))
+        # Only now: queueing can fail an append at once, and a request must know by then what else it waits for.
+        for append in appends:
+            self._queue(append, now_ns)
+        if round_.left:
+            self._rounds += 1
+
+    def _queue(self, append: Append, now_ns: int) -> None:
+        """Send a new append, or queue it behind those of its partition."""
+        partition = append.partition
+        self._bytes += len(append.body)
+        if self._in_flight[partition] < self.config.appends_in_flight_max:
+            append.count()
+            self._in_flight[partition] += 1
+            self._send(append, now_ns)
+            return
+        # One partition that nobody leads must not take the room of all others.
+        if 2 * (self._queued_bytes[partition] + _weight(append)) > self.config.pending_bytes_max:
+            error = WireError(
+                int(ErrorCode.OVERLOADED),
+                True,
+                f"partition {partition} is behind",
+                {"retry_after_ms": self.config.retry_after_ms},
+            )
+            self._fail_all(append, error, not_stored=False)
+            append.state = AppendState.DONE
+            self._bytes -= len(append.body)
+            return
+        if not self._failing[partition]:
+            append.count()
+        self._queued_bytes[partition] += _weight(append)
+        self._queues[partition].append(append)
+
+    # ------------------------------------------------------------ an append's life
+
+    def _send(self, append: Append, now_ns: int) -> None:
+        append.attempts += 1
+        append.state = AppendState.SENT
+        last = max(request.deadline_ns for request in append.requests)
+        append.timeout_ns = max(min(self.config.append_timeout_ns, last - now_ns), _ATTEMPT_NS_MIN)
+        self._appends.append(append)
+
+    def _send_again(self, append: Append, now_ns: int) -> None:
+        if append.is_wanted():
+            self._send(append, now_ns)
+        else:
+            self._done(append, now_ns)
+
+    def _schedule(self, append: Append, due_ns: int) -> None:
+        append.due_ns = due_ns
+        self._tie += 1
+        heapq.heappush(self._retries, (due_ns, self._tie, append))
+
+    def _done(self, append: Append, now_ns: int) -> None:
+        """An append that was SENT or WAITING is over: its place goes to the next of its partition."""
+        assert append.state in {AppendState.SENT, AppendState.WAITING}
+        partition = append.partition
+        if append.uncount():
+            self._rounds -= 1
+        if append.has_failed:
+            self._failing[partition] -= 1
+        append.state = AppendState.DONE
+        self._bytes -= len(append.body)
+        self._in_flight[partition] -= 1
+        queue = self._queues[partition]
+        while queue and self._in_flight[partition] < self.config.appends_in_flight_max:
+            following = queue.popleft()
+            self._queued_bytes[partition] -= _weight(following)
+            if following.is_wanted():
+                self._in_flight[partition] += 1
+                self._send(following, now_ns)
+                continue
+            following.state = AppendState.DONE
+            self._bytes -= len(following.body)
+            if following.uncount():
+                self._rounds -= 1
+
+    # ------------------------------------------------------------ a request's end
+
+    def _take_outcome(self, append: Append, number: int, request: Request, outcome: ChunkOutcome) -> None:
+        """Add what the leader says about one chunk to its request's receipt."""
+        partition = append.partition
+        count = append.counts[number]
+        error = outcome.error
+        if error is not None:
+            # The leader looked the identity up: other content stands under it, so none of this is stored.
+            not_stored = error.code == ErrorCode.SEQUENCE_REUSED
+            request.failures.append(PartitionFailure(partition, count, error, not_stored))
+            return
+        request.runs.append(PartitionRun(partition, outcome.base_offset, count))
+        if not outcome.exceptions:
+            return
+        round_ = append.round
+        first, end = round_.firsts[append.chunks[number] : append.chunks[number] + 2]
+        indexes = np.flatnonzero(round_.part[first:end] == partition)
+        for position, reason, offset in outcome.exceptions:
+            request.outcomes.append(EventOutcome(int(indexes[position]), reason, partition, offset))
+
+    def _fail_all(self, append: Append, error: WireError, *, not_stored: bool) -> None:
+        partition = append.partition
+        for request, count in zip(append.requests, append.counts, strict=True):
+            if partition in request.left:
+                request.failures.append(PartitionFailure(partition, count, error, not_stored))
+                self._resolve(request, partition)
+
+    def _resolve(self, request: Request, partition: int) -> None:
+        """A partition's part of a request is settled; with the last of them the receipt goes out."""
+        del request.left[partition]
+        if not request.left:
+            self._answer(request)
+
+    def _answer(self, request: Request) -> None:
+        self._close(request)
+        runs = request.runs
+        if len(runs) > 1:
+            runs.sort(key=_partition_of_run)
+        if request.outcomes:
+            request.outcomes.sort(key=_index_of_outcome)
+        receipt = Receipt(self.partition_count, runs, request.outcomes, request.failures)
+        self._answers.append(
+            Answer(request.connection, request.request_id, FrameType.RECEIPT, encode(receipt))
+        )
+
+    def _close(self, request: Request) -> None:
+        """Forget a request that is being answered."""
+        del self._open[request]
+        self._bytes -= REQUEST_OVERHEAD_BYTES
+
+    def _refuse(self, connection: Any, request_id: int, error: WireError) -> None:
+        self._answers.append(Answer(connection, request_id, FrameType.ERROR, encode(error)))
+
+    def _expire(self, now_ns: int) -> None:
+        """Answer every request whose deadline has passed."""
+        expired = [request for request in self._open if request.deadline_ns <= now_ns]
+        for request in expired:
+            if request.body is not None:
+                self._bytes -= len(request.body) + 8 * request.events
+                request.body = None
+                self._close(request)
+                error = WireError(int(ErrorCode.TIMEOUT), True, "the gateway did not get to it in time")
+                self._refuse(request.connection, request.request_id, error)
+                continue
+            for partition, count in sorted(request.left.items()):
+                error = WireError(
+                    int(ErrorCode.TIMEOUT), True, f"partition {partition} did not answer in time"
+                )
+                request.failures.append(PartitionFailure(partition, count, error))
+            request.left.clear()
+            self._answer(request)
+        self._expiry_ns = min((request.deadline_ns for request in self._open), default=None)
+
+
+def _weight(append: Append) -> int:
+    """What a queued append holds, with the requests that wait for it."""
+    return len(append.body) + REQUEST_OVERHEAD_BYTES * len(append.requests)
+
+
+def _partition_of_run(run: PartitionRun) -> int:
+    return run.partition
+
+
+def _index_of_outcome(outcome: EventOutcome) -> int:
+    return outcome.index
+
+
+def _no_chunk(body: bytes) -> WireError:
+    if len(body) > limits.REQUEST_BYTES_MAX:
+        return WireError(
+            int(ErrorCode.TOO_LARGE),
+            False,
+            f"a chunk of {len(body)} bytes: at most {limits.REQUEST_BYTES_MAX} are allowed",
+        )
+    return WireError(int(ErrorCode.MALFORMED), False, "malformed chunk: its header can't be one")

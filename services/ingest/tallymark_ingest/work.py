@@ -1,0 +1,180 @@
+"""What the gateway's core works on: requests, the appends that carry their events, and the answers to both.
+
+Plain objects with few rules of their own; `gateway` moves them along.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, NamedTuple
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from tallymark_ingest.split import Payload
+from tallymark_protocol.codec import encode
+from tallymark_protocol.errors import Reason, RemoteProtocolError
+from tallymark_protocol.messages import (
+    Appended,
+    AppendHeader,
+    ChunkOutcome,
+    EventOutcome,
+    FrameType,
+    PartitionFailure,
+    PartitionRun,
+)
+
+
+class Answer(NamedTuple):
+    """A frame to send to a caller."""
+
+    connection: Any
+    request_id: int
+    kind: FrameType
+    body: bytes
+
+
+class AppendState(enum.Enum):
+    """Where an append stands; see the module's docstring."""
+
+    QUEUED = "queued"
+    SENT = "sent"
+    WAITING = "waiting"
+    DONE = "done"
+
+
+class Request:
+    """One caller's chunk under way."""
+
+    __slots__ = (
+        "body",
+        "connection",
+        "deadline_ns",
+        "events",
+        "failures",
+        "left",
+        "metrics",
+        "outcomes",
+        "request_id",
+        "runs",
+    )
+
+    def __init__(
+        self, connection: Any, request_id: int, body: bytes, events: int, metrics: int, deadline_ns: int
+    ) -> None:
+        self.connection = connection
+        self.request_id = request_id
+        self.body: bytes | None = body  # None once it is split
+        self.events = events
+        self.metrics = metrics
+        self.deadline_ns = deadline_ns
+        self.left: dict[int, int] = {}  # once split: partition -> events, of the partitions without an answer
+        self.runs: list[PartitionRun] = []
+        self.outcomes: list[EventOutcome] = []
+        self.failures: list[PartitionFailure] = []
+
+
+class Round:
+    """What the appends of one split share."""
+
+    __slots__ = ("firsts", "left", "part")
+
+    def __init__(self, part: npt.NDArray[np.uint16], firsts: npt.NDArray[np.int64]) -> None:
+        self.part = part
+        self.firsts = firsts
+        self.left = 0  # appends that requests to come should wait for
+
+
+class Append:
+    """One partition's payload under way to its leader."""
+
+    __slots__ = (
+        "_counted",
+        "attempts",
+        "body",
+        "chunks",
+        "counts",
+        "due_ns",
+        "has_failed",
+        "is_async",
+        "maybe_stored",
+        "partition",
+        "requests",
+        "round",
+        "state",
+        "timeout_ns",
+    )
+
+    def __init__(self, payload: Payload, requests: list[Request], round_: Round, *, is_async: bool) -> None:
+        self.partition = payload.partition
+        self.is_async = is_async
+        header = encode(
+            AppendHeader(
+                partition=payload.partition,
+                checksum=google_crc32c.value(payload.data),
+                is_async=is_async,
+            )
+        )
+        # The whole frame's body, kept until the append is done: a second attempt sends the same bytes.
+        self.body = b"".join((len(header).to_bytes(2, "little"), header, payload.data.data))
+        self.chunks = payload.chunks  # numbers of the chunks in the split, in the order of the chunk table
+        self.counts = payload.counts
+        self.requests = requests  # whose chunks these are, in the same order
+        self.round = round_
+        self.state = AppendState.QUEUED
+        self.attempts = 0
+        self.has_failed = (
+            False  # an attempt failed; its partition counts as failing while there is such an append
+        )
+        self.maybe_stored = False  # an attempt ended without the leader saying that it took nothing
+        self.due_ns = 0  # while WAITING: when to send it again
+        self.timeout_ns = 0  # while SENT: for how long to wait for the answer
+        self._counted = False
+
+    def is_wanted(self) -> bool:
+        """Whether a request still waits for it."""
+        partition = self.partition
+        return any(partition in request.left for request in self.requests)
+
+    def count(self) -> None:
+        """Let coming requests wait for this append."""
+        self._counted = True
+        self.round.left += 1
+
+    def uncount(self) -> bool:
+        """Stop letting requests wait for it. Returns whether it was the last of its round."""
+        if not self._counted:
+            return False
+        self._counted = False
+        self.round.left -= 1
+        return self.round.left == 0
+
+
+def check_answer(append: Append, appended: Appended) -> list[ChunkOutcome] | None:
+    """Check the leader's answer against what was asked, whole, before any of it is believed.
+
+    Returns:
+        The outcomes by chunk; None where all is stored from `base_offset` on.
+
+    Raises:
+        RemoteProtocolError: it doesn't fit.
+    """
+    outcomes = appended.chunks
+    if outcomes is None:
+        if appended.base_offset < 0:
+            raise RemoteProtocolError("malformed answer to an append: stored, but without an offset")
+        return None
+    if len(outcomes) != len(append.counts):
+        raise RemoteProtocolError(
+            f"malformed answer to an append: {len(outcomes)} outcomes for {len(append.counts)} chunks"
+        )
+    for count, outcome in zip(append.counts, outcomes, strict=True):
+        if outcome.error is None and outcome.base_offset < 0:
+            raise RemoteProtocolError("malformed answer to an append: stored, but without an offset")
+        before = -1
+        for position, reason, _ in outcome.exceptions:
+            if not before < position < count or reason == Reason.ACCEPTED:
+                raise RemoteProtocolError("malformed answer to an append: an outcome for no event of it")
+            before = position
+    return outcomes

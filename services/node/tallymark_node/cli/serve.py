@@ -1,0 +1,207 @@
+"""`tallymark dev`, `run`, `demo` and `bench`: the commands that start servers.
+
+Settings come from defaults, a file, the environment and the command line, in this order (`tallymark_node.config`).
+A server says on standard error what it is doing and prints one line on standard output when it serves: `ready`,
+and its addresses as `name=host:port`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from tallymark_node.cli.common import STATUS_REFUSED, Failure, current_options, failure, global_options
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from tallymark_node.config import Settings
+
+
+@click.command()
+@click.option("--port", type=click.IntRange(0, 65_535), help="Where to listen; 0 takes a free port. [default: 7001]")
+@click.option("--host", help="On which address to listen. [default: 127.0.0.1]")
+@click.option("--data-dir", metavar="DIR", help="Where the data lies. [default: tallymark-data]")
+@click.option("--partitions", "partition_count", type=click.IntRange(1, 4096), help="Fixed at the first start. [default: 4]")
+@click.option("--config", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Settings, as TOML.")
+def dev(
+    port: int | None, host: str | None, data_dir: str | None, partition_count: int | None, config: Path | None
+) -> None:
+    """Run everything in one process.
+
+    Prints a line starting with `ready` when it serves. SIGTERM and Ctrl-C stop it; the data stays in its folder, and
+    the next start goes on from there.
+    """
+    settings = _settings(
+        config, {"port": port, "host": host, "data_dir": data_dir, "partition_count": partition_count}
+    )
+    _serve(settings, lambda stop: _dev(settings, stop))
+
+
+@click.command()
+@click.option("--role", type=click.Choice(("ingest", "store", "query")), required=True, help="What to run.")
+@click.option("--config", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Settings, as TOML.")
+def run(role: str, config: Path | None) -> None:
+    """Run one role in a process of its own.
+
+    Every setting can be given as an environment variable, too: TALLYMARK_ and its name in capitals, such as
+    TALLYMARK_PORT. Prints a line starting with `ready` when it serves.
+    """
+    settings = _settings(config, {})
+    _serve(settings, lambda stop: _role(role, settings, stop))
+
+
+@click.command()
+@click.option(
+    "--git", "path", type=click.Path(path_type=Path), metavar="PATH", help="The repository. [default: Tallymark's own]"
+)
+@click.option("--port", type=click.IntRange(0, 65_535), default=0, help="Where to listen. [default: a free port]")
+@click.option("--data-dir", metavar="DIR", help="Keep the data there. [default: a temporary folder]")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the newest N changes.")
+@global_options(at_group=False)
+def demo(
+    path: Path | None,
+    port: int,
+    data_dir: str | None,
+    limit: int | None,
+    server: str | None,
+    as_json: bool,
+    timeout: float | None,
+) -> None:
+    """Meter a git repository's history and show what can be asked about it.
+
+    Every changed file of every commit is an event; authors are accounts. In a terminal the server stays up until
+    Ctrl-C, for questions of your own.
+    """
+    options = current_options(server, as_json, timeout)
+    if server is not None:
+        raise click.UsageError("the demo starts a server of its own; --server isn't for it")
+    from tallymark_node import demo as body
+
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    plan = body.Plan(path=path, port=port, data_dir=data_dir, limit=limit, stay=interactive, timeout=options.timeout)
+    _serve(None, lambda stop: body.run(plan, stop, _report))
+
+
+@click.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def bench(arguments: tuple[str, ...]) -> None:
+    """Measure throughput and latency on this machine. See `tallymark bench --help`."""
+    import importlib
+
+    sys.exit(importlib.import_module("tallymark_node.bench").main(list(arguments)))
+
+
+def _report(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _settings(config: Path | None, overrides: dict[str, Any]) -> Settings:
+    from tallymark_node.config import load
+    from tallymark_protocol.errors import TallymarkError
+
+    try:
+        return load(config, os.environ, overrides)
+    except TallymarkError as error:
+        raise failure(error) from error
+
+
+def _serve(settings: Settings | None, main: Callable[[asyncio.Event], Coroutine[Any, Any, int]]) -> None:
+    """Run `main(stop)` until it returns and exit with its status; say in one line why it couldn't start."""
+    _stop_early()
+    import asyncio
+
+    from tallymark_protocol.errors import TallymarkError
+    from tallymark_runtime.disk import DiskError
+    from tallymark_runtime.loops import run as run_loop
+
+    try:
+        _compile()
+        status = run_loop(main)
+    except TallymarkError as error:
+        raise failure(error) from error
+    except (DiskError, OSError) as error:
+        raise Failure(_start_problem(error, settings), STATUS_REFUSED) from error
+    except asyncio.CancelledError:
+        raise Failure("stopped at once, at the second signal", 130) from None
+    sys.exit(status)
+
+
+def _compile() -> None:
+    # Before there is an event loop, so that Ctrl-C works in the minute that a first start may need for it.
+    from tallymark_store.warmup import warm_up
+
+    warm_up(_report)
+
+
+def _stop_early() -> None:
+    """Let SIGTERM and Ctrl-C end the process with status 0 while nothing has been started yet."""
+
+    def stop(number: int, frame: object) -> NoReturn:  # noqa: ARG001
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+
+
+def _start_problem(error: Exception, settings: Settings | None) -> str:
+    import errno
+
+    number = getattr(error, "errno", None)
+    where = f"{settings.host}:{settings.port}" if settings is not None else "that port"
+    if number == errno.EADDRINUSE:
+        return f"{where} is in use: is another server running? choose another with --port, or stop that one"
+    if number in {errno.EADDRNOTAVAIL, errno.EACCES} and "bind" in str(error):
+        return f"can't listen on {where}: {error}"
+    return f"can't start: {error}"
+
+
+async def _dev(settings: Settings, stop: asyncio.Event) -> int:
+    from tallymark_node import dev as node_module
+
+    async with node_module.running(settings, _report) as node:
+        click.echo(
+            f"ready gateway={node.address} query={node.query_address} store={node.store_address} "
+            f"data={Path(settings.data_dir).resolve()}"
+        )
+        return await until(stop, node.failed)
+
+
+async def _role(role: str, settings: Settings, stop: asyncio.Event) -> int:
+    from tallymark_node import run as role_module
+
+    async with role_module.running(role, settings, _report) as running:
+        click.echo(f"ready {role}={running.address}")
+        return await until(stop, running.failed)
+
+
+async def until(stop: asyncio.Event, failed: asyncio.Event) -> int:
+    """Wait until one of them is set; return the exit status: 0 if it was `stop`."""
+    import asyncio
+
+    stopped = asyncio.ensure_future(stop.wait())
+    broken = asyncio.ensure_future(failed.wait())
+    done = asyncio.get_running_loop().create_future()
+
+    def end(_: object) -> None:
+        if not done.done():
+            done.set_result(None)
+
+    stopped.add_done_callback(end)
+    broken.add_done_callback(end)
+    try:
+        await done
+    finally:
+        stopped.cancel()
+        broken.cancel()
+        await asyncio.gather(stopped, broken, return_exceptions=True)
+    if failed.is_set():
+        _report("the store failed; see above. What it has acknowledged is on disk: start it again")
+        return 1
+    return 0

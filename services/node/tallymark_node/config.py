@@ -1,0 +1,93 @@
+"""Settings of a node: defaults, then a TOML file, then environment variables, then the command line.
+
+Every setting is one field of `Settings`; its environment variable is `TALLYMARK_` and the field's name in
+capitals. An unknown key or a value of the wrong kind is an error that names it.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import msgspec
+
+from tallymark_protocol import limits
+from tallymark_protocol.errors import InvalidRequestError
+
+ENV_PREFIX = "TALLYMARK_"
+ROLES = ("ingest", "store", "query")
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that can be set. Sizes are bytes, times are what their name says."""
+
+    # Which node this is, and where it listens. Port 0 takes a free one.
+    node_id: str = "node-1"
+    host: str = "127.0.0.1"
+    port: int = 7001
+    advertise: str = ""  # "host:port" that others use to reach this node; empty: host and port as bound
+    # Where the cluster's coordination lives: "embedded" (in the store's data directory) or
+    # "tcp://host:port", the address of the store that embeds it.
+    coordinator: str = "embedded"
+    data_dir: str = "tallymark-data"
+
+    # The cluster's constants, fixed when its first store starts.
+    partition_count: int = 4
+
+    # Store.
+    wal_segment_bytes: int = 64 * 1024 * 1024
+    log_bytes_max: int = 0  # 0: as much as the disk holds
+    checkpoint_interval_seconds: float = 60.0
+    checkpoint_events: int = 5_000_000  # a checkpoint is also due after so many events
+    dedup_window_seconds: int = limits.DEDUP_WINDOW_NS // 10**9
+
+    # Ingest.
+    pending_bytes_max: int = 64 * 1024 * 1024
+    coalesce_ms: float = 2.0
+
+
+def _convert(name: str, text: str, kind: type) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise InvalidRequestError(f"{name}={text!r} is not a {kind.__name__}") from None
+
+
+def load(
+    path: Path | None, environment: Mapping[str, str], overrides: Mapping[str, Any] | None = None
+) -> Settings:
+    """Read the settings.
+
+    Raises:
+        InvalidRequestError: when the file cannot be read or a setting is unknown or of the wrong kind.
+    """
+    values: dict[str, Any] = {}
+    kinds = get_type_hints(Settings)
+    if path is not None:
+        try:
+            values.update(tomllib.loads(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise InvalidRequestError(f"cannot read the configuration {path}: {error.strerror}") from None
+        except tomllib.TOMLDecodeError as error:
+            raise InvalidRequestError(f"the configuration {path} is not valid TOML: {error}") from None
+    for name, text in environment.items():
+        field = name.removeprefix(ENV_PREFIX).lower()
+        if name.startswith(ENV_PREFIX) and field in kinds:
+            values[field] = _convert(name, text, kinds[field])
+    values.update({name: value for name, value in (overrides or {}).items() if value is not None})
+    unknown = sorted(set(values) - set(kinds))
+    if unknown:
+        raise InvalidRequestError(f"unknown setting {unknown[0]!r}; there are: {', '.join(sorted(kinds))}")
+    try:
+        settings = msgspec.convert(values, Settings)
+    except msgspec.ValidationError as error:
+        raise InvalidRequestError(f"bad configuration: {error}") from None
+    if not 1 <= settings.partition_count <= 4096:
+        raise InvalidRequestError(f"partition_count must be 1 to 4096, not {settings.partition_count}")
+    if settings.wal_segment_bytes < 1024 * 1024:
+        raise InvalidRequestError(
+            f"wal_segment_bytes must be at least 1 MiB, not {settings.wal_segment_bytes}"
+        )
+    return settings

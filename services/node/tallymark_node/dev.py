@@ -1,0 +1,154 @@
+"""All roles in one process, over real loopback sockets, with an embedded coordinator.
+
+The same code paths as on separate machines; only the wiring is here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import msgspec
+
+from tallymark_ingest import server as ingest
+from tallymark_ingest.gateway import GatewayConfig
+from tallymark_node.config import Settings
+from tallymark_query import service as query
+from tallymark_runtime.catalog import Cluster, establish_cluster, register
+from tallymark_runtime.clock import RealClock
+from tallymark_runtime.coordinator import Coordinator, CoordinatorService, FileCoordinator
+from tallymark_runtime.disk import RealDisk
+from tallymark_runtime.framing import join_address
+from tallymark_runtime.randomness import new_random
+from tallymark_store import service as store
+from tallymark_store.wal import WalConfig
+
+LEASE_TTL_S = 10.0
+
+
+class Node:
+    """Everything that runs in this process.
+
+    Attributes:
+        address: "host:port" of the gateway; what SDKs connect to.
+        query_address: of the query node.
+        store_address: of the store.
+        failed: set when the process must end.
+    """
+
+    def __init__(
+        self, gateway: ingest.GatewayServer, queries: query.QueryService, stores: store.StoreService
+    ) -> None:
+        self.address = gateway.address
+        self.query_address = queries.address
+        self.store_address = stores.address
+        self.failed = stores.failed
+        self._store = stores
+
+    async def checkpoint(self) -> None:
+        """Take a checkpoint now."""
+        await self._store.checkpoint()
+
+
+def store_config(settings: Settings, listen: str) -> store.StoreConfig:
+    """What a store is told."""
+    return store.StoreConfig(
+        node_id=settings.node_id,
+        partition_count=settings.partition_count,
+        listen=listen,
+        advertise=settings.advertise,
+        wal=WalConfig(
+            segment_bytes=settings.wal_segment_bytes,
+            log_bytes_max=settings.log_bytes_max or None,
+        ),
+        checkpoint_interval_s=settings.checkpoint_interval_seconds,
+        checkpoint_events=settings.checkpoint_events,
+        dedup_window_ns=settings.dedup_window_seconds * 10**9,
+        lease_ttl_s=LEASE_TTL_S,
+    )
+
+
+def gateway_config(settings: Settings, partition_count: int, listen: str) -> ingest.ServerConfig:
+    """What a gateway is told."""
+    return ingest.ServerConfig(
+        node_id=settings.node_id,
+        partition_count=partition_count,
+        listen=listen,
+        advertise=settings.advertise,
+        core=GatewayConfig(
+            pending_bytes_max=settings.pending_bytes_max, coalesce_ns_max=int(settings.coalesce_ms * 1e6)
+        ),
+    )
+
+
+async def start_query(
+    settings: Settings, coordinator: Coordinator, rng: random.Random, listen: str
+) -> tuple[query.QueryService, asyncio.Task[None]]:
+    """Start a query node and register it."""
+    cluster = await establish_cluster(coordinator, Cluster(settings.partition_count))
+    config = query.QueryConfig(
+        node_id=settings.node_id,
+        partition_count=cluster.partition_count,
+        listen=listen,
+        advertise=settings.advertise,
+    )
+    service = await query.serve(config, coordinator, RealClock(), rng)
+    task = await register(coordinator, "query", settings.node_id, service.address, LEASE_TTL_S)
+    return service, task
+
+
+async def start_gateway(
+    settings: Settings, coordinator: Coordinator, rng: random.Random, listen: str
+) -> tuple[ingest.GatewayServer, asyncio.Task[None]]:
+    """Start a gateway and register it."""
+    cluster = await establish_cluster(coordinator, Cluster(settings.partition_count))
+    config = gateway_config(settings, cluster.partition_count, listen)
+    server = await ingest.serve(config, coordinator, RealClock(), rng)
+    task = await register(
+        coordinator, "ingest", settings.node_id, settings.advertise or server.address, LEASE_TTL_S
+    )
+    return server, task
+
+
+async def end(task: asyncio.Task[None]) -> None:
+    """Cancel a background task and wait for its end."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def running(settings: Settings, report: Callable[[str], None] = lambda _: None) -> AsyncIterator[Node]:
+    """Start all roles; stop them at the end, the gateway first.
+
+    Raises:
+        TallymarkError, OSError, DiskError: what keeps it from starting.
+    """
+    rng = new_random()
+    data = Path(settings.data_dir)
+    coordinator = FileCoordinator(data / "coordinator", RealClock())
+    # Inner roles listen on loopback; only the gateway's address is the user's choice.
+    inner = "127.0.0.1:0"
+    alone = msgspec.structs.replace(settings, advertise="")
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(coordinator.close)
+        stores = await store.serve(
+            store_config(alone, inner),
+            RealDisk(data / "store"),
+            coordinator,
+            RealClock(),
+            rng,
+            report=report,
+            hosted=CoordinatorService(coordinator),
+        )
+        stack.push_async_callback(stores.close)
+        queries, query_task = await start_query(alone, coordinator, rng, inner)
+        stack.push_async_callback(queries.close)
+        stack.push_async_callback(end, query_task)
+        listen = join_address(settings.host, settings.port)
+        gateway, gateway_task = await start_gateway(settings, coordinator, rng, listen)
+        stack.push_async_callback(gateway.close)
+        stack.push_async_callback(end, gateway_task)
+        yield Node(gateway, queries, stores)

@@ -1,0 +1,221 @@
+"""Checkpoints of one partition: everything a restart needs besides the log from one offset on.
+
+A partition's folder holds::
+
+    MANIFEST              which files make up the newest checkpoint (a container of one MessagePack part)
+    state-<offset>        cells, sets, thresholds, alerts, schemas, producer windows, log index
+    ids-<from>-<to>       remembered event ids whose events lie in [from, to); written once, listed by many
+
+Remembered ids are by far the largest part and never change once written, so each checkpoint adds only those
+since the one before; many small files are joined. The order is: files written and synced, folder synced,
+manifest written under another name, synced, renamed, folder synced, and only then are files removed that the
+new manifest doesn't list. A crash at any step leaves the old manifest whole or the new one.
+
+Beside the partitions' folders lies `wal-start`: the log's own state at a synced position, so that recovery reads
+only what follows. Its age and the partitions' are independent of each other.
+
+A checkpoint may have seen records beyond its own offset while it was gathered (see `Partition`), so the driver
+switches the manifest only once everything that was in the log by then is committed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from tallymark_runtime.disk import Disk, DiskError, FileMissingError
+from tallymark_store import container
+from tallymark_store.wal import WalStart
+
+FORMAT_VERSION = 1
+ID_FILES_MAX = 32  # more are joined into one
+_MANIFEST = "MANIFEST"
+_WAL_START = "wal-start"
+_WRITE_BYTES = 4 * 1024 * 1024  # at a time, so that ingest's own syncs get between
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What a checkpoint consists of."""
+
+    format_version: int
+    partition: int
+    offset: int  # state of everything below; exclusive
+    last_append_ns: int  # of the last record below `offset`
+    state_file: str = ""
+    id_files: list[tuple[str, int, int]] = []  # name, from, to
+
+
+class CheckpointError(Exception):
+    """A checkpoint's files are missing or damaged; the message says which and how."""
+
+
+def _write(disk: Disk, name: str, parts: dict[str, container.Part]) -> None:
+    file = disk.create(name)
+    try:
+        position = 0
+        for buffer in container.encode(parts):
+            raw = np.frombuffer(buffer, dtype=np.uint8) if isinstance(buffer, bytes) else buffer
+            for start in range(0, len(raw), _WRITE_BYTES):
+                piece = raw[start : start + _WRITE_BYTES]
+                file.write(position, [piece])
+                file.sync()
+                position += len(piece)
+        file.sync()
+    finally:
+        file.close()
+
+
+def _read(disk: Disk, name: str) -> dict[str, container.Part]:
+    try:
+        file = disk.open(name)
+    except FileMissingError:
+        raise CheckpointError(f"checkpoint file {name} is missing") from None
+    try:
+        return container.decode(file.read(0, file.size()))
+    except container.ContainerError as error:
+        raise CheckpointError(f"checkpoint file {name}: {error}") from None
+    finally:
+        file.close()
+
+
+def load_manifest(disk: Disk) -> Manifest | None:
+    """The newest checkpoint's manifest; None where there never was one.
+
+    Raises:
+        CheckpointError: when it is damaged or of a format this version does not know.
+    """
+    if _MANIFEST not in disk.list():
+        return None
+    raw = _read(disk, _MANIFEST).get("manifest")
+    try:
+        manifest = msgspec.msgpack.decode(raw if isinstance(raw, bytes) else b"", type=Manifest)
+    except msgspec.DecodeError as error:
+        raise CheckpointError(f"the manifest cannot be read: {error}") from None
+    if manifest.format_version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"the checkpoint has format version {manifest.format_version}; "
+            f"this software reads version {FORMAT_VERSION}"
+        )
+    return manifest
+
+
+def load_state(disk: Disk, manifest: Manifest) -> dict[str, container.Part]:
+    """The parts of the state file."""
+    return _read(disk, manifest.state_file)
+
+
+def load_ids(disk: Disk, manifest: Manifest) -> list[npt.NDArray[Any]]:
+    """The remembered ids, one array a file, oldest first."""
+    arrays = []
+    for name, _, _ in manifest.id_files:
+        entries = _read(disk, name)["entries"]
+        assert not isinstance(entries, bytes), "ids are an array"
+        arrays.append(entries)
+    return arrays
+
+
+def write(
+    disk: Disk,
+    previous: Manifest | None,
+    *,
+    manifest: Manifest,
+    state: dict[str, container.Part],
+    new_ids: npt.NDArray[Any],
+    id_floor: int,
+) -> Manifest:
+    """Write the files of a checkpoint and make them durable; `publish` then makes it the newest.
+
+    Args:
+        disk: the partition's folder.
+        previous: the checkpoint before; its id files are listed again as far as they are still needed.
+        manifest: the new one; its file names are filled in here.
+        state: the parts of the state file.
+        new_ids: remembered ids of [previous.offset, manifest.offset).
+        id_floor: ids of events below it have left the dedup window.
+
+    Returns:
+        The manifest to publish.
+
+    Raises:
+        DiskError: when the disk refuses; the checkpoint before stays in force.
+    """
+    since = previous.offset if previous else 0
+    kept = [entry for entry in (previous.id_files if previous else []) if entry[2] > id_floor]
+    fresh = []
+    if len(new_ids):
+        if len(kept) >= ID_FILES_MAX:
+            assert previous is not None
+            new_ids = np.concatenate([*load_ids(disk, previous), new_ids])
+            since = kept[0][1]
+            kept = []
+        fresh = [(f"ids-{since:020d}-{manifest.offset:020d}", since, manifest.offset)]
+        _write(disk, fresh[0][0], {"entries": new_ids})
+    state_file = f"state-{manifest.offset:020d}"
+    if previous is not None and previous.state_file == state_file:
+        return previous
+    _write(disk, state_file, state)
+    disk.sync_dir()
+    return msgspec.structs.replace(manifest, state_file=state_file, id_files=[*kept, *fresh])
+
+
+def publish(disk: Disk, manifest: Manifest) -> None:
+    """Make a written checkpoint the newest, durably, and remove what it does not list."""
+    temporary = _MANIFEST + ".new"
+    _write(disk, temporary, {"manifest": msgspec.msgpack.encode(manifest)})
+    disk.rename(temporary, _MANIFEST)
+    disk.sync_dir()
+    listed = {_MANIFEST, manifest.state_file, *(name for name, _, _ in manifest.id_files)}
+    for name in disk.list():
+        if name not in listed:
+            disk.remove(name)
+
+
+def write_wal_start(disk: Disk, start: WalStart) -> None:
+    """Make a synced state of the log the one that recovery begins at."""
+    temporary = _WAL_START + ".new"
+    _write(disk, temporary, dict(start.to_arrays()))
+    disk.rename(temporary, _WAL_START)
+    disk.sync_dir()
+
+
+def load_wal_start(disk: Disk) -> WalStart | None:
+    """The state of the log that recovery begins at; None where there is none.
+
+    Raises:
+        CheckpointError: when it is damaged.
+    """
+    if _WAL_START not in disk.list():
+        return None
+    arrays = {name: part for name, part in _read(disk, _WAL_START).items() if not isinstance(part, bytes)}
+    try:
+        return WalStart.from_arrays(arrays)
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint file {_WAL_START}: {error}") from None
+
+
+def discard(disk: Disk) -> None:
+    """Forget every checkpoint here (the log is whole, and everything follows from it)."""
+    for name in [_MANIFEST, *disk.list()]:
+        try:
+            disk.remove(name)
+        except FileMissingError:
+            continue
+    disk.sync_dir()
+
+
+__all__ = [
+    "CheckpointError",
+    "DiskError",
+    "Manifest",
+    "discard",
+    "load_ids",
+    "load_manifest",
+    "load_state",
+    "load_wal_start",
+    "publish",
+    "write",
+    "write_wal_start",
+]

@@ -1,0 +1,137 @@
+"""When and how checkpoints are taken while the store serves.
+
+One partition at a time. At one offset, the applied one, the fold's arrays are copied in one go (a memcpy) and the
+producer windows are listed; remembered ids, which never change once written, are then gathered shard by shard with
+the loop running in between. Files are written and synced in a thread. The manifest is switched once everything that
+was in the log by then is committed: what was gathered may have been shaped by it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tallymark_runtime.clock import Clock
+from tallymark_runtime.disk import Disk, DiskError
+from tallymark_store import checkpoint, container
+from tallymark_store.dedup.index import SHARD_COUNT
+from tallymark_store.partition import Partition
+from tallymark_store.store import Store
+
+_log = logging.getLogger(__name__)
+
+POLL_S = 0.25  # how often it is looked whether one is due
+RETRY_S = 10.0  # after the disk refused
+
+
+class Checkpointer:
+    """Takes checkpoints of a store's partitions.
+
+    Args:
+        disk: the folder that holds a folder for each partition.
+        interval_s: a checkpoint is due so long after the last, if anything was folded since.
+        events_max: or after so many folded events.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        disk: Disk,
+        manifests: dict[int, checkpoint.Manifest],
+        clock: Clock,
+        *,
+        interval_s: float,
+        events_max: int,
+    ) -> None:
+        self._store = store
+        self._disk = disk
+        self._manifests = manifests
+        self._clock = clock
+        self._interval_ns = int(interval_s * 1e9)
+        self._events_max = events_max
+        self._last_ns = clock.monotonic_ns()
+        self._last_events = store.events_folded
+        self._lock = asyncio.Lock()
+        self.count = 0  # taken since the start
+
+    async def run(self) -> None:
+        """Take checkpoints for ever, whenever one is due."""
+        while True:
+            await asyncio.sleep(POLL_S)
+            events = self._store.events_folded - self._last_events
+            waited = self._clock.monotonic_ns() - self._last_ns
+            if events >= self._events_max or (events > 0 and waited >= self._interval_ns):
+                try:
+                    await self.take()
+                except DiskError as error:
+                    _log.warning("no checkpoint could be written: %s", error)
+                    await asyncio.sleep(RETRY_S)
+
+    async def take(self) -> None:
+        """Take a checkpoint of every partition and of the log's state.
+
+        Raises:
+            DiskError: the disk refused; the checkpoints before stay in force.
+        """
+        async with self._lock:
+            self._last_ns = self._clock.monotonic_ns()
+            self._last_events = self._store.events_folded
+            for partition in self._store.partitions.values():
+                if partition.error is None:
+                    await self._take_partition(partition)
+            start = self._store.wal.snapshot()
+            await self._store.wait_synced(start.position)
+            await asyncio.to_thread(checkpoint.write_wal_start, self._disk, start)
+            self.count += 1
+
+    async def _take_partition(self, partition: Partition) -> None:
+        previous = self._manifests.get(partition.partition)
+        offset = partition.applied
+        if previous is not None and previous.offset == offset:
+            return
+        manifest, state = snapshot_parts(partition)
+        id_floor = partition.dedup_floor(manifest.last_append_ns)
+        ids = await self._gather_ids(partition, previous.offset if previous else 0, offset)
+        seen = partition.log_end
+        disk = self._disk.at(folder(partition.partition))
+        written = await asyncio.to_thread(
+            checkpoint.write, disk, previous, manifest=manifest, state=state, new_ids=ids, id_floor=id_floor
+        )
+        await self._store.wait_committed(partition, seen)
+        await asyncio.to_thread(checkpoint.publish, disk, written)
+        self._manifests[partition.partition] = written
+
+    async def _gather_ids(self, partition: Partition, since: int, offset: int) -> npt.NDArray[Any]:
+        parts = []
+        for shard in range(SHARD_COUNT):
+            parts.append(partition.dedup.entries(shard, since, offset))
+            await asyncio.sleep(0)
+        return np.concatenate(parts)
+
+
+def folder(partition: int) -> str:
+    """The name of a partition's folder."""
+    return f"p-{partition:04d}"
+
+
+def snapshot_parts(partition: Partition) -> tuple[checkpoint.Manifest, dict[str, container.Part]]:
+    """A partition's state at its applied offset, but for the remembered ids: all of it at once."""
+    offset = partition.applied
+    index = partition.index
+    row = index.find(offset - 1)
+    last_append_ns = index.row(row).append_ns if row >= 0 else 0
+    state: dict[str, container.Part] = {
+        f"fold.{name}": part for name, part in partition.fold.snapshot().items()
+    }
+    state["windows"] = partition.windows.entries(offset)
+    manifest = checkpoint.Manifest(
+        format_version=checkpoint.FORMAT_VERSION,
+        partition=partition.partition,
+        offset=offset,
+        last_append_ns=last_append_ns,
+    )
+    return manifest, state

@@ -1,0 +1,50 @@
+"""The judge's memory: which event ids and which chunks a partition has already taken.
+
+Both are replicated state, rebuilt from checkpoint and log, and both give verdicts by rules about offsets
+and append times alone. See `index` and `producers`.
+"""
+
+import numpy as np
+
+from tallymark_store.dedup.arena import TableFullError
+from tallymark_store.dedup.index import CONFLICT, DUPLICATE, DedupIndex
+from tallymark_store.dedup.producers import NEW, REPEAT, REUSED, UNKNOWN, ProducerWindows
+
+__all__ = [
+    "CONFLICT",
+    "DUPLICATE",
+    "NEW",
+    "REPEAT",
+    "REUSED",
+    "UNKNOWN",
+    "DedupIndex",
+    "ProducerWindows",
+    "TableFullError",
+    "warm_up",
+]
+
+
+def warm_up() -> None:
+    """Compile every kernel of this package, or load it from the cache, so that no later call has to."""
+    words = np.arange(2, dtype=np.uint64)
+    flags = np.ones(2, dtype=np.uint8)
+    offsets = np.arange(2, dtype=np.int64)
+    index = DedupIndex(slots_max=2**16)
+    index.judge(words, words, words, flags, 0, 0, np.zeros(2, dtype=np.uint8), np.zeros(2, dtype=np.int64))
+    index.apply(words, words, words, offsets)
+    for shard in range(64):
+        index.load(index.entries(shard, 0, 1))
+    index.reserve(64 * 64)
+    index.digest(0, 2)
+    index.truncate(1)
+    index.sweep(1, 1)
+
+    windows = ProducerWindows(slots_max=2**16)
+    small = np.ones(2, dtype=np.uint32)
+    columns = (words, words, small)
+    outputs = (np.zeros(2, dtype=np.uint8), np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.int64))
+    windows.judge_chunks(*columns, offsets, small, 0, 0, *outputs)
+    windows.insert(*columns, small, offsets, 0, 0)
+    windows.load(windows.entries(1, 0))
+    windows.digest(1, 0)
+    windows.truncate(0)

@@ -1,0 +1,195 @@
+"""Cells: the running statistics of an account's metric in a billing period, or in a day for one combination.
+
+A cell is 96 bytes, twelve 64-bit words, in one dense array in order of creation::
+
+    0   account          u64                6   min           i64
+    1   start            i64 ns: of the     7   max           i64
+                         period, or day     8   last value    i64
+    2   slot u32, combination u32           9   last time     i64 ns
+    3   count            i64               10   last offset   i64
+    4   sum, low word    u64               11   next u32, aux u32
+    5   sum, high word   i64
+
+and found through an `Index`, by a hash of words 0 to 2.
+
+A **period cell** has the combination PERIOD. Its last word belongs to the thresholds: low half: bit i set once
+threshold i has fired, and in bits 8 to 15 how many thresholds its row knows; high half: one plus the position of
+that row. In a period cell of a COUNT_UNIQUE metric `count` is the number of operations, `sum` that of members.
+
+A **day cell** has the combination's number (0 for metrics without dimensions). The first cell of an account's
+metric and day is the **head** of a chain through `next` (one plus a row number) that holds all combinations of
+that day; aux of the head has the flag HEAD, the length of the chain, and OVERFLOW once a combination was refused
+because the chain was full. Metrics with dimensions have a second index entry for the head, under the combination
+HEAD_KEY, so that a day is enumerated without knowing its combinations.
+
+COUNT ignores the value: of its cells only the words 0 to 3, 9, 10 and 11 are meaningful.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba as nb
+import numpy as np
+
+from tallymark_protocol.kernels.intrinsics import mix64, prefetch
+from tallymark_store.fold.index import CAPACITY, LOW32, SHARDS, STRIDE, U32, ZERO, home_of, shard_of, tag_of
+
+W_ACCOUNT = 0
+W_START = 1
+W_KEY = 2
+W_COUNT = 3
+W_LO = 4
+W_HI = 5
+W_MIN = 6
+W_MAX = 7
+W_LAST_VALUE = 8
+W_LAST_TIME = 9
+W_LAST_OFFSET = 10
+W_LINKS = 11
+CELL_WORDS = 12
+CELL_BYTES = 8 * CELL_WORDS
+
+NO_COMBO = 0
+HEAD_KEY = 0xFFFFFFFE  # in hashes only
+PERIOD = 0xFFFFFFFF
+
+HEAD = 1 << 30  # in aux
+OVERFLOW = 1 << 31
+LENGTH_MASK = HEAD - 1
+
+_MASK32 = 0xFFFFFFFF
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+@nb.njit(nogil=True, cache=True, inline="always")
+def cell_key(slot: Any, combo: Any) -> Any:
+    """Word 2 of a cell (int64)."""
+    return np.int64(slot) | (np.int64(combo) << 32)
+
+
+@nb.njit(nogil=True, cache=True, inline="always")
+def cell_hash(account: Any, start: Any, key: Any, seed: Any) -> Any:
+    """Hash of words 0 to 2. The seed keeps callers from choosing accounts that collide."""
+    return mix64(np.uint64(account) ^ mix64(np.uint64(start) + np.uint64(key) * _GOLDEN + np.uint64(seed)))
+
+
+@nb.njit(nogil=True, cache=True)
+def find_cell(table: Any, shards: Any, cells: Any, h: Any, account: Any, start: Any, key: Any) -> Any:
+    """Row of a cell, -1 if there is none."""
+    shard = shard_of(h)
+    capacity = shards[shard, CAPACITY]
+    base = shard * shards[SHARDS, STRIDE]
+    tag = tag_of(h)
+    position = home_of(tag, capacity)
+    while True:
+        entry = table[base + position]
+        if entry == ZERO:
+            return np.int64(-1)
+        if (entry >> U32) == tag:
+            row = np.int64(entry & LOW32) - 1
+            if cells[row, W_KEY] == key and cells[row, W_START] == start and cells[row, W_ACCOUNT] == account:
+                return row
+        position += 1
+        if position == capacity:
+            position = 0
+
+
+@nb.njit(nogil=True, cache=True)
+def find_head(table: Any, shards: Any, cells: Any, h: Any, account: Any, start: Any, slot: Any) -> Any:
+    """Row of the head of a day's chain, -1 if there is none. `h` hashes HEAD_KEY."""
+    shard = shard_of(h)
+    capacity = shards[shard, CAPACITY]
+    base = shard * shards[SHARDS, STRIDE]
+    tag = tag_of(h)
+    position = home_of(tag, capacity)
+    while True:
+        entry = table[base + position]
+        if entry == ZERO:
+            return np.int64(-1)
+        if (entry >> U32) == tag:
+            row = np.int64(entry & LOW32) - 1
+            # The same day's other cells, and its period's, may lie here under the same tag.
+            if (
+                cells[row, W_ACCOUNT] == account
+                and cells[row, W_START] == start
+                and cells[row, W_KEY] & _MASK32 == slot
+                and (cells[row, W_KEY] >> 32) & _MASK32 != PERIOD
+                and (cells[row, W_LINKS] >> 32) & HEAD != 0
+            ):
+                return row
+        position += 1
+        if position == capacity:
+            position = 0
+
+
+@nb.njit(nogil=True, cache=True)
+def prefetch_cell(table: Any, shards: Any, cells: Any, h: Any) -> None:
+    """Ask for the first row whose tag matches; its index entries should be in cache by now."""
+    shard = shard_of(h)
+    capacity = shards[shard, CAPACITY]
+    base = shard * shards[SHARDS, STRIDE]
+    tag = tag_of(h)
+    position = home_of(tag, capacity)
+    while True:
+        entry = table[base + position]
+        if entry == ZERO:
+            return
+        if (entry >> U32) == tag:
+            row = np.int64(entry & LOW32) - 1
+            flat = cells[row]
+            prefetch(flat, np.int64(0))
+            prefetch(flat, np.int64(CELL_WORDS - 1))
+            return
+        position += 1
+        if position == capacity:
+            position = 0
+
+
+@nb.njit(nogil=True, cache=True, inline="always")
+def add_values(cells: Any, row: Any, value: Any, time: Any, offset: Any) -> None:
+    """Add an event's value to a cell that counts values; `offset` is above all before it."""
+    count = cells[row, W_COUNT]
+    low = np.uint64(cells[row, W_LO]) + np.uint64(value)
+    carry = np.int64(1) if low < np.uint64(value) else np.int64(0)
+    cells[row, W_LO] = np.int64(low)
+    cells[row, W_HI] += (value >> 63) + carry
+    if count == 0:
+        cells[row, W_MIN] = value
+        cells[row, W_MAX] = value
+    else:
+        cells[row, W_MIN] = min(cells[row, W_MIN], value)
+        cells[row, W_MAX] = max(cells[row, W_MAX], value)
+    if count == 0 or time >= cells[row, W_LAST_TIME]:
+        cells[row, W_LAST_VALUE] = value
+        cells[row, W_LAST_TIME] = time
+        cells[row, W_LAST_OFFSET] = offset
+    cells[row, W_COUNT] = count + 1
+
+
+@nb.njit(nogil=True, cache=True, inline="always")
+def add_count(cells: Any, row: Any, time: Any, offset: Any) -> None:
+    """Count an event whose value is ignored."""
+    count = cells[row, W_COUNT]
+    if count == 0 or time >= cells[row, W_LAST_TIME]:
+        cells[row, W_LAST_TIME] = time
+        cells[row, W_LAST_OFFSET] = offset
+    cells[row, W_COUNT] = count + 1
+
+
+@nb.njit(nogil=True, cache=True)
+def head_of(cells: Any, row: Any) -> Any:
+    """The aux half of a cell's links (int64, 0 to 2^32-1)."""
+    return (cells[row, W_LINKS] >> 32) & _MASK32
+
+
+@nb.njit(nogil=True, cache=True)
+def next_of(cells: Any, row: Any) -> Any:
+    """The next row of a day's chain, -1 at its end."""
+    return (cells[row, W_LINKS] & _MASK32) - 1
+
+
+@nb.njit(nogil=True, cache=True)
+def set_links(cells: Any, row: Any, next_row: Any, aux: Any) -> None:
+    """Write both halves of a cell's links."""
+    cells[row, W_LINKS] = ((next_row + 1) & _MASK32) | (aux << 32)

@@ -1,0 +1,109 @@
+"""A digest of the fold's logical state, for comparing replicas.
+
+Every item (cell, set entry, threshold state, alert record) is hashed by what it means: account, metric uid, times,
+dimension values, never by row or combination numbers. The item hashes are added up, so neither order nor the layout
+of hash tables counts. It finds defects; it is no defence against somebody who wants two states to look alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba as nb
+import numpy as np
+
+from tallymark_protocol.kernels.intrinsics import hash_bytes, mix64
+from tallymark_store.fold.cells import (
+    CELL_WORDS,
+    HEAD,
+    OVERFLOW,
+    PERIOD,
+    W_ACCOUNT,
+    W_COUNT,
+    W_KEY,
+    W_LINKS,
+    W_START,
+    head_of,
+)
+from tallymark_store.fold.dimensions import C_CODES, VALUES, V_END, V_START, WIDTH
+from tallymark_store.fold.kernel import N_ALERTS, N_CELLS, N_MEMBERS
+from tallymark_store.fold.thresholds import A_SLOT, ALERT_WORDS
+from tallymark_store.fold.uniques import M_OWNER, MEMBER_WORDS
+
+_MASK32 = 0xFFFFFFFF
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+_KIND_CELL = np.uint64(1)
+_KIND_OVERFLOW = np.uint64(2)
+_KIND_THRESHOLD = np.uint64(3)
+_KIND_MEMBER = np.uint64(4)
+_KIND_ALERT = np.uint64(5)
+
+
+@nb.njit(nogil=True, cache=True, inline="always")
+def _join(h: Any, word: Any) -> Any:
+    return mix64(h ^ np.uint64(word)) + _STEP
+
+
+@nb.njit(nogil=True, cache=True)
+def _cell_identity(state: Any, uids: Any, row: Any) -> Any:
+    cells = state.cells
+    key = cells[row, W_KEY]
+    h = _join(mix64(np.uint64(uids[key & _MASK32])), cells[row, W_ACCOUNT])
+    h = _join(h, cells[row, W_START])
+    return _join(h, np.int64(1 if (key >> 32) & _MASK32 == PERIOD else 0))
+
+
+@nb.njit(nogil=True, cache=True)
+def _combo_digest(dims: Any, combo: Any) -> Any:
+    h = np.uint64(0)
+    for d in range(WIDTH):
+        code = np.int64(dims.combos[combo, C_CODES + d])
+        if code < VALUES:
+            h = _join(h, code)
+        else:
+            value = code - VALUES
+            h = hash_bytes(
+                dims.pool, dims.values[value, V_START], dims.values[value, V_END], _join(h, VALUES)
+            )
+    return mix64(h)
+
+
+@nb.njit(nogil=True, cache=True)
+def digest_state(state: Any, dims: Any, uids: Any) -> Any:
+    """Add up the digests of all items (uint64)."""
+    total = np.uint64(0)
+    cells = state.cells
+    for row in range(state.counters[N_CELLS]):
+        identity = _cell_identity(state, uids, row)
+        combo = (cells[row, W_KEY] >> 32) & _MASK32
+        h = identity ^ _KIND_CELL
+        if combo != PERIOD:
+            h = _join(h, _combo_digest(dims, combo))
+        for word in range(W_COUNT, CELL_WORDS - 1):
+            h = _join(h, cells[row, word])
+        links = cells[row, W_LINKS]
+        if combo == PERIOD:
+            h = _join(h, links & 0xFF)
+            first = ((links >> 32) & _MASK32) - 1
+            for t in range((links >> 8) & 0xFF):
+                threshold = _join(identity ^ _KIND_THRESHOLD, np.int64(t))
+                total += _join(_join(threshold, state.rows[first + t, 0]), state.rows[first + t, 1])
+        elif head_of(cells, row) & HEAD != 0 and head_of(cells, row) & OVERFLOW != 0:
+            total += _join(identity, _KIND_OVERFLOW)
+        total += mix64(h)
+    for e in range(state.counters[N_MEMBERS]):
+        owner = state.members[e, M_OWNER]
+        h = _cell_identity(state, uids, owner & _MASK32) ^ _KIND_MEMBER
+        h = _join(h, owner >> 32)
+        for word in range(1, MEMBER_WORDS):
+            h = _join(h, state.members[e, word])
+        total += mix64(h)
+    for i in range(state.counters[N_ALERTS]):
+        slot = state.alerts[i, A_SLOT] & _MASK32
+        h = _join(_join(_KIND_ALERT, np.int64(i)), uids[slot])
+        h = _join(h, state.alerts[i, A_SLOT] >> 32)
+        for word in range(ALERT_WORDS):
+            if word != A_SLOT:
+                h = _join(h, state.alerts[i, word])
+        total += mix64(h)
+    return total

@@ -1,0 +1,536 @@
+"""One partition's totals as of an offset of its log: see `Fold`."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from tallymark_protocol import int128, limits
+from tallymark_protocol.errors import RemoteProtocolError
+from tallymark_protocol.kernels.blake2b import WORK_WORDS
+from tallymark_protocol.messages import AlertRecord, GroupValue, Stats
+from tallymark_protocol.model import AggType
+from tallymark_protocol.payload import C_ACCOUNT, C_EVENTS, C_PROPERTY_BYTES, C_PROPERTY_SETS
+from tallymark_protocol.schema import MetricRecord, decode_record, encode_record
+from tallymark_store.fold import cells as cell_layout
+from tallymark_store.fold import reads, thresholds, uniques
+from tallymark_store.fold.arena import Arena
+from tallymark_store.fold.cells import CELL_WORDS, W_KEY, W_LINKS
+from tallymark_store.fold.digest import digest_state
+from tallymark_store.fold.dimensions import WIDTH, Dimensions
+from tallymark_store.fold.index import Index
+from tallymark_store.fold.kernel import (
+    BLOCK,
+    COUNTERS,
+    N_ALERTS,
+    N_CELLS,
+    N_MEMBERS,
+    N_ROWS,
+    SCRATCH_FIELDS,
+    Scratch,
+    StateArrays,
+    fold_events,
+    names_unknown,
+    reindex_cells,
+)
+from tallymark_store.fold.schemas import S_DIMENSIONS, S_THRESHOLDS, SchemaTable
+from tallymark_store.fold.thresholds import ALERT_WORDS
+from tallymark_store.fold.uniques import MEMBER_WORDS, reindex_members
+
+Ints = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
+
+SNAPSHOT_VERSION = 1
+
+_CELLS_RESERVED = 1 << 30
+_MEMBERS_RESERVED = 1 << 31
+_ROWS_RESERVED = 1 << 28
+_ALERTS_RESERVED = 1 << 27
+_MEMO_MIN = 64
+_MEMO_MAX = 1 << 18
+_NO_VERDICTS: Bytes = np.zeros(0, dtype=np.uint8)
+_NO_VERDICTS.setflags(write=False)
+NO_SELECTION: Ints = np.zeros((0, 2), dtype=np.int64)
+
+_RANKED_BY = {  # the fields of a cell, and of an accumulator, that hold an aggregate; None: sign of the other
+    AggType.COUNT: (cell_layout.W_COUNT, None, reads.G_COUNT, None),
+    AggType.SUM: (cell_layout.W_LO, cell_layout.W_HI, reads.G_LO, reads.G_HI),
+    AggType.MAX: (cell_layout.W_MAX, None, reads.G_MAX, None),
+    AggType.LATEST: (cell_layout.W_LAST_VALUE, None, reads.G_LAST_VALUE, None),
+    AggType.COUNT_UNIQUE: (cell_layout.W_LO, None, reads.G_LO, None),
+}
+
+
+class DayRow(NamedTuple):
+    """Statistics of one group, of one day where days are kept apart."""
+
+    group: list[GroupValue]
+    stats: Stats
+    day_start_ns: int = 0
+
+
+class DayRows(NamedTuple):
+    """What day cells know about a range of days: rows in order of first appearance, and the days to count anew.
+
+    `overflowed` lists starts of days of which the cells don't hold everything; nothing of them is in `rows`.
+    """
+
+    rows: list[DayRow]
+    overflowed: list[int]
+
+
+class TopAccounts(NamedTuple):
+    """The accounts with the largest aggregate, largest first, ties by account id.
+
+    `overflowed` lists the accounts that cells can't answer for; none of them is in `accounts`.
+    """
+
+    accounts: list[tuple[int, Stats]]
+    overflowed: list[int]
+
+
+class Fold:
+    """The totals of one partition.
+
+    State changes only by `put_schema`, `apply` and `advance`, called in log order, each record once; it is a pure
+    function of them. `apply` doesn't hold the GIL while it works, but nothing else may touch the same fold then.
+    """
+
+    def __init__(self, partition: int, *, hash_seed: int = 0) -> None:
+        self.partition = partition
+        self.applied = 0  # exclusive: everything below this offset is in
+        self.schemas = SchemaTable()  # as of `applied`
+        self.dimensions = Dimensions()
+        # Layout of hash tables only, nothing logical: lets a process be unpredictable to who chooses accounts.
+        self._seed = np.uint64(hash_seed)
+        self._cells = Arena(np.int64, columns=CELL_WORDS, reserve_rows=_CELLS_RESERVED)
+        self._members = Arena(np.int64, columns=MEMBER_WORDS, reserve_rows=_MEMBERS_RESERVED)
+        self._rows = Arena(np.int64, columns=2, reserve_rows=_ROWS_RESERVED)
+        self._alerts = Arena(np.int64, columns=ALERT_WORDS, reserve_rows=_ALERTS_RESERVED)
+        self._cell_index = Index()
+        self._member_index = Index()
+        self._counters: Ints = np.zeros(COUNTERS, dtype=np.int64)
+        self._history: list[tuple[int, bytes]] = []  # every schema record: offset, encoded
+        self._scratch = Scratch(
+            np.zeros((BLOCK, SCRATCH_FIELDS), dtype=np.int64),
+            np.full((_MEMO_MIN, 2), -1, dtype=np.int64),
+            np.zeros(WIDTH, dtype=np.int64),
+            np.zeros(WORK_WORDS, dtype=np.uint64),
+        )
+        self._state = self._arrays()
+
+    def _arrays(self) -> StateArrays:
+        return StateArrays(
+            self._cells.array,
+            self._cell_index.table,
+            self._cell_index.shards,
+            self._members.array,
+            self._member_index.table,
+            self._member_index.shards,
+            self._rows.array,
+            self._alerts.array,
+            self._counters,
+        )
+
+    # ------------------------------------------------------------ writing
+
+    def put_schema(self, record: MetricRecord, offset: int) -> None:
+        """Apply the schema record at `offset`."""
+        assert offset >= self.applied, "records are applied in log order, once"
+        slot = self.schemas.put(record, offset)
+        self.dimensions.put(self.schemas, slot)
+        self._history.append((offset, encode_record(record)))
+        self.applied = offset + 1
+
+    def advance(self, offset: int) -> None:
+        """Everything below `offset` has been applied, or concerns no totals."""
+        assert offset >= self.applied, "the applied offset never falls"
+        self.applied = offset
+
+    def apply(
+        self, data: Bytes, columns: Ints, verdicts: Bytes | None, base_offset: int, append_ns: int
+    ) -> None:
+        """Apply an event batch: its payload placed in `data` (`payload.place_payload`), its verdicts (None: all in).
+
+        Raises:
+            RemoteProtocolError: an accepted event names a metric that the log didn't put before it. Nothing of the
+                batch is applied then.
+        """
+        assert base_offset >= self.applied, "records are applied in log order, once"
+        n = int(columns[C_EVENTS])
+        assert verdicts is None or len(verdicts) == n
+        # One type of array, so that the kernels are compiled once: buffers come both writable and not.
+        data = data.view()
+        data.setflags(write=False)
+        if verdicts is None:
+            marks = _NO_VERDICTS
+        else:
+            marks = verdicts.view()
+            marks.setflags(write=False)
+        metric_slots = self.schemas.slots_of(data, columns)
+        if metric_slots.min() < 0 and names_unknown(data, columns, marks, metric_slots):
+            raise RemoteProtocolError(
+                f"the event batch at offset {base_offset} names a metric that isn't in the log"
+            )
+        scratch = self._make_room(columns, metric_slots, n)
+        position = 0
+        while True:
+            position = fold_events(
+                data, columns, marks, position, base_offset, append_ns, metric_slots, self.schemas.arrays,
+                self.dimensions.arrays, self._state, scratch, self._seed,
+            )  # fmt: skip
+            if position == n:
+                break
+            self._cell_index.make_room()
+            self._member_index.make_room()
+            self.dimensions.ensure(0, 0, 0)
+            self._state = self._arrays()
+        self.applied = base_offset + n
+
+    def _make_room(self, columns: Ints, metric_slots: Ints, n: int) -> Scratch:
+        """Room in dense arrays for all that n events can add: they never run full inside the kernel."""
+        counters = self._counters
+        used = self.schemas.arrays.slots[metric_slots[metric_slots >= 0]]
+        per_event = int(used[:, S_THRESHOLDS].max(initial=0))
+        arenas = self._cells, self._members, self._rows, self._alerts
+        before = tuple(arena.rows for arena in arenas)
+        self._cells.ensure(int(counters[N_CELLS]) + 2 * n)
+        self._members.ensure(int(counters[N_MEMBERS]) + n)
+        self._rows.ensure(int(counters[N_ROWS]) + per_event * n)
+        self._alerts.ensure(int(counters[N_ALERTS]) + per_event * n)
+        if before != tuple(arena.rows for arena in arenas):
+            self._state = self._arrays()
+        self._cell_index.advise()
+        self._member_index.advise()
+        scratch = self._scratch
+        widest = int(used[:, S_DIMENSIONS].max(initial=0))
+        if widest:
+            property_bytes = int(columns[C_ACCOUNT] - columns[C_PROPERTY_BYTES]) * len(metric_slots)
+            self.dimensions.ensure(
+                n, widest * n, min(property_bytes, widest * n * limits.PROPERTY_VALUE_BYTES_MAX)
+            )
+            entries = 1 << max(2 * (int(columns[C_PROPERTY_SETS]) + 1) - 1, 1).bit_length()
+            entries = min(max(entries, _MEMO_MIN), _MEMO_MAX)
+            memo = scratch.memo
+            if len(memo) < entries or len(memo) > 16 * entries:
+                memo = np.full((entries, 2), -1, dtype=np.int64)
+                self._scratch = scratch = scratch._replace(memo=memo)
+            else:
+                memo.fill(-1)
+        return scratch
+
+    # ------------------------------------------------------------ reading one account
+
+    def period_stats(self, account: int, slot: int, time_ns: int) -> tuple[Stats | None, int, int]:
+        """The running total of the billing period that contains `time_ns`, and that period's [start, end)."""
+        start, end = self.schemas.period_of(slot, time_ns)
+        row = int(reads.find_period(self._state, _signed(account), slot, start, self._seed))
+        return (None if row < 0 else self._cell_stats(row, slot)), start, end
+
+    def day_rows(
+        self,
+        account: int,
+        slot: int,
+        day_start_from: int,
+        day_start_to: int,
+        selection: Ints | None = None,
+        group_by: list[int] | None = None,
+        *,
+        per_day: bool = False,
+    ) -> DayRows:
+        """Merge the day cells of the days that begin in [day_start_from, day_start_to).
+
+        Both bounds are starts of days of the metric's zone. `selection` comes from `select`, `group_by` are
+        positions of dimensions, the rows' groups are in its order. Not for COUNT_UNIQUE, which has no day cells.
+        """
+        agg = self._agg(slot)
+        assert agg != AggType.COUNT_UNIQUE
+        combos = self.dimensions.arrays.combos
+        wanted = NO_SELECTION if selection is None else selection
+        room, days = 256, 64
+        while True:
+            found = np.empty(room, dtype=np.int64)
+            overflowed = np.empty(days, dtype=np.int64)
+            n, n_overflowed = reads.collect_days(
+                self._state, self.schemas.arrays, combos, _signed(account), slot, day_start_from, day_start_to,
+                wanted, self._seed, found, overflowed,
+            )  # fmt: skip
+            if n <= room and n_overflowed <= days:
+                break
+            room, days = max(n, room), max(n_overflowed, days)
+        if n == 0:
+            return DayRows([], overflowed[:n_overflowed].tolist())
+        dimensions = np.array(group_by or [], dtype=np.int64)
+        merged = np.empty((n, reads.MERGED_FIELDS), dtype=np.int64)
+        groups = _table(n)
+        count = reads.merge_days(self._state, combos, found, n, dimensions, per_day, groups, merged)
+        rows = []
+        for row in merged[:count].tolist():
+            combo = int(self._state.cells[row[reads.G_ROW], W_KEY]) >> 32
+            group = self.dimensions.group(combo, group_by) if group_by else []
+            rows.append(DayRow(group, _stats(agg, row[reads.G_COUNT :]), row[reads.G_DAY]))
+        return DayRows(rows, overflowed[:n_overflowed].tolist())
+
+    def select(self, slot: int, filters: list[tuple[str, list[str]]]) -> Ints:
+        """Filters as a selection for the reads; see `Dimensions.selection` for what is refused."""
+        return self.dimensions.selection(self.schemas, slot, filters)
+
+    def dimension(self, slot: int, key: str) -> int:
+        """The position of a dimension, for `group_by`.
+
+        Raises:
+            InvalidRequestError: the metric doesn't declare it.
+        """
+        return self.dimensions.dimension(self.schemas, slot, key)
+
+    # ------------------------------------------------------------ reading all accounts
+
+    def top_period(self, slot: int, period_start: int, n: int) -> TopAccounts:
+        """The n accounts with the largest total in the billing period that begins at `period_start`."""
+        found = _collect(lambda out: reads.scan_period(self._state, slot, period_start, out))
+        agg = self._agg(slot)
+        lo, hi, _, _ = _RANKED_BY[agg]
+        table = self._state.cells[found]
+        best = _rank(table[:, cell_layout.W_ACCOUNT], table[:, lo], None if hi is None else table[:, hi], n)
+        accounts = [
+            (int(table[i, cell_layout.W_ACCOUNT]) & (2**64 - 1), self._cell_stats(int(found[i]), slot))
+            for i in best
+        ]
+        return TopAccounts(accounts, [])
+
+    def top_days(self, slot: int, first: int, end: int, selection: Ints | None, n: int) -> TopAccounts:
+        """The n accounts with the largest aggregate over the days that begin in [first, end). See `day_rows`."""
+        agg = self._agg(slot)
+        assert agg != AggType.COUNT_UNIQUE
+        combos = self.dimensions.arrays.combos
+        wanted = NO_SELECTION if selection is None else selection
+        found = _collect(lambda out: reads.scan_days(self._state, combos, slot, first, end, wanted, out))
+        merged = np.empty((len(found), reads.MERGED_FIELDS), dtype=np.int64)
+        flags = np.zeros(len(found), dtype=np.bool_)
+        count = reads.merge_accounts(self._state, found, len(found), _table(len(found)), merged, flags)
+        merged, flags = merged[:count], flags[:count]
+        owners = self._state.cells[merged[:, reads.G_ROW], cell_layout.W_ACCOUNT]
+        overflowed = np.sort(owners[flags].view(np.uint64)).tolist()
+        merged, owners = merged[~flags], owners[~flags]
+        _, _, lo, hi = _RANKED_BY[agg]
+        best = _rank(owners, merged[:, lo], None if hi is None else merged[:, hi], n)
+        accounts = [
+            (int(owners[i]) & (2**64 - 1), _stats(agg, merged[i, reads.G_COUNT :].tolist())) for i in best
+        ]
+        return TopAccounts(accounts, overflowed)
+
+    # ------------------------------------------------------------ alerts
+
+    @property
+    def alert_count(self) -> int:
+        """How many alert records there are; also the position of the next one."""
+        return int(self._counters[N_ALERTS])
+
+    def alerts(
+        self, from_position: int, account: int | None = None, slot: int | None = None, limit: int = 1_000
+    ) -> list[AlertRecord]:
+        """At most `limit` alert records from a position on, in log order, of an account and metric (None: all)."""
+        from_position = max(from_position, 0)
+        table = self._state.alerts[from_position : self.alert_count]
+        wanted = np.ones(len(table), dtype=np.bool_)
+        if account is not None:
+            wanted &= table[:, thresholds.A_ACCOUNT] == _signed(account)
+        if slot is not None:
+            wanted &= table[:, thresholds.A_SLOT] & 0xFFFFFFFF == slot
+        return [
+            self._alert(from_position + int(i), table[i].tolist())
+            for i in np.flatnonzero(wanted)[: max(limit, 0)]
+        ]
+
+    def _alert(self, position: int, row: list[int]) -> AlertRecord:
+        slot, index = row[thresholds.A_SLOT] & 0xFFFFFFFF, row[thresholds.A_SLOT] >> 32
+        record = self.schemas.record(slot)
+        threshold = record.schema.thresholds[index]
+        offset = row[thresholds.A_OFFSET]
+
+        def wide(lo: int) -> bytes:
+            return int128.to_bytes(int128.from_words(row[lo], row[lo + 1]))
+
+        return AlertRecord(
+            id=f"{self.partition}-{offset}-{index}-{record.uid}",
+            account_id=row[thresholds.A_ACCOUNT] & (2**64 - 1),
+            metric_code=record.schema.code,
+            threshold_code=threshold.code,
+            threshold_value=threshold.value,
+            period_start_ns=row[thresholds.A_START],
+            period_end_ns=row[thresholds.A_END],
+            value_at_cross=wide(thresholds.A_VALUE_LO),
+            first_multiple=wide(thresholds.A_FIRST_LO),
+            last_multiple=wide(thresholds.A_LAST_LO),
+            triggered_at_ns=row[thresholds.A_APPEND],
+            event_offset=offset,
+            partition=self.partition,
+            position=position,
+        )
+
+    # ------------------------------------------------------------ the state as a whole
+
+    @property
+    def cell_count(self) -> int:
+        """Period and day cells."""
+        return int(self._counters[N_CELLS])
+
+    @property
+    def member_count(self) -> int:
+        """Entries of all COUNT_UNIQUE sets, removed ones included."""
+        return int(self._counters[N_MEMBERS])
+
+    def memory_bytes(self) -> int:
+        """Bytes of memory that the state uses."""
+        return (
+            self.cell_count * cell_layout.CELL_BYTES
+            + self.member_count * uniques.MEMBER_BYTES
+            + int(self._counters[N_ROWS]) * 16
+            + int(self._counters[N_ALERTS]) * thresholds.ALERT_BYTES
+            + self._cell_index.memory_bytes
+            + self._member_index.memory_bytes
+            + self.dimensions.memory_bytes
+            + self.schemas.arrays.bounds.nbytes
+        )
+
+    def digest(self) -> int:
+        """A 64-bit digest of the logical state: equal on replicas that applied the same log up to one offset."""
+        total = int(digest_state(self._state, self.dimensions.arrays, self.schemas.uids))
+        for slot in range(self.schemas.count):
+            state = encode_record(self.schemas.record(slot)) + repr(self.schemas.declared(slot)).encode()
+            total += int.from_bytes(hashlib.blake2b(state, digest_size=8).digest(), "little")
+        return total & (2**64 - 1)
+
+    def snapshot(self) -> dict[str, npt.NDArray[Any] | bytes]:
+        """Copy the whole state, at once: what is folded afterwards doesn't show in it."""
+        cells, members, rows, alerts = self._counters.tolist()
+        return {
+            "fold_meta": np.array([SNAPSHOT_VERSION, self.partition, self.applied], dtype=np.int64),
+            "fold_schemas": msgspec.msgpack.encode(self._history),
+            "cells": self._cells.array[:cells].copy(),
+            "members": self._members.array[:members].copy(),
+            "threshold_rows": self._rows.array[:rows].copy(),
+            "alerts": self._alerts.array[:alerts].copy(),
+            **self.dimensions.snapshot(),
+        }
+
+    @classmethod
+    def restore(cls, partition: int, parts: dict[str, Any], *, hash_seed: int = 0) -> Fold:
+        """Make the fold of a snapshot.
+
+        Raises:
+            RemoteProtocolError: the parts aren't a snapshot of this partition.
+        """
+        try:
+            meta = np.asarray(parts["fold_meta"]).tolist()
+            history = msgspec.msgpack.decode(bytes(parts["fold_schemas"]), type=list[tuple[int, bytes]])
+            tables = [
+                np.asarray(parts[name]).reshape(-1, width)
+                for name, width in (
+                    ("cells", CELL_WORDS), ("members", MEMBER_WORDS), ("threshold_rows", 2), ("alerts", ALERT_WORDS)
+                )
+            ]  # fmt: skip
+            if meta[:2] != [SNAPSHOT_VERSION, partition]:
+                raise ValueError(f"it is of version and partition {meta[:2]}")
+            self = cls(partition, hash_seed=hash_seed)
+            for offset, encoded in history:
+                self.schemas.put(decode_record(encoded), offset)
+            self.dimensions = Dimensions.restore(parts)
+        except (KeyError, ValueError, TypeError, IndexError, msgspec.DecodeError) as error:
+            raise RemoteProtocolError(f"malformed snapshot of partition {partition}: {error}") from error
+        self._history = history
+        self.applied = meta[2]
+        arenas = self._cells, self._members, self._rows, self._alerts
+        for number, (arena, table) in enumerate(zip(arenas, tables, strict=True)):
+            arena.ensure(len(table))
+            arena.array[: len(table)] = table
+            self._counters[number] = len(table)
+        self._cell_index = Index(2 * len(tables[0]))
+        self._member_index = Index(len(tables[1]))
+        self._state = self._arrays()
+        self._check_references(partition)
+        reindex_cells(self._state, self._seed)
+        reindex_members(
+            self._state.member_table,
+            self._state.member_shards,
+            self._state.members,
+            self.member_count,
+            self._seed,
+        )
+        return self
+
+    def _check_references(self, partition: int) -> None:
+        """Refuse numbers that would send a kernel outside its arrays."""
+        cells = self._cells.array[: self.cell_count]
+        combos = (cells[:, W_KEY] >> 32) & 0xFFFFFFFF
+        is_period = combos == cell_layout.PERIOD
+        links = cells[:, W_LINKS]
+        row_ends = ((links >> 32) & 0xFFFFFFFF) - 1 + ((links >> 8) & 0xFF)
+        owners = self._members.array[: self.member_count, uniques.M_OWNER] & 0xFFFFFFFF
+        slots = self._alerts.array[: self.alert_count, thresholds.A_SLOT] & 0xFFFFFFFF
+        sound = (
+            (cells[:, W_KEY] & 0xFFFFFFFF).max(initial=-1) < self.schemas.count
+            and combos[~is_period].max(initial=-1) < self.dimensions.combo_count
+            and row_ends[is_period].max(initial=-1) <= int(self._counters[N_ROWS])
+            and (links & 0xFFFFFFFF)[~is_period].max(initial=0) <= self.cell_count
+            and owners.max(initial=-1) < self.cell_count
+            and slots.max(initial=-1) < self.schemas.count
+            and self.dimensions.sound
+        )
+        if not sound:
+            raise RemoteProtocolError(
+                f"malformed snapshot of partition {partition}: a reference leads nowhere"
+            )
+
+    def _agg(self, slot: int) -> AggType:
+        return AggType(int(self.schemas.agg_types[slot]))
+
+    def _cell_stats(self, row: int, slot: int) -> Stats:
+        cell = self._state.cells[row].tolist()
+        flags = cell[W_LINKS] & 0xFF
+        return _stats(self._agg(slot), cell[cell_layout.W_COUNT : W_LINKS], flags)
+
+
+def _stats(agg: AggType, words: list[int], alert_flags: int = 0) -> Stats:
+    """Make Stats of count, sum (two words), min, max, last value, time and offset."""
+    count, lo, hi, low, high, last, time, offset = words
+    if agg == AggType.COUNT_UNIQUE:
+        return Stats(count=count, unique=lo, alert_flags=alert_flags)
+    if agg == AggType.COUNT:
+        return Stats(count=count, last_event_at=time, last_offset=offset, alert_flags=alert_flags)
+    total = int128.to_bytes(int128.from_words(lo, hi))
+    return Stats(count, total, low, high, last, time, offset, alert_flags=alert_flags)
+
+
+def _signed(account: int) -> int:
+    """The int64 with an account id's bits."""
+    return account - 2**64 if account >= 2**63 else account
+
+
+def _table(n: int) -> Ints:
+    """An empty hash table for n entries."""
+    return np.full(1 << max(2 * n - 1, 1).bit_length(), -1, dtype=np.int64)
+
+
+def _collect(scan: Any) -> Ints:
+    """Call a kernel that fills an array and says how many it found, with a larger one if need be."""
+    found: Ints = np.empty(4_096, dtype=np.int64)
+    n = scan(found)
+    if n > len(found):
+        found = np.empty(n, dtype=np.int64)
+        scan(found)
+    return found[:n]
+
+
+def _rank(accounts: Ints, lo: Ints, hi: Ints | None, n: int) -> list[int]:
+    """Positions of the n largest numbers (hi, lo), largest first, ties by account id; hi None: lo is signed."""
+    # Complements turn the order around and can't overflow.
+    if hi is None:
+        keys: tuple[npt.NDArray[Any], ...] = (accounts.view(np.uint64), ~lo)
+    else:
+        keys = (accounts.view(np.uint64), ~lo.view(np.uint64), ~hi)
+    return np.lexsort(keys)[: max(n, 0)].tolist()  # type: ignore[no-any-return]

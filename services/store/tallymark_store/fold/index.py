@@ -1,0 +1,173 @@
+"""A hash index beside a dense array: hash -> row number, by open addressing.
+
+An entry is one u64: a 32-bit tag of the hash, and the row number plus one (0: empty). The key itself lies in the
+row; whoever looks up compares it there when the tag matches, so entries stay at 8 bytes.
+
+The table is 64 shards, chosen by the hash's top 6 bits. The next 32 bits are the tag, and the tag alone gives the
+position within a shard (`tag * capacity >> 32`), so a shard is enlarged without looking at rows, nearly in
+sequence, by a quarter at a time: loads stay between 0.6 and 0.75, and no single step moves more than a 64th.
+Shards lie `stride` entries apart in one reserved range, so they grow in place, inside kernels. Nothing is ever
+deleted from an index. Lookup loops stand with their keys: see `cells.find_cell`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba as nb
+import numpy as np
+import numpy.typing as npt
+
+from tallymark_store.fold.arena import Arena
+
+SHARD_BITS = 6
+SHARDS = 1 << SHARD_BITS
+ROWS_MAX = 2**32 - 2  # row numbers are 32 bits, plus one
+_CAPACITY_FIRST = 64
+_STRIDE_RESERVED = 1 << 25  # entries a shard may have where addresses could be reserved: 1.4 G rows in all
+_STRIDE_FIRST = 1_024
+_HUGE_CAPACITY = 1 << 20  # entries of a shard (8 MiB) from which huge pages pay
+
+# Columns of an index's `shards` array. Row SHARDS holds the whole index's figures.
+CAPACITY = 0
+COUNT = 1
+STRIDE = 0  # in row SHARDS
+FULL = 1  # in row SHARDS: 1 when a shard should have grown beyond its stride
+
+_SHARD_SHIFT = np.uint64(64 - SHARD_BITS)
+_TAG_SHIFT = np.uint64(64 - SHARD_BITS - 32)
+LOW32 = np.uint64(0xFFFFFFFF)
+U32 = np.uint64(32)
+ZERO = np.uint64(0)
+
+
+@nb.njit(nogil=True, cache=True, inline="always")
+def shard_of(h: Any) -> Any:
+    """The shard (int64) of a hash."""
+    return np.int64(np.uint64(h) >> _SHARD_SHIFT)
+
+
+@nb.njit(nogil=True, cache=True, inline="always")
+def tag_of(h: Any) -> Any:
+    """The tag (uint64 below 2^32) of a hash."""
+    return (np.uint64(h) >> _TAG_SHIFT) & LOW32
+
+
+@nb.njit(nogil=True, cache=True, inline="always")
+def home_of(tag: Any, capacity: Any) -> Any:
+    """Where in its shard the search for a tag begins."""
+    return np.int64((np.uint64(tag) * np.uint64(capacity)) >> U32)
+
+
+@nb.njit(nogil=True, cache=True, inline="always")
+def entry_position(shards: Any, h: Any) -> Any:
+    """Where in the table the search for a hash begins: for prefetching."""
+    shard = shard_of(h)
+    return shard * shards[SHARDS, STRIDE] + home_of(tag_of(h), shards[shard, CAPACITY])
+
+
+@nb.njit(nogil=True, cache=True)
+def _place(table: Any, base: Any, capacity: Any, entry: Any) -> None:
+    position = home_of(entry >> U32, capacity)
+    while table[base + position] != ZERO:
+        position += 1
+        if position == capacity:
+            position = 0
+    table[base + position] = entry
+
+
+@nb.njit(nogil=True, cache=True)
+def _grow(table: Any, shards: Any, shard: Any, capacity: Any) -> None:
+    base = shard * shards[SHARDS, STRIDE]
+    old = shards[shard, CAPACITY]
+    entries = table[base : base + old].copy()
+    for i in range(capacity):
+        table[base + i] = ZERO
+    shards[shard, CAPACITY] = capacity
+    for i in range(old):
+        if entries[i] != ZERO:
+            _place(table, base, capacity, entries[i])
+
+
+@nb.njit(nogil=True, cache=True)
+def insert(table: Any, shards: Any, h: Any, row: Any) -> None:
+    """Add an entry for a row that isn't in yet. Marks the index FULL when its owner must call `make_room`."""
+    shard = shard_of(h)
+    capacity = shards[shard, CAPACITY]
+    count = shards[shard, COUNT] + 1
+    if 4 * count > 3 * capacity:
+        larger = capacity + capacity // 4
+        if larger > shards[SHARDS, STRIDE]:
+            shards[SHARDS, FULL] = 1
+            assert count < capacity
+        else:
+            _grow(table, shards, shard, larger)
+            capacity = larger
+    shards[shard, COUNT] = count
+    entry = (tag_of(h) << U32) | np.uint64(row + 1)
+    _place(table, shard * shards[SHARDS, STRIDE], capacity, entry)
+
+
+@nb.njit(nogil=True, cache=True)
+def _move(old_table: Any, old_stride: Any, table: Any, shards: Any) -> None:
+    stride = shards[SHARDS, STRIDE]
+    for shard in range(SHARDS):
+        for i in range(shards[shard, CAPACITY]):
+            table[shard * stride + i] = old_table[shard * old_stride + i]
+
+
+class Index:
+    """The table of an index, for kernels: `table` uint64[], `shards` int64[SHARDS + 1, 2].
+
+    `expected` is how many entries will be added before `make_room` is next called, where growth isn't free.
+    """
+
+    def __init__(self, expected: int = 0, *, reserve: bool = True) -> None:
+        self._arena = Arena(
+            np.uint64, reserve_rows=_STRIDE_RESERVED * SHARDS if reserve else 0, initial_rows=1
+        )
+        stride = _STRIDE_RESERVED
+        if not self._arena.reserved:
+            # Twice an even share at the lowest load: no shard is that far above the mean.
+            stride = max(_STRIDE_FIRST, 4 * expected // SHARDS)
+            self._arena.ensure(stride * SHARDS)
+        self.shards: npt.NDArray[np.int64] = np.zeros((SHARDS + 1, 2), dtype=np.int64)
+        self.shards[:SHARDS, CAPACITY] = _CAPACITY_FIRST
+        self.shards[SHARDS, STRIDE] = stride
+        self._advised = 0
+
+    @property
+    def table(self) -> npt.NDArray[np.uint64]:
+        """The entries, shard after shard."""
+        return self._arena.array
+
+    @property
+    def count(self) -> int:
+        """How many entries there are."""
+        return int(self.shards[:SHARDS, COUNT].sum())
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the entries in use or kept free for growth."""
+        return 8 * int(self.shards[:SHARDS, CAPACITY].sum())
+
+    def make_room(self) -> None:
+        """After a kernel that stopped because of FULL: double the stride. Then call the kernel again."""
+        if not self.shards[SHARDS, FULL]:
+            return
+        old_table, old_stride = self.table, int(self.shards[SHARDS, STRIDE])
+        self._arena = Arena(np.uint64, reserve_rows=0, initial_rows=2 * old_stride * SHARDS)
+        self._arena.ensure(2 * old_stride * SHARDS)
+        self.shards[SHARDS, STRIDE] = 2 * old_stride
+        self.shards[SHARDS, FULL] = 0
+        _move(old_table, old_stride, self.table, self.shards)
+
+    def advise(self) -> None:
+        """Ask for huge pages once shards are large. Cheap; call it now and then."""
+        largest = int(self.shards[:SHARDS, CAPACITY].max())
+        if largest < _HUGE_CAPACITY or largest < self._advised:
+            return
+        self._advised = largest * 2
+        stride = int(self.shards[SHARDS, STRIDE])
+        for shard in range(SHARDS):
+            self._arena.advise_range(shard * stride, shard * stride + min(self._advised, stride))

@@ -1,0 +1,136 @@
+"""The sets of COUNT_UNIQUE metrics: one table of (period cell, value) -> the operation that counts.
+
+Of several operations on one value in one period the one with the highest event time counts, ties going to the
+later offset; ADD (and NONE) make it a member, REMOVE doesn't. So late and reordered operations end in the same set,
+and a removed value keeps its entry: an older ADD may still arrive.
+
+An entry is 40 bytes, five 64-bit words, in one dense array::
+
+    0   row of the period cell u32, operation u32     3   event time i64
+    1   value, low word                               4   offset i64
+    2   value, high word (0 but for strings)
+
+Values are numbers as they are (of UINT64 the bits), strings as BLAKE2b-128 over the metric's uid and the text with
+its tag.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba as nb
+import numpy as np
+
+from tallymark_protocol.kernels.blake2b import blake2b_128
+from tallymark_protocol.kernels.intrinsics import load_u8, load_u64, mix64
+from tallymark_protocol.model import OperationType
+from tallymark_protocol.payload import (
+    C_TEXT_BYTES,
+    C_TEXT_ENCODING,
+    C_TEXT_ENDS,
+    table_end,
+    table_start,
+    value_at,
+)
+from tallymark_store.fold.index import (
+    CAPACITY,
+    LOW32,
+    SHARDS,
+    STRIDE,
+    U32,
+    ZERO,
+    home_of,
+    insert,
+    shard_of,
+    tag_of,
+)
+
+M_OWNER = 0
+M_LO = 1
+M_HI = 2
+M_TIME = 3
+M_OFFSET = 4
+MEMBER_WORDS = 5
+MEMBER_BYTES = 8 * MEMBER_WORDS
+
+_MASK32 = 0xFFFFFFFF
+_REMOVE = int(OperationType.REMOVE)
+_TEXT_STRING = 1
+
+
+@nb.njit(nogil=True, cache=True)
+def unique_value(data: Any, columns: Any, i: Any, uid: Any, work: Any) -> Any:
+    """The value of event i as two int64 words. `work` is `blake2b_128`'s."""
+    if columns[C_TEXT_ENCODING] == 2:
+        start = table_start(data, columns[C_TEXT_ENDS], columns[C_TEXT_BYTES], i)
+        end = table_end(data, columns[C_TEXT_ENDS], columns[C_TEXT_BYTES], i)
+        if end > start:
+            if load_u8(data, start) == _TEXT_STRING:
+                lo, hi = blake2b_128(np.uint64(0), uid, data, start, end, work)
+                return np.int64(lo), np.int64(hi)
+            return np.int64(load_u64(data, start + 1)), np.int64(0)
+    return value_at(data, columns, i), np.int64(0)
+
+
+@nb.njit(nogil=True, cache=True, inline="always")
+def member_hash(row: Any, lo: Any, hi: Any, seed: Any) -> Any:
+    """Hash of an entry's key."""
+    return mix64(mix64(np.uint64(row) + np.uint64(seed)) ^ mix64(np.uint64(lo) ^ mix64(np.uint64(hi))))
+
+
+@nb.njit(nogil=True, cache=True)
+def apply_operation(
+    table: Any,
+    shards: Any,
+    members: Any,
+    count: Any,
+    h: Any,
+    row: Any,
+    lo: Any,
+    hi: Any,
+    time: Any,
+    offset: Any,
+    operation: Any,
+) -> Any:
+    """Apply one operation on a value of the set of period cell `row`; `offset` is above all before it.
+
+    Returns (change of the number of members, number of entries added).
+    """
+    added = np.int64(0) if operation == _REMOVE else np.int64(1)
+    shard = shard_of(h)
+    capacity = shards[shard, CAPACITY]
+    base = shard * shards[SHARDS, STRIDE]
+    tag = tag_of(h)
+    position = home_of(tag, capacity)
+    while True:
+        entry = table[base + position]
+        if entry == ZERO:
+            break
+        if (entry >> U32) == tag:
+            e = np.int64(entry & LOW32) - 1
+            if members[e, M_LO] == lo and members[e, M_HI] == hi and members[e, M_OWNER] & _MASK32 == row:
+                if time < members[e, M_TIME]:
+                    return np.int64(0), np.int64(0)
+                before = np.int64(0) if members[e, M_OWNER] >> 32 == _REMOVE else np.int64(1)
+                members[e, M_OWNER] = row | (operation << 32)
+                members[e, M_TIME] = time
+                members[e, M_OFFSET] = offset
+                return added - before, np.int64(0)
+        position += 1
+        if position == capacity:
+            position = 0
+    members[count, M_OWNER] = row | (operation << 32)
+    members[count, M_LO] = lo
+    members[count, M_HI] = hi
+    members[count, M_TIME] = time
+    members[count, M_OFFSET] = offset
+    insert(table, shards, h, count)
+    return added, np.int64(1)
+
+
+@nb.njit(nogil=True, cache=True)
+def reindex_members(table: Any, shards: Any, members: Any, count: Any, seed: Any) -> None:
+    """Fill an empty index from the entries."""
+    for e in range(count):
+        h = member_hash(members[e, M_OWNER] & _MASK32, members[e, M_LO], members[e, M_HI], seed)
+        insert(table, shards, h, e)

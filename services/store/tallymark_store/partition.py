@@ -1,0 +1,579 @@
+"""One partition at its leader: the judge's state at the log's end, and what waits for the commit.
+
+Pure: payloads, times and positions come in, records and answers go out. The driver (`store.py`) owns the log,
+the network and the order of things:
+
+    prepare(payload) -> Prepared     judged, nothing changed yet but the dedup index
+    driver appends the record
+    appended(prepared)               windows, positions, the fold's queue
+    driver syncs; commit(offset)     returns the answers that may now be sent
+    fold_step()                      folds one committed record
+
+Every answer carries the offset below which everything must be committed before it is sent: an answer that
+relies on an earlier event (a repeat, a duplicate) is never ahead of that event.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tallymark_protocol import limits
+from tallymark_protocol.errors import ErrorCode, Reason, WireError
+from tallymark_protocol.messages import Appended, ChunkOutcome
+from tallymark_protocol.payload import C_CHUNK_TABLE, C_CHUNKS, C_EVENTS, C_ID_ENCODING, metric_codes
+from tallymark_protocol.schema import MetricRecord
+from tallymark_store import batch
+from tallymark_store.dedup import NEW, REPEAT, REUSED, UNKNOWN, DedupIndex, ProducerWindows
+from tallymark_store.fold import Fold, SchemaTable
+from tallymark_store.judge import WANTS_LOOKUP, event_keys, judge_events, sealed_events, time_range
+from tallymark_store.wal import PartitionIndex
+
+Bytes = npt.NDArray[np.uint8]
+Ints = npt.NDArray[np.int64]
+
+ENTRY_DTYPE = np.dtype(
+    [
+        ("producer", "<u8"),
+        ("sequence", "<u8"),
+        ("first_sent", "<i8"),
+        ("checksum", "<u4"),
+        ("count", "<u4"),
+        ("flags", "<u4"),
+        ("zero", "<u4"),
+    ]
+)
+
+_REPEAT_VERDICT = int(Reason.REPEAT)
+_ACCEPTED = int(Reason.ACCEPTED)
+_HAS_ORIGINAL = (int(Reason.DUPLICATE), int(Reason.CONFLICT))
+
+
+class FoldItem(NamedTuple):
+    """A record on its way from the log's end to the cells."""
+
+    end_offset: int
+    base_offset: int
+    append_ns: int
+    data: Bytes
+    columns: Ints
+    verdicts: Bytes | None
+    control: MetricRecord | None
+
+
+class Prepared(NamedTuple):
+    """What the judge made of a payload. `record` is None where nothing is to be appended."""
+
+    answer: Appended
+    commit_offset: int  # the answer may go out once everything below is committed
+    relies_on_commit: bool  # also an ASYNC answer waits for that
+    record: list[bytes | Bytes] | None
+    count: int
+    append_ns: int
+    min_time_ns: int
+    max_time_ns: int
+    item: FoldItem | None
+    chunks: npt.NDArray[Any] | None  # table entries, with ...
+    chunk_verdicts: Bytes | None  # ... what the windows said of each
+    first_offsets: Ints | None
+    stored: int
+
+
+class JudgedChunks(NamedTuple):
+    """What the producer windows say of the chunks of a payload."""
+
+    verdicts: Bytes  # NEW, REPEAT, REUSED, UNKNOWN
+    # Of a chunk's first event. REPEAT: of the one that is remembered. NEW, and repeats of those: counted as if
+    # only the new chunks were in the record, which is not so here (see `_prepare_mixed`).
+    first_offsets: Ints
+    record_offsets: Ints  # base offset of the record that holds it
+
+
+class LoggedVerdicts(NamedTuple):
+    """The verdict column of a record that is in the log, to answer a repeat with."""
+
+    base_offset: int
+    verdicts: Bytes | None
+    originals: Ints
+
+
+def exceptions_of(
+    verdicts: Bytes | None, originals: Ints, start: int, count: int
+) -> list[tuple[int, int, int]]:
+    """The events of [start, start + count) of a batch that were not stored: (index, reason, original or -1)."""
+    if verdicts is None:
+        return []
+    part = verdicts[start : start + count]
+    at = np.flatnonzero(part)
+    if len(at) == 0:
+        return []
+    reasons = part[at]
+    related = np.full(len(at), -1, dtype=np.int64)
+    has_original = (reasons == _HAS_ORIGINAL[0]) | (reasons == _HAS_ORIGINAL[1])
+    before = verdicts[:start]
+    skip = int(np.count_nonzero((before == _HAS_ORIGINAL[0]) | (before == _HAS_ORIGINAL[1])))
+    many = int(np.count_nonzero(has_original))
+    related[has_original] = originals[skip : skip + many]
+    return list(zip(at.tolist(), reasons.tolist(), related.tolist(), strict=True))
+
+
+class Partition:
+    """The leader's side of one partition. See the module for the order of calls."""
+
+    def __init__(
+        self, partition: int, *, dedup_window_ns: int, indexes: Mapping[int, PartitionIndex]
+    ) -> None:
+        self.partition = partition
+        self.dedup_window_ns = dedup_window_ns
+        self._indexes = indexes  # the log's; a partition is in it from its first record on
+        self._no_index = PartitionIndex(partition)
+        self.epoch = 0  # of this leadership; 0 while there is none
+        self.error: WireError | None = None  # why the partition is not served
+        self.schemas_stale = False  # a schema change could not be written; due before the next append
+        # Exclusive; everything below is committed. applied <= high_watermark <= log end
+        self.high_watermark = self.log_end
+        self.schemas = SchemaTable()  # as of the log's end
+        self.dedup = DedupIndex()  # likewise, uncommitted suffix included
+        self.windows = ProducerWindows()  # likewise
+        self.fold = Fold(partition)  # as of `fold.applied`
+        self.last_append_ns = 0  # of the last record below the log's end, as far as it has been replayed
+        self._queue: deque[FoldItem] = deque()  # appended, not folded
+        self._waiting: deque[tuple[int, Callable[[], None]]] = deque()  # (commit offset, send), in log order
+        self._work = np.zeros(32, dtype=np.uint64)
+
+    @property
+    def index(self) -> PartitionIndex:
+        """Where the partition's records lie."""
+        return self._indexes.get(self.partition, self._no_index)
+
+    @property
+    def log_end(self) -> int:
+        """The next offset to be written."""
+        return self.index.log_end
+
+    @property
+    def applied(self) -> int:
+        """The offset below which everything is in the cells; exclusive."""
+        return self.fold.applied
+
+    def stamp(self, now_ns: int) -> int:
+        """The append time for a record written now: log time never decreases."""
+        return max(now_ns, self.last_append_ns)
+
+    def dedup_floor(self, append_ns: int) -> int:
+        """The first offset whose ids are still remembered at `append_ns`: a pure function of the log."""
+        times = self.index.column("append_ns")
+        row = int(times.searchsorted(append_ns - self.dedup_window_ns, side="left"))
+        return int(self.index.column("base_offset")[row]) if row < len(times) else self.log_end
+
+    # ------------------------------------------------------------ append
+
+    def prepare(
+        self,
+        payload: Bytes,
+        columns: Ints,
+        checksum: int,
+        slots: Ints,
+        now_ns: int,
+        read_verdicts: Callable[[int], LoggedVerdicts],
+    ) -> Prepared:
+        """Judge a validated payload. `read_verdicts(base_offset)` reads a logged batch's verdict column.
+
+        Only the dedup index remembers something already (`DedupIndex.judge` inserts as it looks up), which is
+        why the driver makes sure that the log takes the record *before* it calls this.
+        """
+        n = int(columns[C_EVENTS])
+        append_ns = self.stamp(now_ns)
+        base = self.log_end
+        table_at = int(columns[C_CHUNK_TABLE])
+        table = payload[table_at : table_at + 40 * int(columns[C_CHUNKS])].view(ENTRY_DTYPE)
+        counts = table["count"].astype(np.int64)
+        first_offsets = base + np.cumsum(counts) - counts
+        judged = self._judge_chunks(table, append_ns)
+        if judged.verdicts.any():
+            return self._prepare_mixed(
+                payload, columns, checksum, slots, append_ns, table, first_offsets, judged, read_verdicts
+            )
+        verdicts = np.zeros(n, dtype=np.uint8)
+        originals, accepted = self._judge(payload, columns, slots, append_ns, verdicts)
+        if accepted == n:
+            answer = Appended(None, base)
+            return self._record(
+                payload,
+                columns,
+                checksum,
+                append_ns,
+                None,
+                None,
+                answer,
+                table,
+                judged.verdicts,
+                first_offsets,
+                accepted,
+            )
+        outcomes = [
+            ChunkOutcome(first, exceptions_of(verdicts, originals, first - base, count))
+            for first, count in zip(first_offsets.tolist(), counts.tolist(), strict=True)
+        ]
+        return self._record(
+            payload,
+            columns,
+            checksum,
+            append_ns,
+            verdicts,
+            originals,
+            Appended(outcomes, base),
+            table,
+            judged.verdicts,
+            first_offsets,
+            accepted,
+        )
+
+    def _judge_chunks(self, table: npt.NDArray[Any], append_ns: int) -> JudgedChunks:
+        k = len(table)
+        judged = JudgedChunks(
+            np.empty(k, dtype=np.uint8), np.empty(k, dtype=np.int64), np.empty(k, dtype=np.int64)
+        )
+        self.windows.judge_chunks(
+            table["producer"].astype(np.uint64),
+            table["sequence"].astype(np.uint64),
+            table["checksum"].astype(np.uint32),
+            table["first_sent"].astype(np.int64),
+            table["count"].astype(np.uint32),
+            append_ns,
+            self.log_end,
+            judged.verdicts,
+            judged.first_offsets,
+            judged.record_offsets,
+        )
+        return judged
+
+    def _prepare_mixed(
+        self,
+        payload: Bytes,
+        columns: Ints,
+        checksum: int,
+        slots: Ints,
+        append_ns: int,
+        table: npt.NDArray[Any],
+        first_offsets: Ints,
+        judged: JudgedChunks,
+        read_verdicts: Callable[[int], LoggedVerdicts],
+    ) -> Prepared:
+        """The rare payload in which some chunk is a repeat, or has no knowable outcome."""
+        n = int(columns[C_EVENTS])
+        base = self.log_end
+        chunk_verdicts: Bytes = judged.verdicts
+        counts = table["count"].tolist()
+        verdicts = np.zeros(n, dtype=np.uint8)
+        for c in np.flatnonzero(chunk_verdicts).tolist():
+            start = int(first_offsets[c]) - base
+            verdicts[start : start + counts[c]] = _REPEAT_VERDICT
+        appends = bool((chunk_verdicts == NEW).any())
+        originals: Ints = np.zeros(0, dtype=np.int64)
+        accepted = 0
+        if appends:
+            originals, accepted = self._judge(payload, columns, slots, append_ns, verdicts)
+        # Repeats stay in the record, marked as such, so that the gateway's bytes stay as they are: a new chunk's
+        # own offset is not the one that the windows counted.
+        own = {
+            int(judged.first_offsets[c]): int(first_offsets[c])
+            for c in np.flatnonzero(chunk_verdicts == NEW).tolist()
+        }
+        outcomes = []
+        commit_offset = 0
+        for c, verdict in enumerate(chunk_verdicts.tolist()):
+            first = int(first_offsets[c])
+            if verdict == REUSED:
+                outcomes.append(ChunkOutcome(-1, [], _REUSED_ERROR))
+                continue
+            if verdict == UNKNOWN:
+                outcomes.append(ChunkOutcome(-1, [], _UNKNOWN_ERROR))
+                continue
+            if verdict == REPEAT:
+                first = int(judged.first_offsets[c])
+                if int(judged.record_offsets[c]) == base:
+                    first = own[first]
+                commit_offset = max(commit_offset, first + counts[c])
+            if first >= base:
+                found = LoggedVerdicts(base, verdicts, originals)
+            else:
+                found = read_verdicts(int(judged.record_offsets[c]))
+            exceptions = exceptions_of(found.verdicts, found.originals, first - found.base_offset, counts[c])
+            outcomes.append(ChunkOutcome(first, exceptions))
+        answer = Appended(outcomes, base)
+        if not appends:
+            return Prepared(
+                answer, commit_offset, commit_offset > 0, None, 0, append_ns, 0, 0, None, None, None, None, 0
+            )
+        return self._record(
+            payload,
+            columns,
+            checksum,
+            append_ns,
+            verdicts,
+            originals,
+            answer,
+            table,
+            chunk_verdicts,
+            first_offsets,
+            accepted,
+        )
+
+    def _judge(
+        self, payload: Bytes, columns: Ints, slots: Ints, append_ns: int, verdicts: Bytes
+    ) -> tuple[Ints, int]:
+        """Fill `verdicts`; returns the originals of duplicates and conflicts, in order, and how many are stored."""
+        n = int(columns[C_EVENTS])
+        schemas = self.schemas
+        judge_events(payload, columns, slots, schemas.agg_types, schemas.unique_types, append_ns, verdicts)
+        sealed: Bytes | None = None
+        if schemas.has_grace:
+            sealed = np.zeros(n, dtype=np.uint8)
+            sealed_events(payload, columns, slots, schemas.arrays, append_ns, verdicts, sealed)
+        originals: Ints = np.zeros(0, dtype=np.int64)
+        if columns[C_ID_ENCODING] == 2:
+            keys_lo = np.empty(n, dtype=np.uint64)
+            keys_hi = np.empty(n, dtype=np.uint64)
+            fingerprints = np.empty(n, dtype=np.uint64)
+            wants = np.empty(n, dtype=np.uint8)
+            many = event_keys(
+                payload,
+                columns,
+                slots,
+                schemas.uids,
+                verdicts,
+                wants,
+                keys_lo,
+                keys_hi,
+                fingerprints,
+                self._work,
+            )
+            if many:
+                if sealed is not None:
+                    wants[(sealed != 0) & (wants != 0)] = WANTS_LOOKUP
+                original = np.full(n, -1, dtype=np.int64)
+                floor = self.dedup_floor(append_ns)
+                self.dedup.reserve(many)
+                self.dedup.judge(
+                    keys_lo, keys_hi, fingerprints, wants, self.log_end, floor, verdicts, original
+                )
+                originals = original[original >= 0]
+        if sealed is not None:
+            verdicts[(sealed != 0) & (verdicts == _ACCEPTED)] = int(Reason.PERIOD_SEALED)
+        return originals, n - int(np.count_nonzero(verdicts))
+
+    def _record(
+        self,
+        payload: Bytes,
+        columns: Ints,
+        checksum: int,
+        append_ns: int,
+        verdicts: Bytes | None,
+        originals: Ints | None,
+        answer: Appended,
+        table: npt.NDArray[Any],
+        chunk_verdicts: Bytes,
+        first_offsets: Ints,
+        accepted: int,
+    ) -> Prepared:
+        n = int(columns[C_EVENTS])
+        base = self.log_end
+        marks = np.zeros(n, dtype=np.uint8) if verdicts is None else verdicts
+        low, high = time_range(payload, columns, append_ns, marks)
+        relies = verdicts is not None and (
+            bool((chunk_verdicts == REPEAT).any()) or (originals is not None and len(originals) > 0)
+        )
+        return Prepared(
+            answer=answer,
+            commit_offset=base + n,
+            relies_on_commit=relies,
+            record=[batch.encode_prefix(checksum, n, verdicts, originals), payload],
+            count=n,
+            append_ns=append_ns,
+            min_time_ns=int(low),
+            max_time_ns=int(high),
+            item=FoldItem(base + n, base, append_ns, payload, columns, verdicts, None),
+            chunks=table,
+            chunk_verdicts=chunk_verdicts,
+            first_offsets=first_offsets,
+            stored=accepted,
+        )
+
+    def back_out(self, base: int) -> None:
+        """Forget what `prepare` remembered: the record did not get into the log, which still ends at `base`."""
+        self.dedup.truncate(base)
+
+    def missing_codes(self, payload: Bytes, columns: Ints) -> list[str]:
+        """The codes of a payload's metric table that the partition knows no living metric by."""
+        return [code for code in metric_codes(payload, columns) if self.schemas.slot_of(code) < 0]
+
+    def appended(self, prepared: Prepared) -> None:
+        """The record is in the log's buffer: remember its chunks, queue it for the fold."""
+        assert prepared.item is not None, "only a record is appended"
+        assert prepared.chunks is not None and prepared.chunk_verdicts is not None  # noqa: PT018
+        assert prepared.first_offsets is not None
+        self.last_append_ns = prepared.append_ns
+        self._remember(
+            prepared.chunks,
+            prepared.chunk_verdicts == NEW,
+            prepared.first_offsets,
+            prepared.item.base_offset,
+            prepared.append_ns,
+        )
+        self._queue.append(prepared.item)
+
+    def _remember(
+        self,
+        table: npt.NDArray[Any],
+        new: npt.NDArray[np.bool_],
+        first_offsets: Ints,
+        base: int,
+        append_ns: int,
+    ) -> None:
+        entries = table[new]
+        self.windows.insert(
+            entries["producer"].astype(np.uint64),
+            entries["sequence"].astype(np.uint64),
+            entries["checksum"].astype(np.uint32),
+            entries["count"].astype(np.uint32),
+            first_offsets[new],
+            base,
+            append_ns,
+        )
+
+    def appended_schema(self, record: MetricRecord, offset: int, append_ns: int) -> None:
+        """A metric schema record is in the log's buffer at `offset`."""
+        self.last_append_ns = append_ns
+        self.schemas.put(record, offset)
+        self._queue.append(FoldItem(offset + 1, offset, append_ns, _NOTHING, _NO_COLUMNS, None, record))
+
+    def appended_control(self, offset: int, append_ns: int) -> None:
+        """A control record that carries no state is in the log's buffer at `offset`."""
+        self.last_append_ns = append_ns
+        self._queue.append(FoldItem(offset + 1, offset, append_ns, _NOTHING, _NO_COLUMNS, None, None))
+
+    # ------------------------------------------------------------ commit and fold
+
+    def wait_commit(self, offset: int, send: Callable[[], None]) -> None:
+        """Call `send` once everything below `offset` is committed (at once if it is)."""
+        if offset <= self.high_watermark:
+            send()
+            return
+        # Answers that rely on an older record queue behind newer ones: order is by commit offset only for
+        # records, so a late, low offset would sit behind a higher one. It then waits a little longer.
+        self._waiting.append((offset, send))
+
+    def commit(self, offset: int) -> list[Callable[[], None]]:
+        """Everything below `offset` is on the quorum's disks. Returns the answers to send."""
+        assert offset <= self.log_end, "nothing is committed that is not in the log"
+        self.high_watermark = max(self.high_watermark, offset)
+        index = self.index
+        last = index.find(self.high_watermark - 1)
+        if last >= 0:
+            self.windows.advance(self.high_watermark, index.row(last).append_ns)
+        ready = []
+        while self._waiting and self._waiting[0][0] <= self.high_watermark:
+            ready.append(self._waiting.popleft()[1])
+        return ready
+
+    @property
+    def fold_behind(self) -> bool:
+        """Whether a committed record waits to be folded."""
+        return bool(self._queue) and self._queue[0].end_offset <= self.high_watermark
+
+    def fold_step(self) -> tuple[int, int]:
+        """Fold the next committed record; returns its events and its payload's bytes (0 for a control record)."""
+        assert self.fold_behind, "only what is committed is folded"
+        item = self._queue.popleft()
+        if item.control is not None:
+            self.fold.put_schema(item.control, item.base_offset)
+        elif len(item.data):
+            self.fold.apply(item.data, item.columns, item.verdicts, item.base_offset, item.append_ns)
+        self.fold.advance(item.end_offset)
+        return (item.end_offset - item.base_offset if len(item.data) else 0), len(item.data)
+
+    def fail_waiting(self) -> None:
+        """Drop the answers that will not come: the leadership ended."""
+        self._waiting.clear()
+
+    def digest(self) -> str:
+        """A digest of all replicated state at the applied offset, whatever the layout of tables.
+
+        Equal on replicas at the same applied offset, and after a recount of the log. Call it with the fold at the
+        high watermark.
+        """
+        applied = self.applied
+        index = self.index
+        row = index.find(applied - 1)
+        last_ns = index.row(row).append_ns if row >= 0 else 0
+        floor = min(self.dedup_floor(last_ns), applied)
+        parts = (
+            self.fold.digest(),
+            self.dedup.digest(floor, applied),
+            self.windows.digest(applied, last_ns),
+        )
+        return "-".join(f"{part:032x}" for part in parts)
+
+    # ------------------------------------------------------------ recovery
+
+    def replay_batch(self, view: batch.BatchView, columns: Ints, base_offset: int, append_ns: int) -> None:
+        """Put a logged batch's effect into the judge's state and into the cells; it is committed."""
+        n = int(columns[C_EVENTS])
+        verdicts = view.verdicts if view.verdicts is not None else np.zeros(n, dtype=np.uint8)
+        table_at = int(columns[C_CHUNK_TABLE])
+        raw = view.data[table_at : table_at + 40 * int(columns[C_CHUNKS])]
+        table = np.frombuffer(raw.tobytes(), dtype=ENTRY_DTYPE)
+        counts = table["count"].astype(np.int64)
+        starts = np.cumsum(counts) - counts
+        new = verdicts[starts] != _REPEAT_VERDICT
+        self._remember(table, new, base_offset + starts, base_offset, append_ns)
+        if columns[C_ID_ENCODING] == 2:
+            self._replay_ids(view.data, columns, verdicts, base_offset)
+        self.last_append_ns = max(self.last_append_ns, append_ns)
+        self.fold.apply(view.data, columns, view.verdicts, base_offset, append_ns)
+        self.fold.advance(base_offset + n)
+
+    def _replay_ids(self, data: Bytes, columns: Ints, verdicts: Bytes, base_offset: int) -> None:
+        n = int(columns[C_EVENTS])
+        slots = self.schemas.slots_of(data, columns)
+        keys_lo = np.empty(n, dtype=np.uint64)
+        keys_hi = np.empty(n, dtype=np.uint64)
+        fingerprints = np.empty(n, dtype=np.uint64)
+        wants = np.empty(n, dtype=np.uint8)
+        event_keys(
+            data,
+            columns,
+            slots,
+            self.schemas.uids,
+            verdicts,
+            wants,
+            keys_lo,
+            keys_hi,
+            fingerprints,
+            self._work,
+        )
+        chosen = np.flatnonzero(wants)
+        if len(chosen):
+            self.dedup.reserve(len(chosen))
+            self.dedup.apply(keys_lo[chosen], keys_hi[chosen], fingerprints[chosen], base_offset + chosen)
+
+
+_NOTHING = np.zeros(0, dtype=np.uint8)
+_NO_COLUMNS = np.zeros(0, dtype=np.int64)
+_REUSED_ERROR = WireError(
+    int(ErrorCode.SEQUENCE_REUSED),
+    False,
+    "this producer sent other content under the same sequence before: the chunk was not stored",
+)
+_UNKNOWN_ERROR = WireError(
+    int(ErrorCode.OUTCOME_UNKNOWN),
+    False,
+    f"the chunk is from outside the window in which repeats are recognised "
+    f"({limits.PRODUCER_WINDOW} sequences, {limits.CHUNK_RETRY_NS_MAX // 60_000_000_000} minutes): "
+    f"it may have been stored before or not, and was not stored now",
+)

@@ -1,0 +1,147 @@
+"""From a data directory to partitions that can be led: log, checkpoints, and what the log holds beyond them.
+
+The log is the truth. A checkpoint that is missing or damaged only costs time: the partition is folded again from its
+first record. A damaged log is another matter: the partitions concerned are refused, with a sentence that says where
+the damage lies and what to do; the others are served.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+
+import msgspec
+
+from tallymark_protocol.errors import ErrorCode, RemoteProtocolError, WireError
+from tallymark_runtime.disk import Disk
+from tallymark_store import checkpoint
+from tallymark_store.checkpointer import folder
+from tallymark_store.fold import Fold
+from tallymark_store.partition import Partition
+from tallymark_store.store import replay
+from tallymark_store.wal import DamagedError, Recovery, Wal, WalConfig, open_wal
+
+_log = logging.getLogger(__name__)
+
+
+class Recovered(msgspec.Struct, frozen=True):
+    """What a start found."""
+
+    wal: Wal
+    partitions: dict[int, Partition]
+    manifests: dict[int, checkpoint.Manifest]
+    recovery: Recovery
+    records_replayed: int
+
+
+def recover(
+    disk: Disk,
+    *,
+    partition_count: int,
+    dedup_window_ns: int,
+    wal_config: WalConfig,
+    new_log_id: bytes,
+    report: Callable[[str], None],
+) -> Recovered:
+    """Open a store's data directory.
+
+    Raises:
+        DiskError: the disk cannot be read or written.
+        LogVersionError: the log is of another version.
+    """
+    checkpoints = disk.at("checkpoints")
+    try:
+        start = checkpoint.load_wal_start(checkpoints)
+    except checkpoint.CheckpointError as error:
+        report(f"reading the whole log: {error}")
+        start = None
+    wal, recovery = open_wal(disk.at("wal"), new_log_id=new_log_id, config=wal_config, start=start)
+    for finding in recovery.findings:
+        report(f"{finding.file} at {finding.position}: {finding.sentence}; no record was lost")
+    partitions: dict[int, Partition] = {}
+    manifests: dict[int, checkpoint.Manifest] = {}
+    replayed = 0
+    for number in range(partition_count):
+        partition = Partition(number, dedup_window_ns=dedup_window_ns, indexes=wal.partitions)
+        if recovery.is_damaged(number):
+            partition.error = _damage_error(number, recovery)
+            report(partition.error.message)
+            partitions[number] = partition
+            continue
+        partitions[number] = partition
+        try:
+            partition, manifest = _load(checkpoints, partition, report, wal, dedup_window_ns)
+            partitions[number] = partition
+            if manifest is not None:
+                manifests[number] = manifest
+            replayed += replay(wal, partition)
+        except DamagedError as error:
+            wal.mark_damaged(number)
+            partition.error = _error(f"{error.message}; {_WAY_OUT}")
+            report(partition.error.message)
+        partition.high_watermark = partition.log_end
+    return Recovered(wal, partitions, manifests, recovery, replayed)
+
+
+_WAY_OUT = (
+    "nothing was dropped. Restore the file from a backup of the data directory, or restore this partition from a "
+    "healthy copy; until then the partition is refused"
+)
+
+
+def _error(message: str) -> WireError:
+    return WireError(int(ErrorCode.PARTITION_DAMAGED), False, message)
+
+
+def _damage_error(number: int, recovery: Recovery) -> WireError:
+    damage = recovery.damages.get(number)
+    if damage is None:
+        return _error(
+            f"partition {number} may have been in a part of the log that cannot be read any more; {_WAY_OUT}"
+        )
+    return _error(
+        f"partition {number} is damaged from offset {damage.offset} on: {damage.file} at byte "
+        f"{damage.position}: {damage.sentence}; {_WAY_OUT}"
+    )
+
+
+def _load(
+    checkpoints: Disk, partition: Partition, report: Callable[[str], None], wal: Wal, dedup_window_ns: int
+) -> tuple[Partition, checkpoint.Manifest | None]:
+    number = partition.partition
+    disk = checkpoints.at(folder(number))
+    try:
+        manifest = checkpoint.load_manifest(disk)
+        if manifest is None:
+            return partition, None
+        if manifest.offset > partition.log_end:
+            # A checkpoint is published only of what is durable, so the log has lost acknowledged records.
+            raise DamagedError(
+                f"partition {number}: the log ends at offset {partition.log_end}, but a checkpoint shows that "
+                f"it held everything below {manifest.offset}",
+                partition=number,
+            )
+        _restore(partition, disk, manifest)
+    except (checkpoint.CheckpointError, RemoteProtocolError, KeyError) as error:
+        report(f"partition {number}: the checkpoint cannot be used, folding the log again: {error}")
+        checkpoint.discard(disk)
+        return Partition(number, dedup_window_ns=dedup_window_ns, indexes=wal.partitions), None
+    return partition, manifest
+
+
+def _restore(partition: Partition, disk: Disk, manifest: checkpoint.Manifest) -> None:
+    state = checkpoint.load_state(disk, manifest)
+    fold_parts = {
+        name.removeprefix("fold."): part for name, part in state.items() if name.startswith("fold.")
+    }
+    partition.fold = Fold.restore(partition.partition, fold_parts)
+    # The judge's schemas go ahead of the fold's from here on; at the checkpoint they are the same.
+    partition.schemas = copy.deepcopy(partition.fold.schemas)
+    windows = state["windows"]
+    assert not isinstance(windows, bytes), "the windows are an array"
+    partition.windows.load(windows)
+    for entries in checkpoint.load_ids(disk, manifest):
+        partition.dedup.reserve(len(entries))
+        partition.dedup.load(entries)
+    partition.last_append_ns = manifest.last_append_ns
