@@ -252,7 +252,7 @@ async def open_link(address: str, loop: asyncio.AbstractEventLoop, owner: LinkOw
         raise UnavailableError(
             f"{address} didn't answer within {timeout:.1f} s", code=ErrorCode.TIMEOUT
         ) from None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a host name that can't be one
         _consume(link.ready)
         raise UnavailableError(f"can't connect to {address}: {error}", code=ErrorCode.CLOSED) from error
     except BaseException:

@@ -148,7 +148,6 @@ class Flight:
     def lost(self, error: TallymarkError) -> None:
         """The link: no answer will come."""
         self.link_tries -= 1
-        self.ambiguous = True
         if self.state is FlightState.SENT:
             self.sender.again(self, error)
 
@@ -230,6 +229,7 @@ class Sender:
         flight.sender = self  # it may be resumed by another one: after a fork
         flight.deadline = deadline
         flight.attempts = 0
+        flight.error = None
         if self._admissions or not self._can_admit(flight):
             return False
         self._admit(flight)
@@ -350,6 +350,7 @@ class Sender:
                     chunk.runs[run.partition] = run
             else:
                 _merge(flight, receipt)
+            _check_complete(flight.chunk)
         except RemoteProtocolError as error:
             flight.ambiguous = True
             self.park(flight, ServerError(f"the answer can't be read: {error.message}"))
@@ -415,6 +416,11 @@ class Sender:
             flight.error = error
         self._leave(flight, FlightState.PARKED)
         self._wake(flight)
+
+    def abandon(self, flight: Flight) -> None:
+        """Park a flight whose caller has gone, unless another caller waits for it as well."""
+        if all(waiter.done() for waiter in flight.waiters):
+            self.park(flight, None)
 
     def _leave(self, flight: Flight, state: FlightState) -> None:
         flight.state = state
@@ -509,13 +515,30 @@ def _merge(flight: Flight, receipt: Receipt) -> None:
         # What failed before and is not named now was not said to be resolved either.
         still |= before - chunk.runs.keys()
     chunk.unresolved = still
+    certain = not flight.ambiguous and not flight.link_tries  # no other try can have stored anything
     chunk.dropped = frozenset(
         failure.partition
         for failure in receipt.failures
-        if failure.partition in still and failure.not_stored and not flight.ambiguous
+        if failure.partition in still and failure.not_stored and certain
     )
     chunk.partition_count = receipt.partition_count
     chunk.answered = True
+
+
+def _check_complete(chunk: ChunkState) -> None:
+    """Refuse a receipt that says nothing about some event: it would be taken for stored."""
+    if chunk.partition_count < 1:
+        raise RemoteProtocolError("the receipt names no number of partitions")
+    if chunk.unresolved:
+        return
+    told = 0
+    for partition, run in chunk.runs.items():
+        told += run.count if run is not None else len(chunk.outcomes[partition])
+    if told != chunk.body.event_count:
+        # Nothing of it is believed, so that the next answer is read afresh.
+        chunk.answered = False
+        chunk.runs, chunk.outcomes = {}, {}
+        raise RemoteProtocolError(f"the receipt is for {told} of {chunk.body.event_count} events")
 
 
 def timeout_error(last: TallymarkError | None) -> TallymarkError:

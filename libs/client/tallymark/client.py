@@ -58,6 +58,7 @@ from tallymark_protocol.model import DeliveryMode, Event
 from tallymark_protocol.periods import Period, to_ns
 
 TIMEOUT_SECONDS: Final = 30.0
+TIMEOUT_SECONDS_MAX: Final = 86_400.0
 CLOSE_SECONDS: Final = 10.0
 _clients: weakref.WeakSet[AsyncClient] = weakref.WeakSet()
 
@@ -186,7 +187,10 @@ class AsyncClient:
 
     def _deadline(self, timeout: float | None) -> float:
         assert self._loop is not None, "a connected client has a loop"
-        return self._loop.time() + (self._timeout if timeout is None else timeout)
+        seconds = self._timeout if timeout is None else timeout
+        if not seconds >= 0:  # nor is NaN
+            raise InvalidRequestError(f"timeout must be a number of seconds from 0, not {seconds!r:.40}")
+        return self._loop.time() + min(seconds, TIMEOUT_SECONDS_MAX)
 
     def _after_fork(self) -> None:
         """In the child: the sockets, the loop and the identity are the parent's."""
@@ -212,7 +216,8 @@ class AsyncClient:
         Bad events don't fail the others: they are in `receipt.rejected`. Events that the service couldn't be
         asked about make the call raise; then pass the very same `Event` objects again, or await the exception's
         `retry()`: both resume what is unresolved under its identity, so that nothing is counted twice. That also
-        holds after a timeout and after this call was cancelled. (The client remembers unresolved events for half
+        holds after a timeout and after this call was cancelled. A resumed chunk keeps the delivery that it was
+        first sent with. (The client remembers unresolved events for half
         an hour, up to 4,096 chunks or 128 MiB, by their identity as objects; beyond that, only event ids protect.
         To send an event that is the same but for its identity, make a new `Event`.)
 
@@ -361,7 +366,7 @@ class AsyncClient:
 
     def _leave(self, call: _Call) -> None:
         for flight, _ in call.flights:
-            self._sender.park(flight, None)
+            self._sender.abandon(flight)
 
     def _remember(self, call: _Call) -> None:
         events = call.events

@@ -308,5 +308,5 @@ class FakeGateway:
 async def until(condition):
     """Let the loop run until a condition holds; bounded by the test's own timeout."""
     async with asyncio.timeout(10):
-        while not condition():
+        while not condition():  # noqa: ASYNC110  # no one thing to wait for
             await asyncio.sleep(0)

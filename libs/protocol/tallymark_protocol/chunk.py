@@ -16,39 +16,54 @@ first that isn't; only then is each looked at on its own. What is too large for 
 
 from __future__ import annotations
 
-import re
 import struct
-import sys
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from itertools import accumulate
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
-import google_crc32c
 import msgspec
 
 from tallymark_protocol import layout as lay
 from tallymark_protocol import limits
+from tallymark_protocol.chunk_sections import (
+    GIVE_UP,
+    Body,
+    TooLarge,
+    account_column,
+    assemble,
+    check_code,
+    identifier,
+    little_endian,
+    operation_column,
+    property_column,
+    seal,
+    split,
+    time_column,
+    value_columns,
+)
 from tallymark_protocol.errors import InvalidRequestError, Reason, sentence
-from tallymark_protocol.identifiers import check_account_id, encode_event_id, encode_text
 from tallymark_protocol.model import Event, OperationType
-from tallymark_protocol.periods import to_ns
 
-_CODE = re.compile(limits.METRIC_CODE_PATTERN)
-_INTS: Final = {int}
-_OPERATION_TYPES: Final = {int, OperationType}
-_OPERATION_MAX = max(OperationType)
-_UNSIGNED_MIN = 2**63
+__all__ = [
+    "BadEvent",
+    "Body",
+    "Chunk",
+    "Encoded",
+    "Prepared",
+    "encode_columns",
+    "encode_events",
+    "prepare_columns",
+    "prepare_events",
+    "seal",
+]
+
 _UNSIGNED_MAX = 2**64 - 1
 _SHOWN_CHARACTERS_MAX = 60
 _SINGLE = struct.Struct("<Qq")  # account and value of a lone event
 _SINGLE_DEFAULT = lay.CONSTANT << 4 * lay.COLUMN_ACCOUNT
 _SINGLE_VALUE = _SINGLE_DEFAULT | lay.CONSTANT << 4 * lay.COLUMN_VALUE
 _FIRST = range(1)
-_BIG_ENDIAN = sys.byteorder == "big"
-# What a bad event makes the quick path raise; which event it was, and why, is found out afterwards.
-_GIVE_UP = (InvalidRequestError, TypeError, ValueError, OverflowError, AttributeError)
 
 
 class BadEvent(msgspec.Struct, frozen=True):
@@ -57,36 +72,6 @@ class BadEvent(msgspec.Struct, frozen=True):
     index: int  # in the caller's events
     reason: Reason
     message: str  # a sentence that begins with "event <index>: "
-
-
-class Body(msgspec.Struct, frozen=True, gc=False):
-    """A chunk without its identity; `seal` completes it."""
-
-    event_count: int
-    encodings: int
-    metric_count: int
-    metric_bytes: int
-    property_count: int
-    property_bytes: int
-    id_bytes: int
-    text_bytes: int
-    content: bytes  # the sections
-    indices: Sequence[int]  # which of the caller's events, in order; as many as `event_count`
-
-    @property
-    def chunk_bytes(self) -> int:
-        """How many bytes the sealed chunk has."""
-        return lay.CHUNK_HEADER_BYTES + len(self.content)
-
-    def accounts(self) -> Sequence[int]:
-        """The account ids, one an event; or a single one if all are equal."""
-        start = 4 * self.metric_count + self.metric_bytes + 4 * self.property_count + self.property_bytes
-        plain = self.encodings >> 4 * lay.COLUMN_ACCOUNT & 15 == lay.PLAIN
-        column = array("Q")
-        column.frombytes(self.content[start : start + 8 * (self.event_count if plain else 1)])
-        if _BIG_ENDIAN:
-            column.byteswap()
-        return column
 
 
 class Prepared(NamedTuple):
@@ -111,45 +96,7 @@ class Encoded(NamedTuple):
     bad: list[BadEvent]
 
 
-class _TooLarge(Exception):
-    """The events don't fit into one chunk; never leaves this module."""
-
-
-# --- sealing -------------------------------------------------------------------------------------------------
-
-
-def seal(body: Body, *, producer_id: int, sequence: int, first_sent_ns: int, flags: int = 0) -> bytes:
-    """Return the chunk's bytes. Keep them: a retry must send the same.
-
-    Args:
-        body: what to send.
-        producer_id: the sender's random identity, 0 to 2^64-1.
-        sequence: never used before by this producer for other content, 0 to 2^64-1.
-        first_sent_ns: when the chunk is sent for the first time, in the server's time.
-        flags: `layout.FLAG_ASYNC` or 0.
-    """
-    content = body.content
-    header = lay.CHUNK_HEADER.pack(
-        lay.CHUNK_MAGIC,
-        0,
-        lay.CHUNK_HEADER_BYTES + len(content),
-        body.event_count,
-        producer_id,
-        sequence,
-        first_sent_ns,
-        body.encodings,
-        flags,
-        body.metric_count,
-        body.metric_bytes,
-        body.property_count,
-        body.property_bytes,
-        body.id_bytes,
-        body.text_bytes,
-        0,
-    )
-    covered = header[8:]
-    checksum: int = google_crc32c.extend(google_crc32c.value(covered), content)
-    return b"".join((header[:4], checksum.to_bytes(4, "little"), covered, content))
+# --- both steps in one ------------------------------------------------------------------------------------------
 
 
 def encode_events(
@@ -194,132 +141,6 @@ def _sealed(prepared: Prepared, producer_id: int, sequence: int, first_sent_ns: 
     return Encoded(chunks, prepared.bad)
 
 
-# --- single columns, of lists --------------------------------------------------------------------------------
-
-
-def _bytes(column: array[int]) -> bytes:
-    if _BIG_ENDIAN:
-        column.byteswap()
-    return column.tobytes()
-
-
-def _whole(value: Any) -> int:
-    """Return a whole number as an int; anything that isn't one (a bool, too) raises TypeError."""
-    if isinstance(value, bool):
-        raise TypeError
-    return int(value.__index__())
-
-
-def _account_column(accounts: list[Any]) -> tuple[int, bytes]:
-    if set(map(type, accounts)) != _INTS:
-        accounts = [check_account_id(account) for account in accounts]
-    constant = accounts.count(accounts[0]) == len(accounts)
-    column = array("Q", accounts[:1] if constant else accounts)  # OverflowError: out of range
-    return lay.CONSTANT if constant else lay.PLAIN, _bytes(column)
-
-
-def _number_column(numbers: list[int], default: int) -> tuple[int, bytes]:
-    first = numbers[0]
-    if numbers.count(first) != len(numbers):
-        return lay.PLAIN, _bytes(array("q", numbers))
-    if first == default:
-        return lay.ABSENT, b""
-    return lay.CONSTANT, _bytes(array("q", (first,)))
-
-
-def _value_columns(values: list[Any]) -> tuple[int, bytes, list[bytes] | None]:
-    """Encode the value column, and give the texts if any value needs one."""
-    if set(map(type, values)) == _INTS:
-        try:
-            return *_number_column(values, 1), None
-        except OverflowError:
-            pass  # perhaps u64 values of a COUNT_UNIQUE metric
-    numbers = []
-    texts = []
-    for value in values:
-        if isinstance(value, str):
-            numbers.append(0)
-            texts.append(encode_text(value))
-            continue
-        number = _whole(value)
-        if _UNSIGNED_MIN <= number <= _UNSIGNED_MAX:
-            numbers.append(0)
-            texts.append(b"\x02" + number.to_bytes(8, "little"))
-        else:
-            numbers.append(number)
-            texts.append(b"")
-    return *_number_column(numbers, 1), texts if any(texts) else None
-
-
-def _time_column(times: list[Any]) -> tuple[int, bytes]:
-    if times.count(None) == len(times):
-        return lay.ABSENT, b""
-    if set(map(type, times)) != _INTS:
-        times = [lay.TIME_ABSENT if time is None else to_ns(time) for time in times]
-    elif min(times) < 0:
-        raise OverflowError  # also keeps TIME_ABSENT from being sent as a time
-    return _number_column(times, lay.TIME_ABSENT)
-
-
-def _operation_column(operations: list[Any]) -> tuple[int, bytes]:
-    if not set(map(type, operations)) <= _OPERATION_TYPES:
-        operations = [_whole(operation) for operation in operations]
-    if operations.count(OperationType.NONE) == len(operations):
-        return lay.ABSENT, b""
-    column = bytes(operations)  # ValueError: outside 0..255
-    if max(column) > _OPERATION_MAX:
-        raise OverflowError
-    if column.count(column[0]) != len(column):
-        return lay.PLAIN, column
-    return lay.CONSTANT, column[:1]
-
-
-def _identifier(event_id: Any) -> bytes:
-    if type(event_id) is str:
-        encoded = b"\x01" + event_id.encode()
-        if not 1 < len(encoded) <= limits.EVENT_ID_BYTES_MAX:
-            raise ValueError
-        return encoded
-    return b"" if event_id is None else encode_event_id(event_id)
-
-
-def _ends(entries: Iterable[bytes]) -> bytes:
-    return _bytes(array("I", accumulate(map(len, entries))))
-
-
-def _property_set(items: Iterable[tuple[Any, Any]]) -> bytes:
-    """Encode a property set canonically. TypeError: a key or value that is no str; ValueError: out of bounds."""
-    encoded = sorted([(str.encode(key), str.encode(value)) for key, value in items])
-    parts: list[bytes] = []
-    for key, value in encoded:
-        if not 1 <= len(key) <= limits.PROPERTY_KEY_BYTES_MAX or len(value) > limits.PROPERTY_VALUE_BYTES_MAX:
-            raise ValueError
-        parts += (len(key).to_bytes(1, "little"), key, len(value).to_bytes(2, "little"), value)
-    result = b"".join(parts)
-    if len(result) > limits.PROPERTIES_BYTES_MAX:
-        raise OverflowError
-    return result
-
-
-def _property_column(rows: list[Any]) -> tuple[int, bytes, list[bytes]]:
-    """Encode the properties column; a row is a tuple of items. Returns the table's entries as well."""
-    table: dict[bytes, int] = {b"": 0}
-    numbers: dict[Any, int] = {}
-    for row in dict.fromkeys(rows):
-        # Differently ordered items are different rows, but one set.
-        numbers[row] = table.setdefault(_property_set(row), len(table))
-    entries = list(table)[1:]
-    if len(numbers) == 1:
-        return (lay.CONSTANT, _bytes(array("I", (1,))), entries) if entries else (lay.ABSENT, b"", [])
-    return lay.PLAIN, _bytes(array("I", [numbers[row] for row in rows])), entries
-
-
-def _check_code(code: Any) -> bytes:
-    if not isinstance(code, str) or _CODE.fullmatch(code) is None:
-        raise ValueError
-    return code.encode()
-
-
 # --- events --------------------------------------------------------------------------------------------------
 
 
@@ -341,8 +162,8 @@ def prepare_events(events: Sequence[Event]) -> Prepared:
             single = _single_body(events[0])
             if single is not None:
                 return Prepared([single], bad)
-        bodies = _split(_event_body, events, indices)
-    except _GIVE_UP:
+        bodies = split(_event_body, events, indices)
+    except GIVE_UP:
         good = []
         for index, event in enumerate(events):
             problem = _problem(index, event)
@@ -352,31 +173,14 @@ def prepare_events(events: Sequence[Event]) -> Prepared:
                 bad.append(problem)
         if len(good) == len(events):
             raise  # not the events' fault: a defect here, or a lack of memory
-        bodies = _split(_event_body, [events[index] for index in good], good)
+        bodies = split(_event_body, [events[index] for index in good], good)
     return Prepared(bodies, bad)
-
-
-def _split(build: Callable[[Any, Any], Body], events: Any, indices: Sequence[int]) -> list[Body]:
-    """Build one body if the events fit, else split them by halves, in order."""
-    count = len(indices)
-    if not count:
-        return []
-    if count <= limits.REQUEST_EVENTS_MAX:
-        try:
-            return [build(events, indices)]
-        except _TooLarge:
-            assert count > 1, "a single event fits into a chunk"
-    half = (count + 1) // 2
-    return [
-        *_split(build, events[:half], indices[:half]),
-        *_split(build, events[half:], indices[half:]),
-    ]
 
 
 @lru_cache(maxsize=1_024)
 def _code_section(code: str) -> bytes:
     """The metric table of a single code."""
-    encoded = _check_code(code)
+    encoded = check_code(code)
     return len(encoded).to_bytes(4, "little") + encoded
 
 
@@ -404,30 +208,30 @@ def _single_body(event: Event) -> Body | None:
 
 
 def _event_body(events: Sequence[Event], indices: Sequence[int]) -> Body:
-    account_encoding, accounts = _account_column([event.account_id for event in events])
+    account_encoding, accounts = account_column([event.account_id for event in events])
     codes = [event.metric_code for event in events]
     metric_encoding, metrics = lay.ABSENT, b""
     if codes.count(codes[0]) == len(codes):
-        code_table = [_check_code(codes[0])]
+        code_table = [check_code(codes[0])]
     else:
         distinct = {code: number for number, code in enumerate(dict.fromkeys(codes))}
         if len(distinct) > limits.CHUNK_METRICS_MAX:
-            raise _TooLarge
-        code_table = [_check_code(code) for code in distinct]
-        metric_encoding, metrics = lay.PLAIN, _bytes(array("H", [distinct[code] for code in codes]))
-    value_encoding, values, texts = _value_columns([event.value for event in events])
-    time_encoding, times = _time_column([event.timestamp for event in events])
-    operation_encoding, operations = _operation_column([event.operation_type for event in events])
+            raise TooLarge
+        code_table = [check_code(code) for code in distinct]
+        metric_encoding, metrics = lay.PLAIN, little_endian(array("H", [distinct[code] for code in codes]))
+    value_encoding, values, texts = value_columns([event.value for event in events])
+    time_encoding, times = time_column([event.timestamp for event in events])
+    operation_encoding, operations = operation_column([event.operation_type for event in events])
     rows = [event.properties for event in events]
     property_table: list[bytes] = []
     property_encoding, properties = lay.ABSENT, b""
     # An empty dict is what nearly every event has; anything else that is false is not a property set.
     if rows.count({}) != len(rows):
         items: list[Any] = [tuple(dict.items(row)) for row in rows]
-        property_encoding, properties, property_table = _property_column(items)
+        property_encoding, properties, property_table = property_column(items)
     ids = [event.id for event in events]
-    identifiers = None if ids.count(None) == len(ids) else [_identifier(event_id) for event_id in ids]
-    return _assemble(
+    identifiers = None if ids.count(None) == len(ids) else [identifier(event_id) for event_id in ids]
+    return assemble(
         indices,
         code_table,
         property_table,
@@ -444,49 +248,6 @@ def _event_body(events: Sequence[Event], indices: Sequence[int]) -> Body:
     )
 
 
-def _assemble(
-    indices: Sequence[int],
-    codes: list[bytes],
-    property_table: list[bytes],
-    columns: tuple[tuple[int, bytes], ...],
-    identifiers: list[bytes] | None,
-    texts: list[bytes] | None,
-) -> Body:
-    code_bytes = b"".join(codes)
-    property_bytes = b"".join(property_table)
-    parts = [_ends(codes), code_bytes]
-    if property_table:
-        parts += (_ends(property_table), property_bytes)
-    encodings = 0
-    for number, (encoding, section) in enumerate(columns):
-        encodings |= encoding << 4 * number
-        parts.append(section)
-    id_length = text_length = 0
-    if identifiers is not None:
-        encodings |= lay.PLAIN << 4 * lay.COLUMN_ID
-        parts += (_ends(identifiers), *identifiers)
-        id_length = sum(map(len, identifiers))
-    if texts is not None:
-        encodings |= lay.PLAIN << 4 * lay.COLUMN_TEXT
-        parts += (_ends(texts), *texts)
-        text_length = sum(map(len, texts))
-    content = b"".join(parts)
-    if lay.CHUNK_HEADER_BYTES + len(content) > limits.REQUEST_BYTES_MAX:
-        raise _TooLarge
-    return Body(
-        len(indices),
-        encodings,
-        len(codes),
-        len(code_bytes),
-        len(property_table),
-        len(property_bytes),
-        id_length,
-        text_length,
-        content,
-        indices,
-    )
-
-
 # --- what is wrong with an event -----------------------------------------------------------------------------
 
 
@@ -495,18 +256,18 @@ def _problem(index: int, event: Any) -> BadEvent | None:
     if not isinstance(event, Event):
         raise InvalidRequestError(f"event {index} is no Event but of type {type(event).__name__}")
     checks: tuple[tuple[Reason, Callable[[Any], object], Any], ...] = (
-        (Reason.INVALID_ACCOUNT, lambda account: _account_column([account]), event.account_id),
-        (Reason.INVALID_METRIC_CODE, _check_code, event.metric_code),
-        (Reason.VALUE_OUT_OF_RANGE, lambda value: _value_columns([value]), event.value),
-        (Reason.INVALID_TIMESTAMP, lambda time: _time_column([time]), event.timestamp),
-        (Reason.BAD_OPERATION, lambda operation: _operation_column([operation]), event.operation_type),
-        (Reason.INVALID_PROPERTY, lambda row: _property_column([tuple(dict.items(row))]), event.properties),
-        (Reason.INVALID_EVENT_ID, _identifier, event.id),
+        (Reason.INVALID_ACCOUNT, lambda account: account_column([account]), event.account_id),
+        (Reason.INVALID_METRIC_CODE, check_code, event.metric_code),
+        (Reason.VALUE_OUT_OF_RANGE, lambda value: value_columns([value]), event.value),
+        (Reason.INVALID_TIMESTAMP, lambda time: time_column([time]), event.timestamp),
+        (Reason.BAD_OPERATION, lambda operation: operation_column([operation]), event.operation_type),
+        (Reason.INVALID_PROPERTY, lambda row: property_column([tuple(dict.items(row))]), event.properties),
+        (Reason.INVALID_EVENT_ID, identifier, event.id),
     )
     for reason, check, value in checks:
         try:
             check(value)
-        except _GIVE_UP as error:
+        except GIVE_UP as error:
             return _explain(index, reason, value, error)
     return None
 
@@ -572,7 +333,7 @@ class _Columns:
         self.properties = properties
 
     def __getitem__(self, part: slice) -> _Columns:
-        """Cut all columns alike: `_split` slices what it builds from."""
+        """Cut all columns alike: `split` slices what it builds from."""
         return _Columns(
             self.code,
             len(range(self.count)[part]),
@@ -612,7 +373,7 @@ def prepare_columns(
         InvalidRequestError: a column is of another length or of a type that no event could have.
     """
     try:
-        _check_code(metric_code)
+        check_code(metric_code)
     except ValueError:
         raise InvalidRequestError(
             f"a metric code is 1 to 64 characters of a-z A-Z 0-9 _ . : -, not {_shown(metric_code)}"
@@ -650,8 +411,8 @@ def prepare_columns(
         {key: column.tolist() if hasattr(column, "dtype") else column for key, column in by_key.items()},
     )
     try:
-        return Prepared(_split(_column_body, columns, range(count)), [])
-    except _GIVE_UP:
+        return Prepared(split(_column_body, columns, range(count)), [])
+    except GIVE_UP:
         # Some event is bad: the way of single events finds out which, and sends the others.
         return prepare_events(_events(columns))
 
@@ -665,13 +426,13 @@ def _column_body(columns: _Columns, indices: Sequence[int]) -> Body:
     account_encoding, accounts, _ = _integers(columns.accounts, "<u8", count)
     operation_encoding, operations = lay.ABSENT, b""
     if columns.operations is not None:
-        operation_encoding, operations = _operation_column(_listed(columns.operations, count))
+        operation_encoding, operations = operation_column(_listed(columns.operations, count))
     property_encoding, properties, property_table = _properties_of(columns)
     ids = columns.ids
     identifiers = None
     if ids is not None and ids.count(None) != len(ids):
-        identifiers = [_identifier(event_id) for event_id in ids]
-    return _assemble(
+        identifiers = [identifier(event_id) for event_id in ids]
+    return assemble(
         indices,
         [columns.code.encode()],
         property_table,
@@ -696,17 +457,17 @@ def _integers(
         # One value for all is encoded once, and then stands for all.
         entries = column if isinstance(column, list) else [column]
         if kind == "<u8":
-            return *_account_column(entries), None
+            return *account_column(entries), None
         if is_time:
-            return *_time_column(entries), None
-        encoding, section, texts = _value_columns(entries)
+            return *time_column(entries), None
+        encoding, section, texts = value_columns(entries)
         return encoding, section, texts * count if texts is not None and len(entries) < count else texts
     least, greatest = int(column.min()), int(column.max())
     if kind == "<u8" or is_time:
         if least < 0 or (is_time and greatest > limits.VALUE_MAX):
             raise OverflowError
     elif greatest > limits.VALUE_MAX:
-        return _value_columns(column.tolist())
+        return value_columns(column.tolist())
     if least != greatest:
         return lay.PLAIN, column.astype(kind).tobytes(), None
     if kind == "<i8" and not is_time and least == 1:
@@ -719,7 +480,7 @@ def _properties_of(columns: _Columns) -> tuple[int, bytes, list[bytes]]:
     several = [column for column in columns.properties.values() if isinstance(column, list)]
     if not several:
         single = [(key, value) for key, value in columns.properties.items() if value is not None]
-        return _property_column([tuple(single)])
+        return property_column([tuple(single)])
     full = [
         column if isinstance(column, list) else [column] * columns.count
         for column in columns.properties.values()
@@ -729,7 +490,7 @@ def _properties_of(columns: _Columns) -> tuple[int, bytes, list[bytes]]:
         row: tuple((key, value) for key, value in zip(keys, row, strict=True) if value is not None)
         for row in dict.fromkeys(rows)
     }
-    return _property_column([items[row] for row in rows])
+    return property_column([items[row] for row in rows])
 
 
 def _events(columns: _Columns) -> list[Event]:

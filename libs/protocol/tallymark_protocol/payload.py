@@ -190,7 +190,7 @@ def _check_ends(data: Any, ends: Any, count: Any, total: Any, least: Any, most: 
         if length < least or length > most:
             return False
         previous = end
-    return previous == total
+    return bool(previous == total)
 
 
 @nb.njit(nogil=True, cache=True)
@@ -214,8 +214,37 @@ def _key_less(data: Any, a: Any, a_length: Any, b: Any, b_length: Any) -> bool:
         x = load_u8(data, a + i)
         y = load_u8(data, b + i)
         if x != y:
-            return x < y
-    return a_length < b_length
+            return bool(x < y)
+    return bool(a_length < b_length)
+
+
+@nb.njit(nogil=True, cache=True)
+def _is_utf8(data: Any, start: Any, end: Any) -> bool:
+    """Whether `data[start:end]` is UTF-8 as in RFC 3629: no overlong forms, no surrogates, up to U+10FFFF."""
+    i = np.int64(start)
+    while i < end:
+        if i + 8 <= end and load_u64(data, i) & np.uint64(0x8080808080808080) == 0:
+            i += 8
+            continue
+        c = np.int64(load_u8(data, i))
+        i += 1
+        if c < 0x80:
+            continue
+        if c < 0xC2 or c > 0xF4:
+            return False
+        following = 1 if c < 0xE0 else (2 if c < 0xF0 else 3)
+        if i + following > end:
+            return False
+        second = np.int64(load_u8(data, i))
+        low = 0xA0 if c == 0xE0 else (0x90 if c == 0xF0 else 0x80)
+        high = 0x9F if c == 0xED else (0x8F if c == 0xF4 else 0xBF)
+        if second < low or second > high:
+            return False
+        for k in range(1, following):
+            if load_u8(data, i + k) & 0xC0 != 0x80:
+                return False
+        i += following
+    return True
 
 
 @nb.njit(nogil=True, cache=True)
@@ -232,6 +261,8 @@ def _check_property_set(data: Any, start: Any, end: Any) -> bool:
         position = key + key_length + 2 + value_length
         if value_length > _VALUE_BYTES_MAX or position > end:
             return False
+        if not _is_utf8(data, key, key + key_length) or not _is_utf8(data, position - value_length, position):
+            return False
         if previous >= 0 and not _key_less(data, previous, previous_length, key, key_length):
             return False
         previous = key
@@ -240,14 +271,55 @@ def _check_property_set(data: Any, start: Any, end: Any) -> bool:
 
 
 @nb.njit(nogil=True, cache=True)
-def _check_tagged(data: Any, ends: Any, content: Any, count: Any, tag_max: Any, least: Any) -> bool:
-    start = np.int64(0)
-    for k in range(count):
-        end = np.int64(load_u32(data, ends + 4 * k))
-        if end > start:
-            tag = load_u8(data, content + start)
-            if tag < 1 or tag > tag_max or end - start < least:
-                return False
+def _is_event_id(data: Any, start: Any, end: Any) -> bool:
+    """Whether `data[start:end]` is an id as `identifiers.encode_event_id` writes it, and only so."""
+    tag = load_u8(data, start)
+    length = end - start - 1
+    if length < 1:
+        return False
+    if tag == 1:
+        return bool(_is_utf8(data, start + 1, end))
+    if tag == 2:
+        return True
+    if tag == 3:
+        return bool(length == 16)
+    if tag != 4:
+        return False
+    if length == 1:
+        return True
+    # Two's complement is shortest when its last byte says more than the sign.
+    last = load_u8(data, end - 1)
+    negative = load_u8(data, end - 2) & 0x80 != 0
+    return bool(not (last == 0 and not negative) and not (last == 0xFF and negative))
+
+
+@nb.njit(nogil=True, cache=True)
+def _is_text(data: Any, start: Any, end: Any) -> bool:
+    """Whether `data[start:end]` is a text value: tag 1 and UTF-8, or tag 2 and a u64 of at least 2^63."""
+    tag = load_u8(data, start)
+    if tag == 1:
+        return bool(_is_utf8(data, start + 1, end))
+    return bool(tag == 2 and end - start == 9 and load_u8(data, end - 1) >= 0x80)
+
+
+@nb.njit(nogil=True, cache=True)
+def _check_event_ids(data: Any, columns: Any) -> bool:
+    start = columns[C_ID_BYTES]
+    for k in range(columns[C_EVENTS]):
+        end = table_end(data, columns[C_ID_ENDS], columns[C_ID_BYTES], k)
+        if end > start and not _is_event_id(data, start, end):
+            return False
+        start = end
+    return True
+
+
+@nb.njit(nogil=True, cache=True)
+def _check_texts(data: Any, columns: Any) -> bool:
+    start = columns[C_TEXT_BYTES]
+    for k in range(columns[C_EVENTS]):
+        end = table_end(data, columns[C_TEXT_ENDS], columns[C_TEXT_BYTES], k)
+        if end > start and not _is_text(data, start, end):
+            return False
         start = end
     return True
 
@@ -317,18 +389,16 @@ def _check_sections(data: Any, columns: Any, sizes: Any) -> int:
         for i in range(n if columns[C_PROPERTIES_ENCODING] == 2 else 1):
             if properties_at(data, columns, i) > sets:
                 return BAD_PROPERTY_INDEX
-    if columns[C_ID_ENCODING] == 2:
-        ends = columns[C_ID_ENDS]
-        if not _check_ends(data, ends, n, sizes[2], 0, _ID_BYTES_MAX) or not _check_tagged(
-            data, ends, columns[C_ID_BYTES], n, 4, 2
-        ):
-            return BAD_ID
-    if columns[C_TEXT_ENCODING] == 2:
-        ends = columns[C_TEXT_ENDS]
-        if not _check_ends(data, ends, n, sizes[3], 0, _TEXT_BYTES_MAX) or not _check_tagged(
-            data, ends, columns[C_TEXT_BYTES], n, 2, 1
-        ):
-            return BAD_TEXT
+    if columns[C_ID_ENCODING] == 2 and (
+        not _check_ends(data, columns[C_ID_ENDS], n, sizes[2], 0, _ID_BYTES_MAX)
+        or not _check_event_ids(data, columns)
+    ):
+        return BAD_ID
+    if columns[C_TEXT_ENCODING] == 2 and (
+        not _check_ends(data, columns[C_TEXT_ENDS], n, sizes[3], 0, _TEXT_BYTES_MAX)
+        or not _check_texts(data, columns)
+    ):
+        return BAD_TEXT
     return OK
 
 
@@ -338,7 +408,7 @@ def validate_chunk(data: Any, base: Any, length: Any, columns: Any) -> int:
 
     The caller has checked the checksum (it covers bytes [8, length) of the chunk).
     """
-    if length < _CHUNK_HEADER_BYTES or length > _CHUNK_BYTES_MAX:
+    if length < _CHUNK_HEADER_BYTES or length > _CHUNK_BYTES_MAX or base < 0 or base + length > data.size:
         return BAD_LENGTH
     if load_u32(data, base) != _CHUNK_MAGIC:
         return BAD_MAGIC
@@ -372,7 +442,7 @@ def validate_chunk(data: Any, base: Any, length: Any, columns: Any) -> int:
 @nb.njit(nogil=True, cache=True)
 def _place_payload(data: Any, base: Any, length: Any, columns: Any) -> int:
     """The part of `validate_payload` that reads the header only; enough once a checksum vouches for the rest."""
-    if length < _PAYLOAD_HEADER_BYTES or length > _PAYLOAD_BYTES_MAX:
+    if length < _PAYLOAD_HEADER_BYTES or length > _PAYLOAD_BYTES_MAX or base < 0 or base + length > data.size:
         return BAD_LENGTH
     if load_u32(data, base) != _PAYLOAD_MAGIC:
         return BAD_MAGIC

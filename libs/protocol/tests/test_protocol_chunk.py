@@ -384,6 +384,17 @@ def test_numpy_scalars_are_numbers():
     assert decode(columns("m", np.uint64(5), np.int64(3)).chunks[0].data)[0][:3] == (5, "m", 3)
 
 
+@quick
+@given(events_strategy)
+def test_lone_events_are_encoded_alike(event):
+    """The short way of a lone event gives the bytes of the long way."""
+    body = chunk.prepare_events([event]).bodies[0]
+    two = chunk.prepare_events([event, Event(-1, "m")]).bodies[0]  # a bad neighbour: the long way
+    assert chunk.seal(body, producer_id=1, sequence=1, first_sent_ns=1) == chunk.seal(
+        two, producer_id=1, sequence=1, first_sent_ns=1
+    )
+
+
 def test_accounts_are_read_back():
     """A body gives its accounts, once if they are equal."""
     assert list(

@@ -75,14 +75,6 @@ class FramedProtocol(asyncio.Protocol):
         if frames:
             self.on_received(frames)
 
-    def pause_writing(self) -> None:
-        """Asyncio: the peer reads more slowly than we write; stop making more work for us."""
-        self.hold(Hold.WRITE)
-
-    def resume_writing(self) -> None:
-        """Asyncio: the peer has caught up."""
-        self.release(Hold.WRITE)
-
     # ------------------------------------------------------------ for the children
 
     def on_received(self, frames: list[Frame]) -> None:

@@ -2,7 +2,8 @@
 
 Owns a connection to one peer: it connects (again) when a request needs it, matches answers to requests, times
 requests out, bounds what is in flight and maps whatever goes wrong to the project's errors. It never sends a
-request twice: whether that is safe is the caller's to know.
+request twice: whether that is safe is the caller's to know. It never stops reading: a server that is short of room
+stops reading us, and if both sides stopped, neither would ever go on.
 
 A connection that fails takes its requests with it: they fail with `UnavailableError`, and a request may have been
 executed all the same. After a failed attempt to connect the next one waits, with jitter, up to a second.

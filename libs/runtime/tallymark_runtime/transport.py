@@ -11,6 +11,7 @@ What is bounded, and what happens beyond it (`ServerLimits`):
 - calls under way, per connection and in all: a further one is answered with OVERLOADED;
 - requests of the data plane: by the handler, which pauses a connection or the whole server;
 - answers that a peer does not read: the connection is not read while they pile up, and is cut beyond a bound;
+- incomplete frames, of all connections: the one that goes beyond is refused with OVERLOADED;
 - silence: before the handshake is done, within a frame, and between requests.
 
 The client side is `peer.PeerClient`.
@@ -59,6 +60,7 @@ class ServerLimits(msgspec.Struct, frozen=True, kw_only=True):
     handshake_timeout_s: float = 10.0  # from the connection's start to its HELLO
     frame_timeout_s: float = 60.0  # without a byte, while a frame is incomplete
     idle_timeout_s: float = 900.0  # without a byte, while nothing is under way
+    partial_bytes_max: int = 512 * 1024 * 1024  # of incomplete frames, of all connections
     sweep_interval_s: float = 5.0  # how often the two are looked at
     write_buffer_high_bytes: int = 1024 * 1024  # unread answers from which on a connection is not read
     write_buffer_max_bytes: int = 128 * 1024 * 1024  # unread answers at which it is cut
@@ -125,6 +127,7 @@ class ServerConnection(FramedProtocol):
         self._server = server
         self._calls: set[asyncio.Task[None]] = set()
         self._started = loop.time()
+        self._partial_bytes = 0  # kept of a frame that is not complete, as the server has counted it
         self._watched = False  # whether the server wants to know when everything is answered
 
     # ------------------------------------------------------------ for handlers
@@ -186,12 +189,32 @@ class ServerConnection(FramedProtocol):
         super().connection_lost(exc)
         for task in self._calls:
             task.cancel()
+        self._server.partial_bytes -= self._partial_bytes
+        self._partial_bytes = 0
         self._server.on_lost(self)
 
+    def data_received(self, data: bytes) -> None:
+        """Asyncio: bytes came."""
+        super().data_received(data)
+        partial_bytes = self.connection.buffered_bytes
+        if partial_bytes != self._partial_bytes and self._transport is not None:
+            server = self._server
+            server.partial_bytes += partial_bytes - self._partial_bytes
+            self._partial_bytes = partial_bytes
+            if partial_bytes and server.partial_bytes > server.limits.partial_bytes_max:
+                self._refuse(to_wire(BackpressureError("the server has too many incomplete requests")))
+
     def pause_writing(self) -> None:
-        """Asyncio: the client doesn't read its answers."""
-        super().pause_writing()
+        """Asyncio: the client reads its answers more slowly than we write them; take no more work from it.
+
+        Only a server may do so: if clients held their reading as well, both could wait for each other for ever.
+        """
+        self.hold(Hold.WRITE)
         self._check_unread()
+
+    def resume_writing(self) -> None:
+        """Asyncio: the client has caught up."""
+        self.release(Hold.WRITE)
 
     def _check_unread(self) -> None:
         if self.unwritten_bytes > self._server.limits.write_buffer_max_bytes:
@@ -330,6 +353,7 @@ class FrameServer:
     Attributes:
         addresses: "host:port" of every listening socket, once started.
         calls: CALLs under way.
+        partial_bytes: kept of incomplete frames, of all connections.
         is_closing: whether `close` has been called.
     """
 
@@ -344,6 +368,7 @@ class FrameServer:
         self.limits = limits
         self.addresses: list[str] = []
         self.calls = 0
+        self.partial_bytes = 0
         self.is_closing = False
         self.make_welcome = welcome
         self._connections: dict[int, ServerConnection] = {}

@@ -37,6 +37,13 @@ from tallymark_runtime.transport import FrameServer, HandlerBase, ServerLimits
 WAIT_S = 10.0  # a bound that only a defect reaches
 
 
+async def until(condition):
+    """Let the loop run until a condition holds that nobody announces."""
+    async with asyncio.timeout(WAIT_S):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+
 class Recorder(HandlerBase):
     """Keeps what comes; answers INGEST at once unless told to hold."""
 
@@ -313,9 +320,7 @@ async def test_a_call_is_cancelled_when_its_time_is_up():
         with pytest.raises(UnavailableError):
             await client.call(CoordinatorCall("wait", b""), CoordinatorResult, timeout_s=0.03)
         await client.call(StoreStatus(), StatusResult)
-        async with asyncio.timeout(WAIT_S):
-            while not recorder.cancelled:
-                await asyncio.sleep(0)
+        await until(lambda: recorder.cancelled)
 
 
 async def test_the_servers_own_bound_on_calls_is_an_answer():
@@ -445,9 +450,7 @@ async def test_calls_of_a_lost_connection_are_cancelled():
         with pytest.raises(UnavailableError):
             await call
         await recorder.wait(lambda: recorder.gone)
-        async with asyncio.timeout(WAIT_S):
-            while not recorder.cancelled:
-                await asyncio.sleep(0)
+        await until(lambda: recorder.cancelled)
 
 
 async def test_a_closed_client_says_so():
@@ -490,13 +493,11 @@ async def test_calls_beyond_the_bound_are_refused():
             asyncio.create_task(client.call(CoordinatorCall("wait", b""), CoordinatorResult))
             for _ in range(5)
         ]
-        refused = 0
-        for call in asyncio.as_completed(calls):  # noqa: TID251 - any three of them
-            with pytest.raises(BackpressureError):
-                await call
-            refused += 1
-            if refused == 3:
-                break
+        await until(lambda: sum(call.done() for call in calls) == 3)
+        for call in calls:
+            if call.done():
+                with pytest.raises(BackpressureError):
+                    await call
         recorder.go_on.set()
         results = await asyncio.gather(*calls, return_exceptions=True)
         assert sum(isinstance(result, CoordinatorResult) for result in results) == 2
@@ -526,12 +527,10 @@ async def test_requests_wait_their_turn_when_too_much_is_in_flight():
         with pytest.raises(BackpressureError):
             client.submit(FrameType.INGEST, b"", timeout_s=1)
         tasks[2].cancel()
-        answered = 0
-        while answered < 4:
-            await recorder.wait(lambda: len(recorder.waiting) > answered)
+        for answered in range(4):
+            await recorder.wait(lambda least=answered + 1: len(recorder.waiting) >= least)
             connection, frame = recorder.waiting[answered]
             connection.respond(frame.request_id, FrameType.RECEIPT, frame.body)
-            answered += 1
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert [getattr(r, "body", None) for r in results] == [b"0000", b"1111", None, b"3333", b"4444"]
         assert client.in_flight_bytes == 0
@@ -605,6 +604,25 @@ async def test_a_peer_that_reads_no_answers_is_not_read_and_then_cut():
         await recorder.wait(lambda: recorder.gone)
 
 
+async def test_incomplete_frames_of_all_connections_are_bounded():
+    """The connection that goes beyond is refused, the others go on, and what is complete doesn't count."""
+    async with (
+        serving(limits=ServerLimits(partial_bytes_max=1_000)) as (server, _, client),
+        raw_client(server.address) as first,
+        raw_client(server.address) as second,
+    ):
+        whole = first.connection.send(FrameType.INGEST, bytes(800), request_id=1)
+        first.transport.write(whole[:-1])
+        await until(lambda: server.partial_bytes > 0)
+        second.transport.write(second.connection.send(FrameType.INGEST, bytes(800), request_id=1)[:-1])
+        await second.wait(lambda: second.is_lost)
+        assert second.connection.refusal.code == ErrorCode.OVERLOADED
+        first.transport.write(whole[-1:])
+        await first.wait(lambda: first.frames[-1].request_id == 1)
+        assert server.partial_bytes == 0
+        await client.request(FrameType.INGEST, bytes(5_000))
+
+
 async def test_silent_connections_are_closed():
     """Before the HELLO, within a frame, and idle; not while something is under way or held."""
     bounds = ServerLimits(handshake_timeout_s=1, frame_timeout_s=2, idle_timeout_s=3, sweep_interval_s=1_000)
@@ -619,9 +637,7 @@ async def test_silent_connections_are_closed():
         half.transport.write(half.connection.send(FrameType.INGEST, b"whole", request_id=1)[:-1])
         busy.transport.write(busy.connection.send(FrameType.INGEST, b"whole", request_id=1))
         await recorder.wait(lambda: recorder.waiting)
-        async with asyncio.timeout(WAIT_S):
-            while not any(c.connection.buffered_bytes for c in server.connections):
-                await asyncio.sleep(0)
+        await until(lambda: any(c.connection.buffered_bytes for c in server.connections))
         now = asyncio.get_running_loop().time()
         for after_s, lost in ((0.5, []), (1.5, [mute]), (2.5, [mute, half]), (3.5, [mute, half, idle])):
             for connection in server.connections:
@@ -687,9 +703,7 @@ async def test_a_client_moves_on_when_its_server_goes_away():
         await recorder.wait(lambda: recorder.waiting)
         (old,) = server.connections
         old.go_away()
-        async with asyncio.timeout(WAIT_S):
-            while client.is_connected:
-                await asyncio.sleep(0)
+        await until(lambda: not client.is_connected)
         recorder.holding = False
         assert (await client.request(FrameType.INGEST, b"new")).body == b"new"
         assert not held.done()
@@ -712,7 +726,9 @@ def test_addresses_split_and_join(address, parts):
     assert join_address(*parts) == address
 
 
-@pytest.mark.parametrize("address", ["", "host", "host:", ":80", "host:http", "host:65536", "host:-1", "host:١"])
+@pytest.mark.parametrize(
+    "address", ["", "host", "host:", ":80", "host:http", "host:65536", "host:-1", "host:١"]
+)
 def test_bad_addresses_are_refused(address):
     """With an error that shows the address."""
     with pytest.raises(ValueError, match="no address"):

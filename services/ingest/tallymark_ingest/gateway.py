@@ -30,13 +30,13 @@ from collections import deque
 from typing import Any, Final
 
 import msgspec
-import numpy as np
 
 from tallymark_ingest.split import (
     ROUND_BYTES_MAX,
     ROUND_EVENTS_MAX,
     ROUND_METRICS_MAX,
     checksum_holds,
+    event_indexes,
     glance,
     split,
 )
@@ -58,6 +58,8 @@ from tallymark_protocol.payload import OK, explain
 
 REQUEST_OVERHEAD_BYTES: Final = 1_024  # what a request costs beside its body, roughly
 _ATTEMPT_NS_MIN: Final = 1_000_000
+_ROUNDS_PER_TICK: Final = 3  # of each kind; a tick must not hold the loop for long
+_DEADLINES_MIN: Final = 1_024  # entries below which the heap of deadlines is left alone
 
 # Codes by which a leader says that it took nothing: all others leave open whether the append is in its log.
 _REFUSALS: Final = frozenset(
@@ -94,16 +96,18 @@ class Gateway:
     def __init__(self, partition_count: int, config: GatewayConfig, rng: random.Random) -> None:
         self.partition_count = partition_count
         self.config = config
-        self._rng = rng  # jitter of retries only
+        self._rng = rng
+        self._seed = rng.getrandbits(63)  # see `split`
         self._waiting: tuple[deque[Request], deque[Request]] = (
             deque(),
             deque(),
         )  # not yet split: SYNC, ASYNC
         self._waiting_since_ns = 0  # when the oldest of them came, if there is any
         self._open: dict[Request, None] = {}  # every request that has no answer yet, in order of arrival
-        self._expiry_ns: int | None = None  # no open request's deadline is before it
+        # Heap of (deadline, tie, request) with every open request, and some that have been answered since.
+        self._deadlines: list[tuple[int, int, Request]] = []
         self._queues: list[deque[Append]] = [deque() for _ in range(partition_count)]
-        self._queued_bytes = [0] * partition_count  # by `_weight`
+        self._queued_bytes = 0  # in all queues, by `_weight`
         self._in_flight = [0] * partition_count  # appends SENT or WAITING
         self._failing = [0] * partition_count  # of them, those that have failed before
         self._rounds = 0  # rounds that requests wait for
@@ -129,8 +133,8 @@ class Gateway:
 
     @property
     def is_relieved(self) -> bool:
-        """Whether reading may go on after `is_full` (half of the bound)."""
-        return 2 * self._bytes <= self.config.pending_bytes_max
+        """Whether reading may go on after `is_full` (five eighths of the bound)."""
+        return 8 * self._bytes <= 5 * self.config.pending_bytes_max
 
     @property
     def open_requests(self) -> int:
@@ -153,7 +157,7 @@ class Gateway:
 
     def next_deadline(self) -> int | None:
         """When `tick` must be called at the latest; None when nothing is under way."""
-        due = self._expiry_ns
+        due = self._deadlines[0][0] if self._deadlines else None
         if self._waiting[0] or self._waiting[1]:
             flush = self._waiting_since_ns + self.config.coalesce_ns_max
             due = flush if due is None or flush < due else due
@@ -196,21 +200,23 @@ class Gateway:
         request = Request(connection, request_id, body, seen.events, seen.metrics, deadline)
         self._bytes += cost
         self._open[request] = None
-        if self._expiry_ns is None or deadline < self._expiry_ns:
-            self._expiry_ns = deadline
+        self._tie += 1
+        heapq.heappush(self._deadlines, (deadline, self._tie, request))
         if not self._waiting[0] and not self._waiting[1]:
             self._waiting_since_ns = now_ns
         self._waiting[seen.flags & lay.FLAG_ASYNC].append(request)
 
     def tick(self, now_ns: int) -> None:
         """Do what is due: expire, send again, split what has waited long enough or needs not wait."""
-        if self._expiry_ns is not None and now_ns >= self._expiry_ns:
+        if self._deadlines and self._deadlines[0][0] <= now_ns:
             self._expire(now_ns)
         while self._retries and self._retries[0][0] <= now_ns:
             due, _, append = heapq.heappop(self._retries)
             if append.state is AppendState.WAITING and append.due_ns == due:
                 self._send_again(append, now_ns)
-        while self._waiting[0] or self._waiting[1]:
+        for _ in range(_ROUNDS_PER_TICK):
+            if not self._waiting[0] and not self._waiting[1]:
+                break
             if (
                 self._rounds >= self.config.appends_in_flight_max
                 and now_ns < self._waiting_since_ns + self.config.coalesce_ns_max
@@ -272,6 +278,7 @@ class Gateway:
             for following in self._queues[append.partition]:
                 if following.uncount():
                     self._rounds -= 1
+            self._shed(append.partition)
         if not append.is_wanted():
             self._done(append, now_ns)
             return
@@ -317,7 +324,7 @@ class Gateway:
             waiting.popleft()
         if not requests:
             return
-        result = split(bodies, self.partition_count)
+        result = split(bodies, self.partition_count, self._seed)
         for request, body, status in zip(requests, bodies, result.status, strict=True):
             request.body = None
             self._bytes -= len(body) + 8 * request.events
@@ -346,22 +353,39 @@ class Gateway:
             self._in_flight[partition] += 1
             self._send(append, now_ns)
             return
-        # One partition that nobody leads must not take the room of all others.
-        if 2 * (self._queued_bytes[partition] + _weight(append)) > self.config.pending_bytes_max:
+        self._queues[partition].append(append)
+        self._queued_bytes += _weight(append)
+        if not self._failing[partition]:
+            append.count()
+        else:
+            self._shed(partition)
+
+    def _shed(self, partition: int) -> None:
+        """Keep what waits for a failing partition from taking the room of all others: drop the newest.
+
+        A quarter of the bound is for what is queued; reading stops at three quarters and goes on at five eighths,
+        so partitions without a leader never keep the gateway from reading.
+        """
+        queue = self._queues[partition]
+        while queue and 4 * self._queued_bytes > self.config.pending_bytes_max:
+            append = queue.pop()
+            self._queued_bytes -= _weight(append)
             error = WireError(
                 int(ErrorCode.OVERLOADED),
                 True,
-                f"partition {partition} is behind",
+                f"partition {partition} fails, and too much waits for it",
                 {"retry_after_ms": self.config.retry_after_ms},
             )
             self._fail_all(append, error, not_stored=False)
-            append.state = AppendState.DONE
-            self._bytes -= len(append.body)
-            return
-        if not self._failing[partition]:
-            append.count()
-        self._queued_bytes[partition] += _weight(append)
-        self._queues[partition].append(append)
+            self._drop(append)
+
+    def _drop(self, append: Append) -> None:
+        """Forget an append that was QUEUED and is out of its queue."""
+        assert append.state is AppendState.QUEUED
+        append.state = AppendState.DONE
+        self._bytes -= len(append.body)
+        if append.uncount():
+            self._rounds -= 1
 
     # ------------------------------------------------------------ an append's life
 
@@ -397,15 +421,12 @@ class Gateway:
         queue = self._queues[partition]
         while queue and self._in_flight[partition] < self.config.appends_in_flight_max:
             following = queue.popleft()
-            self._queued_bytes[partition] -= _weight(following)
+            self._queued_bytes -= _weight(following)
             if following.is_wanted():
                 self._in_flight[partition] += 1
                 self._send(following, now_ns)
-                continue
-            following.state = AppendState.DONE
-            self._bytes -= len(following.body)
-            if following.uncount():
-                self._rounds -= 1
+            else:
+                self._drop(following)
 
     # ------------------------------------------------------------ a request's end
 
@@ -423,8 +444,7 @@ class Gateway:
         if not outcome.exceptions:
             return
         round_ = append.round
-        first, end = round_.firsts[append.chunks[number] : append.chunks[number] + 2]
-        indexes = np.flatnonzero(round_.part[first:end] == partition)
+        indexes = event_indexes(round_.part, round_.firsts, append.chunks[number], partition)
         for position, reason, offset in outcome.exceptions:
             request.outcomes.append(EventOutcome(int(indexes[position]), reason, partition, offset))
 
@@ -457,14 +477,21 @@ class Gateway:
         """Forget a request that is being answered."""
         del self._open[request]
         self._bytes -= REQUEST_OVERHEAD_BYTES
+        if len(self._deadlines) > 2 * len(self._open) + _DEADLINES_MIN:
+            # Most are of answered requests: drop those, which costs each of them a constant.
+            self._deadlines = [(r.deadline_ns, tie, r) for tie, r in enumerate(self._open)]
+            heapq.heapify(self._deadlines)
+            self._tie = max(self._tie, len(self._deadlines))
 
     def _refuse(self, connection: Any, request_id: int, error: WireError) -> None:
         self._answers.append(Answer(connection, request_id, FrameType.ERROR, encode(error)))
 
     def _expire(self, now_ns: int) -> None:
         """Answer every request whose deadline has passed."""
-        expired = [request for request in self._open if request.deadline_ns <= now_ns]
-        for request in expired:
+        while self._deadlines and self._deadlines[0][0] <= now_ns:
+            _, _, request = heapq.heappop(self._deadlines)
+            if request not in self._open:
+                continue
             if request.body is not None:
                 self._bytes -= len(request.body) + 8 * request.events
                 request.body = None
@@ -479,7 +506,6 @@ class Gateway:
                 request.failures.append(PartitionFailure(partition, count, error))
             request.left.clear()
             self._answer(request)
-        self._expiry_ns = min((request.deadline_ns for request in self._open), default=None)
 
 
 def _weight(append: Append) -> int:

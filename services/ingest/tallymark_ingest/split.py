@@ -23,7 +23,7 @@ from tallymark_ingest.split_kernels import split_chunks
 from tallymark_protocol import layout as lay
 from tallymark_protocol import limits
 
-PARTITIONS_MAX: Final = 4_096
+PARTITIONS_MAX: Final = 256
 
 # One call's bounds. At 39 bytes an event in the widest columns, the chunks' own bytes and 40 bytes a chunk, a
 # payload of several chunks stays below APPEND_BYTES_MAX; a chunk above the bounds goes alone, and grows by
@@ -67,12 +67,25 @@ class Split(NamedTuple):
     status: list[int]  # per chunk `payload.OK` or a BAD_ code; those that aren't OK are in no payload
     payloads: list[Payload]  # of the partitions that have events, ascending
     part: npt.NDArray[np.uint16]  # the partition of each event, chunk after chunk
-    firsts: npt.NDArray[np.int64]  # where each chunk's events begin in `part`
+    firsts: list[int]  # where each chunk's events begin in `part`
 
     def indexes(self, chunk: int, partition: int) -> npt.NDArray[np.int64]:
-        """The positions, in the chunk, of its events for a partition: entry k is the payload's k-th of them."""
-        events = self.part[self.firsts[chunk] : self.firsts[chunk + 1]]
-        return np.flatnonzero(events == partition)
+        """See `event_indexes`."""
+        return event_indexes(self.part, self.firsts, chunk, partition)
+
+
+def event_indexes(
+    part: npt.NDArray[np.uint16], firsts: list[int], chunk: int, partition: int
+) -> npt.NDArray[np.int64]:
+    """The positions, in the chunk, of its events for a partition: entry k is the payload's k-th of them.
+
+    Args:
+        part: of a `Split`.
+        firsts: likewise.
+        chunk: as it was numbered in the call.
+        partition: which one.
+    """
+    return np.flatnonzero(part[firsts[chunk] : firsts[chunk + 1]] == partition)
 
 
 def glance(body: bytes) -> Glance | None:
@@ -93,8 +106,15 @@ def checksum_holds(body: bytes) -> bool:
     return bool(google_crc32c.value(np.frombuffer(body, dtype=np.uint8, offset=8)) == sent)
 
 
-def split(bodies: list[bytes], partition_count: int) -> Split:
-    """Split chunks into a payload per partition. Their checksums have been checked, their total bounded."""
+def split(bodies: list[bytes], partition_count: int, seed: int = 0) -> Split:
+    """Split chunks into a payload per partition.
+
+    Args:
+        bodies: the chunks; their checksums have been checked and their total is bounded.
+        partition_count: of the cluster.
+        seed: 63 bits that callers don't know, so that none can send property sets whose hashes collide. It has no
+            influence on the result.
+    """
     assert bodies
     assert 1 <= partition_count <= PARTITIONS_MAX
     if len(bodies) == 1:
@@ -104,19 +124,23 @@ def split(bodies: list[bytes], partition_count: int) -> Split:
         data = np.frombuffer(b"".join(bodies), dtype=np.uint8)
         bounds = np.zeros(len(bodies) + 1, dtype=np.int64)
         np.cumsum([len(body) for body in bodies], out=bounds[1:])
-    status, part, firsts, entry_chunks, entry_counts, plan, out = split_chunks(data, bounds, partition_count)
-    chunks = entry_chunks.tolist()
-    counts = entry_counts.tolist()
+    result, part, out = split_chunks(data, bounds, partition_count, seed)
+    facts = result.tolist()
+    count = len(bodies)
+    at = 2 * count + 1
+    chunks_at = at + 4 * partition_count
+    counts_at = (chunks_at + len(facts)) // 2
     payloads = []
-    entry = 0
-    for partition, (events, entries, start, end) in enumerate(plan.tolist()):
+    for partition in range(partition_count):
+        events, entries, start, end = facts[at : at + 4]
+        at += 4
         if events:
-            after = entry + entries
-            payloads.append(
-                Payload(partition, out[start:end], events, chunks[entry:after], counts[entry:after])
-            )
-            entry = after
-    return Split(status.tolist(), payloads, part, firsts)
+            chunks = facts[chunks_at : chunks_at + entries]
+            counts = facts[counts_at : counts_at + entries]
+            payloads.append(Payload(partition, out[start:end], events, chunks, counts))
+            chunks_at += entries
+            counts_at += entries
+    return Split(facts[:count], payloads, part, facts[count : 2 * count + 1])
 
 
 def warm_up() -> None:

@@ -276,17 +276,85 @@ def _power_of_two(least: Any) -> Any:
 
 
 @nb.njit(nogil=True, cache=True)
-def split_chunks(data: Any, bounds: Any, partition_count: Any) -> Any:
+def _write_events(
+    data: Any,
+    bounds: Any,
+    columns: Any,
+    status: Any,
+    part: Any,
+    firsts: Any,
+    counts: Any,
+    soles: Any,
+    plan: Any,
+    metric_to: Any,
+    metric_bases: Any,
+    metric_used: Any,
+    set_to: Any,
+    set_bases: Any,
+    set_used: Any,
+    out: Any,
+    entry_chunks: Any,
+    entry_counts: Any,
+) -> None:
+    """Chunk by chunk, the chunk table entries and the columns of every payload."""
+    chunks = len(status)
+    partition_count = len(plan)
+    entry_bases = np.empty(partition_count, dtype=np.int64)
+    wanted = np.zeros(8, dtype=np.uint8)  # the columns that some payload has in full
+    entry = 0
+    for p in range(partition_count):
+        for column in range(8):
+            if plan[p, T_ENCODINGS + column] == 2:
+                wanted[column] = 1
+        entry_bases[p] = entry
+        entry += plan[p, T_CHUNKS]
+    written = np.zeros(partition_count, dtype=np.int64)
+    written_chunks = np.zeros(partition_count, dtype=np.int64)
+    id_bytes = np.zeros(partition_count, dtype=np.int64)
+    text_bytes = np.zeros(partition_count, dtype=np.int64)
+    to = np.empty(partition_count, dtype=np.int64)
+    for c in range(chunks):
+        if status[c] != OK:
+            continue
+        row = columns[c]
+        first = firsts[c]
+        for p in range(partition_count):
+            if counts[c, p] > 0:
+                at = plan[p, T_START] + _PAYLOAD_HEADER + _ENTRY * written_chunks[p]
+                _write_entry(data, bounds[c], out, at, counts[c, p])
+                entry_chunks[entry_bases[p] + written_chunks[p]] = c
+                entry_counts[entry_bases[p] + written_chunks[p]] = counts[c, p]
+                written_chunks[p] += 1
+        for column in (0, 2, 3):
+            if wanted[column]:
+                _write_words(data, row, out, part, first, counts[c], written, plan, soles[c], column, to)
+        for column in (1, 4, 5):
+            if wanted[column]:
+                _write_small(
+                    data, row, out, part, first, written, plan, metric_to, metric_bases[c], metric_used,
+                    set_to, set_bases[c], set_used, column, to,
+                )  # fmt: skip
+        if wanted[6]:
+            _write_content(data, row, out, part, first, counts[c], written, plan, 6, id_bytes, to)
+        if wanted[7]:
+            _write_content(data, row, out, part, first, counts[c], written, plan, 7, text_bytes, to)
+        for p in range(partition_count):
+            written[p] += counts[c, p]
+
+
+@nb.njit(nogil=True, cache=True)
+def split_chunks(data: Any, bounds: Any, partition_count: Any, seed: Any) -> Any:
     """Split the chunks `data[bounds[c]:bounds[c+1]]` into a payload per partition.
 
     Returns:
-        status: uint8 per chunk, OK or a BAD_ code of `payload`; one that isn't OK is in no payload.
+        facts: int64, one after another: per chunk its status (OK or a BAD_ code of `payload`; one that isn't OK
+            is in no payload); chunks+1 positions where each chunk's events begin in `part`; per partition event
+            count, entry count and [start, end) of its payload in `out`; per chunk table entry, payload after
+            payload, the chunk's number; likewise how many of its events are in that payload.
         part: uint16, the partition of each event, chunk after chunk.
-        firsts: int64[c+1], where each chunk's events begin in `part`.
-        entry_chunks, entry_counts: per chunk table entry, payload after payload: the chunk's number and how
-            many of its events are in that payload.
-        plan: int64, per partition event count, entry count, and [start, end) of its payload in `out`.
         out: the payloads, side by side.
+
+    One array for all small facts, because every array costs most of a microsecond on its way back to Python.
     """
     chunks = len(bounds) - 1
     columns = np.empty((chunks, COLUMNS), dtype=np.int64)
@@ -342,12 +410,12 @@ def split_chunks(data: Any, bounds: Any, partition_count: Any) -> Any:
         row = columns[c]
         known_metrics = unite(
             data, row[C_METRIC_ENDS], row[C_METRIC_BYTES], row[C_METRICS], metric_slots, codes, known_metrics,
-            metric_to, metric_bases[c],
+            metric_to, metric_bases[c], seed,
         )  # fmt: skip
         if row[C_PROPERTIES_ENCODING] != 0:
             known_sets = unite(
                 data, row[C_PROPERTY_ENDS], row[C_PROPERTY_BYTES], row[C_PROPERTY_SETS], set_slots, spans,
-                known_sets, set_to, set_bases[c],
+                known_sets, set_to, set_bases[c], seed,
             )  # fmt: skip
 
     # What each partition uses of them, and which columns it needs.
@@ -384,55 +452,23 @@ def split_chunks(data: Any, bounds: Any, partition_count: Any) -> Any:
             count_content(data, row, C_TEXT_ENDS, part, firsts[c], plan, T_TEXT_BYTES)
 
     out = np.empty(place(plan), dtype=np.uint8)
-    entry_chunks = np.empty(entries, dtype=np.int64)
-    entry_counts = np.empty(entries, dtype=np.int64)
-    entry_bases = np.empty(partition_count, dtype=np.int64)
-    wanted = np.zeros(8, dtype=np.uint8)  # the columns that some payload has in full
-    entry = 0
     for p in range(partition_count):
-        for column in range(8):
-            if plan[p, T_ENCODINGS + column] == 2:
-                wanted[column] = 1
-        entry_bases[p] = entry
-        entry += plan[p, T_CHUNKS]
         if plan[p, T_EVENTS] > 0:
             _write_head(data, out, plan[p], metric_order[p], codes, set_order[p], spans)
-    written = np.zeros(partition_count, dtype=np.int64)
-    written_chunks = np.zeros(partition_count, dtype=np.int64)
-    id_bytes = np.zeros(partition_count, dtype=np.int64)
-    text_bytes = np.zeros(partition_count, dtype=np.int64)
-    to = np.empty(partition_count, dtype=np.int64)
+    facts = np.empty(2 * chunks + 1 + 4 * partition_count + 2 * entries, dtype=np.int64)
     for c in range(chunks):
-        if status[c] != OK:
-            continue
-        row = columns[c]
-        first = firsts[c]
-        for p in range(partition_count):
-            if counts[c, p] > 0:
-                at = plan[p, T_START] + _PAYLOAD_HEADER + _ENTRY * written_chunks[p]
-                _write_entry(data, bounds[c], out, at, counts[c, p])
-                entry_chunks[entry_bases[p] + written_chunks[p]] = c
-                entry_counts[entry_bases[p] + written_chunks[p]] = counts[c, p]
-                written_chunks[p] += 1
-        for column in (0, 2, 3):
-            if wanted[column]:
-                _write_words(data, row, out, part, first, counts[c], written, plan, soles[c], column, to)
-        for column in (1, 4, 5):
-            if wanted[column]:
-                _write_small(
-                    data, row, out, part, first, written, plan, metric_to, metric_bases[c], metric_used,
-                    set_to, set_bases[c], set_used, column, to,
-                )  # fmt: skip
-        if wanted[6]:
-            _write_content(data, row, out, part, first, counts[c], written, plan, 6, id_bytes, to)
-        if wanted[7]:
-            _write_content(data, row, out, part, first, counts[c], written, plan, 7, text_bytes, to)
-        for p in range(partition_count):
-            written[p] += counts[c, p]
-    result = np.empty((partition_count, 4), dtype=np.int64)
+        facts[c] = status[c]
+        facts[chunks + c] = firsts[c]
+    facts[2 * chunks] = events
+    at = 2 * chunks + 1
     for p in range(partition_count):
-        result[p, 0] = plan[p, T_EVENTS]
-        result[p, 1] = plan[p, T_CHUNKS]
-        result[p, 2] = plan[p, T_START]
-        result[p, 3] = plan[p, T_END]
-    return status, part, firsts, entry_chunks, entry_counts, result, out
+        facts[at] = plan[p, T_EVENTS]
+        facts[at + 1] = plan[p, T_CHUNKS]
+        facts[at + 2] = plan[p, T_START]
+        facts[at + 3] = plan[p, T_END]
+        at += 4
+    _write_events(
+        data, bounds, columns, status, part, firsts, counts, soles, plan, metric_to, metric_bases, metric_used,
+        set_to, set_bases, set_used, out, facts[at : at + entries], facts[at + entries :],
+    )  # fmt: skip
+    return facts, part, out

@@ -106,7 +106,16 @@ def assign(data: Any, columns: Any, partition_count: Any, part: Any, first: Any,
 
 @nb.njit(nogil=True, cache=True)
 def unite(
-    data: Any, ends: Any, content: Any, count: Any, slots: Any, spans: Any, known: Any, to: Any, base: Any
+    data: Any,
+    ends: Any,
+    content: Any,
+    count: Any,
+    slots: Any,
+    spans: Any,
+    known: Any,
+    to: Any,
+    base: Any,
+    seed: Any,
 ) -> Any:
     """Number a table's entries across chunks: equal bytes, equal number. Returns how many are known now.
 
@@ -117,7 +126,7 @@ def unite(
     for k in range(count):
         start = table_start(data, ends, content, k)
         end = table_end(data, ends, content, k)
-        slot = np.int64(hash_bytes(data, start, end, 0)) & mask
+        slot = np.int64(hash_bytes(data, start, end, seed)) & mask
         while True:
             number = np.int64(slots[slot])
             if number < 0:

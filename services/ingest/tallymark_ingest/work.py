@@ -80,7 +80,7 @@ class Round:
 
     __slots__ = ("firsts", "left", "part")
 
-    def __init__(self, part: npt.NDArray[np.uint16], firsts: npt.NDArray[np.int64]) -> None:
+    def __init__(self, part: npt.NDArray[np.uint16], firsts: list[int]) -> None:
         self.part = part
         self.firsts = firsts
         self.left = 0  # appends that requests to come should wait for

@@ -260,6 +260,32 @@ async def test_an_unreadable_leader_key_is_no_leader(cluster):
     _stored_once(cluster, await _ingest(client, [Ev(account=1)]), [Ev(account=1)])
 
 
+async def test_a_coordinator_that_is_away_is_waited_for(cluster):
+    """The gateway starts without it, and learns of the leaders once it is back."""
+
+    class Away(MemoryCoordinator):
+        failures = 2
+
+        async def range(self, prefix):
+            if self.failures:
+                self.failures -= 1
+                raise UnavailableError("the coordinator is away")
+            return await super().range(prefix)
+
+    await cluster.start()
+    away = Away(RealClock())
+    for partition in range(P):
+        item = await cluster.coordinator.get(b"leaders/%d" % partition)
+        await away.put(item.key, item.value)
+    config = ServerConfig(node_id="gateway-2", partition_count=P)
+    gateway = await serve(config, away, RealClock(), random.Random(1))
+    client = PeerClient(gateway.address, rng=random.Random(2))
+    _stored_once(cluster, await _ingest(client, [Ev(account=1)]), [Ev(account=1)])
+    await client.close()
+    await gateway.close()
+    await away.close()
+
+
 async def test_back_pressure_pauses_reading_and_refuses_nothing(cluster):
     """A store that doesn't answer fills the gateway up to its pause, not beyond; everything is stored later."""
     await cluster.start(pending_bytes_max=2_000_000)

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from tallymark_ingest import server as ingest
+from tallymark_ingest import split
 from tallymark_ingest.gateway import GatewayConfig
 from tallymark_node.config import Settings
 from tallymark_query import service as query
@@ -126,6 +127,7 @@ async def running(settings: Settings, report: Callable[[str], None] = lambda _: 
     Raises:
         TallymarkError, OSError, DiskError: what keeps it from starting.
     """
+    split.warm_up()  # the store's kernels are compiled before it takes a lease; the gateway's must be by then
     rng = new_random()
     data = Path(settings.data_dir)
     coordinator = FileCoordinator(data / "coordinator", RealClock())

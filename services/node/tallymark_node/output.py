@@ -63,7 +63,7 @@ def table(
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     for position, heading in enumerate(columns):
         drawn.add_column(Text(heading), justify="right" if position in numbers else "left", overflow="fold")
     for row in rows:
@@ -170,7 +170,7 @@ def iso(time_ns: int | None) -> str | None:
 
 def span(start_ns: int, end_ns: int, zone: str = "UTC") -> str:
     """Write a half-open interval: dates alone where both ends are midnights."""
-    from tallymark_protocol.periods import TIME_END_NS
+    from tallymark_protocol.zones import TIME_END_NS
 
     start, end = moment(start_ns, zone), moment(end_ns, zone)
     if start.endswith(" 00:00") and (end.endswith(" 00:00") or end_ns >= TIME_END_NS):
@@ -196,7 +196,7 @@ def zone_here(zone: str) -> str:
 
 def period_json(start_ns: int, end_ns: int) -> dict[str, Any]:
     """Write an interval for JSON; one that never ends has the end null."""
-    from tallymark_protocol.periods import TIME_END_NS
+    from tallymark_protocol.zones import TIME_END_NS
 
     return {"start": iso(start_ns), "end": None if end_ns >= TIME_END_NS else iso(end_ns)}
 

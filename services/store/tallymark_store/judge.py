@@ -241,6 +241,7 @@ def time_range(data: Any, columns: Any, append_ns: Any, verdicts: Any) -> Any:
 def warm_up() -> None:
     """Compile every kernel here, or load it from the cache."""
     data = np.zeros(128, dtype=np.uint8)
+    data.setflags(write=False)  # as frames and mapped files are: another type to the compiler
     columns = np.zeros(COLUMNS, dtype=np.int64)
     slots = np.zeros(1, dtype=np.int64)
     kinds = np.zeros(1, dtype=np.int64)

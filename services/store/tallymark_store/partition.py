@@ -524,7 +524,8 @@ class Partition:
     def replay_batch(self, view: batch.BatchView, columns: Ints, base_offset: int, append_ns: int) -> None:
         """Put a logged batch's effect into the judge's state and into the cells; it is committed."""
         n = int(columns[C_EVENTS])
-        verdicts = view.verdicts if view.verdicts is not None else np.zeros(n, dtype=np.uint8)
+        # A writable copy: kernels are compiled for the one kind of array that the judge hands them.
+        verdicts = np.zeros(n, dtype=np.uint8) if view.verdicts is None else view.verdicts.copy()
         table_at = int(columns[C_CHUNK_TABLE])
         raw = view.data[table_at : table_at + 40 * int(columns[C_CHUNKS])]
         table = np.frombuffer(raw.tobytes(), dtype=ENTRY_DTYPE)
@@ -535,7 +536,7 @@ class Partition:
         if columns[C_ID_ENCODING] == 2:
             self._replay_ids(view.data, columns, verdicts, base_offset)
         self.last_append_ns = max(self.last_append_ns, append_ns)
-        self.fold.apply(view.data, columns, view.verdicts, base_offset, append_ns)
+        self.fold.apply(view.data, columns, None if view.verdicts is None else verdicts, base_offset, append_ns)
         self.fold.advance(base_offset + n)
 
     def _replay_ids(self, data: Bytes, columns: Ints, verdicts: Bytes, base_offset: int) -> None:

@@ -26,10 +26,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tallymark_protocol import int128, limits
+from tallymark_protocol import layout as lay
 from tallymark_protocol.errors import ErrorCode, InvalidRequestError, NotFoundError
 from tallymark_protocol.messages import (
     AlertsResult,
     EventsResult,
+    Filter,
     GroupValue,
     RealtimeResult,
     Row,
@@ -40,8 +42,11 @@ from tallymark_protocol.messages import (
     StoreTotals,
     TotalsResult,
 )
-from tallymark_protocol.model import AggType
+from tallymark_protocol.model import AggType, DimensionFilter, MetricSchema
+from tallymark_protocol.payload import COLUMNS, OK, place_payload
+from tallymark_protocol.schema import make_record
 from tallymark_protocol.zones import TIME_END_NS
+from tallymark_store import batch
 from tallymark_store.fold import reads as cell_reads
 from tallymark_store.fold.fold import NO_SELECTION, Fold
 from tallymark_store.scan import kernels as k
@@ -49,7 +54,7 @@ from tallymark_store.scan import plan as p
 from tallymark_store.scan import ranking
 from tallymark_store.scan.events import EventsScan
 from tallymark_store.scan.metric import GroupKey, ScanDimension, ScanMetric
-from tallymark_store.scan.source import RecordRows, RecordSource
+from tallymark_store.scan.source import MemorySource, RecordRows, RecordSource
 from tallymark_store.scan.totals import RUN_EVENTS, UNIQUES_MAX, Interval, TotalsScan, too_many_rows
 
 IntArray = npt.NDArray[np.int64]
@@ -440,11 +445,9 @@ class Reads:
         """Rows of all accounts' cells of whole days, and the days that overflowed for any account."""
         state, combos = self._fold._state, self._fold.dimensions.arrays.combos
         wanted = selection if len(selection) else NO_SELECTION
-        found = np.empty(4_096, np.int64)
+        # Untouched memory costs nothing; a cell is listed once, a head of an overflowed day twice.
+        found = np.empty(2 * self._fold.cell_count, np.int64)
         count = cell_reads.scan_days(state, combos, slot, first, end, wanted, found)
-        if count > len(found):
-            found = np.empty(count, np.int64)
-            cell_reads.scan_days(state, combos, slot, first, end, wanted, found)
         found = found[:count]
         days = np.empty(count, np.int64)
         marked = ranking.overflowed_days(state.cells, found, days)
@@ -564,3 +567,37 @@ def _check_buckets(buckets: list[tuple[int, int]]) -> tuple[IntArray, IntArray]:
     if (starts > ends).any() or (ends[:-1] > starts[1:]).any():
         raise InvalidRequestError("buckets must be sorted and disjoint, each ending after it begins")
     return starts, ends
+
+
+def warm_up() -> None:
+    """Compile every kernel of reads, on a log of one event: to be called before there is anything to be late for."""
+    event = b"w" + bytes(8)  # the metric's code, then the account; the rest of the columns is absent
+    body = lay.CHUNK_ENTRY.pack(0, 0, 0, 0, 1, 0, 0) + (1).to_bytes(4, "little") + event
+    length = lay.PAYLOAD_HEADER_BYTES + len(body)
+    header = lay.PAYLOAD_HEADER.pack(
+        lay.PAYLOAD_MAGIC, length, 1, 1, lay.CONSTANT << (4 * lay.COLUMN_ACCOUNT), 1, 0, 1, 0, 0, 0, 0, 0
+    )
+    payload = np.frombuffer(header + body, np.uint8)
+    columns = np.zeros(COLUMNS, np.int64)
+    status = place_payload(payload, 0, length, columns)
+    assert status == OK, "the event is well-formed"
+    stored = batch.encode_prefix(0, 1, None, None) + header + body
+    for agg_type in (AggType.SUM, AggType.COUNT_UNIQUE):
+        fold = Fold(0)
+        schema = MetricSchema(code="w", agg_type=agg_type, filters=[DimensionFilter(key="d")])
+        fold.put_schema(make_record(1, schema), 0)
+        source = MemorySource(0)
+        source.append(stored, base_offset=1, count=1, append_ns=9, min_time_ns=0, max_time_ns=20)
+        fold.apply(payload, columns, None, 1, 9)
+        reads = Reads(fold, source)
+        for bounds in ((0, 10), (0, TIME_END_NS)):
+            for request in (
+                StoreTotals(0, "w", 0, [bounds]),
+                StoreTotals(0, "w", 0, [bounds], [Filter("d", ["v"])], ["d"]),
+                StoreTotals(0, "w", None, [bounds], top=1),
+                StoreTotals(0, "w", None, [bounds], [Filter("d", ["v"])], top=1),
+            ):
+                reads.totals(request)
+        reads.events(StoreEvents(0, 0, "w", 0, 20))
+        reads.realtime(StoreRealtime(0, "w", 0), 0)
+    TotalsScan.warm_up()

@@ -113,12 +113,12 @@ class StoreService(HandlerBase):
 
     async def start(self) -> None:
         """Recover, take the leadership, serve."""
-        self.address = await self._server.start(self._config.listen)
-        self.address = self._config.advertise or self.address
+        warmup.warm_up()  # before anything has a deadline: the first time it compiles for a minute
+        bound = await self._server.start(self._config.listen)
+        self.address = self._config.advertise or bound
         wanted = Cluster(self._config.partition_count)
         cluster = await establish_cluster(self._coordinator, wanted)
         await self._catalog.start()
-        warmup.warm_up(self._report)
         found = recovery.recover(
             self._disk,
             partition_count=cluster.partition_count,

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from tallymark_protocol.payload import COLUMNS, place_payload, validate_payload
-from tallymark_store import dedup, fold, judge
+from tallymark_store import dedup, fold, judge, reads
 
 
-def warm_up(report: Callable[[str], None]) -> None:  # noqa: ARG001
+def warm_up() -> None:
     """Compile what is not compiled yet. The first time takes up to a minute; later ones read a cache."""
     data = np.zeros(128, dtype=np.uint8)
+    data.setflags(write=False)  # as frames and mapped files are: another type to the compiler
     columns = np.zeros(COLUMNS, dtype=np.int64)
     validate_payload(data, 0, 128, columns)
     place_payload(data, 0, 128, columns)
     dedup.warm_up()
     fold.warm_up()
     judge.warm_up()
+    reads.warm_up()

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tallymark_store.dedup import CONFLICT, DUPLICATE, DedupIndex, TableFullError, warm_up
+from tallymark_store.dedup import (
+    CONFLICT,
+    DUPLICATE,
+    LOOK_UP_AND_REMEMBER,
+    LOOK_UP_ONLY,
+    DedupIndex,
+    TableFullError,
+    warm_up,
+)
 from tallymark_store.dedup.index import ENTRY_DTYPE, SHARD_COUNT
 
 
@@ -59,6 +67,16 @@ def test_events_that_want_nothing_are_neither_judged_nor_remembered():
     index = DedupIndex()
     assert judge(index, [(5, 5, 1), (5, 5, 1)], base=0, wants=[0, 1]) == [(0, -1), (0, -1)]
     assert held(index) == [(5, 5, 1, 1)]
+
+
+def test_an_event_that_is_only_looked_up_is_never_remembered():
+    """What will be rejected anyway is still told apart from a repeat, and leaves the id free."""
+    index = DedupIndex()
+    judge(index, [(1, 1, 1)], base=0)
+    rows = [(1, 1, 1), (1, 1, 2), (5, 5, 1), (5, 5, 2), (5, 5, 3)]
+    answers = judge(index, rows, base=10, wants=[LOOK_UP_ONLY] * 3 + [LOOK_UP_AND_REMEMBER, LOOK_UP_ONLY])
+    assert answers == [(DUPLICATE, 0), (CONFLICT, 0), (0, -1), (0, -1), (CONFLICT, 13)]
+    assert held(index) == [(1, 1, 1, 0), (5, 5, 2, 13)]
 
 
 def test_all_zero_and_all_one_keys_are_ordinary():

@@ -9,6 +9,7 @@ import google_crc32c
 import msgspec
 import numpy as np
 import pytest
+from numba.core.dispatcher import Dispatcher
 
 from tallymark_protocol import int128
 from tallymark_protocol.errors import InvalidRequestError, NotFoundError, UnavailableError
@@ -34,7 +35,8 @@ from tallymark_protocol.periods import buckets, day_of, period_of
 from tallymark_protocol.schema import MetricRecord, make_record, update_record
 from tallymark_store import batch
 from tallymark_store.fold import Fold
-from tallymark_store.reads import Reads, TotalsRead, empty_stats
+from tallymark_store.reads import Reads, TotalsRead, empty_stats, warm_up
+from tallymark_store.scan import kernels, plan, ranking
 from tallymark_store.scan.source import MemorySource
 
 from .fold_reference import Folded, FoldReference
@@ -329,7 +331,9 @@ def test_flags_come_with_the_period_only() -> None:
     """A billing period's total says which thresholds were crossed; a part of it doesn't."""
     log = Log()
     log.put(make_record(1, SCHEMAS[1]))
-    log.append([event(1, "sum", value=9, time=BASE), event(1, "sum", value=1, time=BASE + 5 * HOUR)], BASE + DAY)
+    log.append(
+        [event(1, "sum", value=9, time=BASE), event(1, "sum", value=1, time=BASE + 5 * HOUR)], BASE + DAY
+    )
     period = period_of(BASE, PeriodType.CALENDAR, 9, log.records["sum"].zone)
     for bounds, flags, total in (
         ((period.start_ns, period.end_ns), 1, 10),
@@ -401,7 +405,9 @@ def test_today_until_now_needs_no_raw_events() -> None:
     log = Log()
     log.put(make_record(1, SCHEMAS[3]))
     log.put(make_record(2, SCHEMAS[4]))
-    log.append([event(1, "latest", value=4, time=BASE + 5), event(1, "users", value=4, time=BASE + 5)], BASE + 6)
+    log.append(
+        [event(1, "latest", value=4, time=BASE + 5), event(1, "users", value=4, time=BASE + 5)], BASE + 6
+    )
     log.source.flip_bit(0, 40)
     for code in ("latest", "users"):
         (row,) = log.reads.totals(StoreTotals(PARTITION, code, 1, [(BASE, BASE + 7)])).rows
@@ -530,3 +536,32 @@ def test_reads_after_a_restart() -> None:
     for schema in SCHEMAS:
         request = StoreTotals(PARTITION, schema.code, 1, [(BASE + 1, BASE + 3 * DAY)])
         assert restored.totals(request) == log.reads.totals(request)
+
+
+def test_warm_up_compiles_what_reads_need() -> None:
+    """After it no read, of whatever kind, makes the event loop wait for the compiler."""
+    warm_up()
+    log = random_log(8, records=6)
+
+    def compiled() -> dict[str, int]:
+        return {
+            f"{module.__name__}.{name}": len(kernel.signatures)
+            for module in (kernels, ranking, plan)
+            for name, kernel in vars(module).items()
+            if isinstance(kernel, Dispatcher)
+        }
+
+    before = compiled()
+    everything = [
+        StoreTotals(PARTITION, schema.code, None, [(1, BASE + DAY + 1)], top=3) for schema in SCHEMAS
+    ]
+    everything += [StoreTotals(PARTITION, schema.code, 1, [(BASE, BASE + DAY + 1)]) for schema in SCHEMAS]
+    everything.append(
+        StoreTotals(PARTITION, "count", 1, [(BASE, BASE + HOUR)], [Filter("region", ["eu"])], ["provider"])
+    )
+    for request in everything:
+        log.reads.totals(request)
+    log.reads.events(StoreEvents(PARTITION, None, None, 0, END))
+    log.reads.events(StoreEvents(PARTITION, 1, "sum", 0, END))
+    assert compiled() == before
+    assert before["tallymark_store.scan.kernels.scan_totals"] >= 1

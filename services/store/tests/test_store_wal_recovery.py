@@ -359,7 +359,7 @@ def test_damage_at_the_end_stays_known_without_room_for_a_marker():
     disk.flip_bit(segment_name(0), 30)
     disk.flip_bit(segment_name(0), 4096 - 64 + 30)
     disk.capacity = 4096
-    wal, recovery = reopen(disk)
+    wal, recovery = open_wal(disk, new_log_id=b"another log's id", config=SMALL)
     assert recovery.is_damaged(1)
     assert wal.full
     disk.capacity = None
@@ -369,7 +369,7 @@ def test_damage_at_the_end_stays_known_without_room_for_a_marker():
     wal.reset(9, 0, epoch=1, append_ns=0)
     wal.sync_all()
     for _ in range(2):
-        wal, recovery = reopen(disk)
+        wal, recovery = open_wal(disk, new_log_id=b"another log's id", config=SMALL)
         assert recovery.is_damaged(1)
         assert not recovery.is_damaged(9)
 

@@ -52,7 +52,7 @@ class Failure(click.ClickException):
 
     def __init__(self, message: str, status: int, *, as_json: bool = False, code: str = "") -> None:
         super().__init__(message)
-        self.exit_code = status
+        self.exit_code = status  # type: ignore[misc]  # declared as a class variable, but read from the instance
         self._as_json = as_json
         self._code = code
 
@@ -72,7 +72,6 @@ def global_options(*, at_group: bool) -> Callable[[F], F]:
     """Add the global options. A command takes them too, so that they may stand on either side of its name."""
 
     def decorate(function: F) -> F:
-        shown = {"show_default": True} if at_group else {}
         decorators = [
             click.option(
                 "--server",
@@ -80,8 +79,8 @@ def global_options(*, at_group: bool) -> Callable[[F], F]:
                 envvar="TALLYMARK_SERVER" if at_group else None,
                 default=DEFAULT_SERVER if at_group else None,
                 hidden=not at_group,
+                show_default=at_group,
                 help="A gateway, or several separated by commas. [env: TALLYMARK_SERVER]",
-                **shown,
             ),
             click.option(
                 "--json", "as_json", is_flag=True, default=False, hidden=not at_group, help="Print JSON."
@@ -92,8 +91,8 @@ def global_options(*, at_group: bool) -> Callable[[F], F]:
                 default=DEFAULT_TIMEOUT if at_group else None,
                 hidden=not at_group,
                 metavar="SECONDS",
+                show_default=at_group,
                 help="For each request, retries included.",
-                **shown,
             ),
         ]
         for decorator in reversed(decorators):
@@ -147,8 +146,8 @@ def execute(options: Options, make: Callable[[], Coroutine[Any, Any, int | None]
         return 0
 
 
-def failure(error: TallymarkError, *, as_json: bool = False) -> Failure:
-    """Say an error of the project's tree to people."""
+def failure(error: TallymarkError, *, as_json: bool = False, more: str = "") -> Failure:
+    """Say an error of the project's tree to people, with `more` on further lines."""
     from tallymark_protocol.errors import (
         BackpressureError,
         ErrorCode,
@@ -166,7 +165,7 @@ def failure(error: TallymarkError, *, as_json: bool = False) -> Failure:
         code = ErrorCode(error.code).name.lower()
     except ValueError:
         code = str(error.code)
-    return Failure(str(error), status, as_json=as_json, code=code)
+    return Failure(f"{error}\n{more}" if more else str(error), status, as_json=as_json, code=code)
 
 
 @asynccontextmanager
@@ -232,7 +231,7 @@ async def metric(client: AsyncClient, code: str) -> MetricSchema:
     raise NotFoundError(f"no metric has the code {code!r:.80}{hint}", code=ErrorCode.UNKNOWN_METRIC)
 
 
-class Account(click.ParamType):
+class Account(click.ParamType[int]):
     """An account id on the command line."""
 
     name = "account"
@@ -249,7 +248,7 @@ class Account(click.ParamType):
             self.fail(error.message, param, ctx)
 
 
-class Instant(click.ParamType):
+class Instant(click.ParamType[int]):
     """An instant on the command line, as nanoseconds since the Unix epoch."""
 
     name = "when"

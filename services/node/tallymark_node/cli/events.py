@@ -18,7 +18,9 @@ _PAGE = 1_000
 @click.option("--from", "start_ns", type=INSTANT, metavar="WHEN", help=f"Start: {parse.INSTANT_HELP}.")
 @click.option("--to", "end_ns", type=INSTANT, metavar="WHEN", help="End (exclusive).")
 @click.option("--metric", "code", metavar="METRIC", help="Of this metric only.")
-@click.option("--limit", type=click.IntRange(1, LIMIT_MAX), default=100, show_default=True, help="At most so many.")
+@click.option(
+    "--limit", type=click.IntRange(1, LIMIT_MAX), default=100, show_default=True, help="At most so many."
+)
 @click.option("--scaled", is_flag=True, help="Show values as decimals.")
 @client_command
 async def events(
@@ -72,7 +74,9 @@ async def events(
 @click.command()
 @click.argument("account", type=ACCOUNT, required=False)
 @click.option("--metric", "code", metavar="METRIC", help="Of this metric only.")
-@click.option("--limit", type=click.IntRange(1, LIMIT_MAX), default=1_000, show_default=True, help="At most so many.")
+@click.option(
+    "--limit", type=click.IntRange(1, LIMIT_MAX), default=1_000, show_default=True, help="At most so many."
+)
 @click.option("--scaled", is_flag=True, help="Show values as decimals.")
 @client_command
 async def alerts(

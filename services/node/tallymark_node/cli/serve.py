@@ -23,13 +23,24 @@ if TYPE_CHECKING:
 
     from tallymark_node.config import Settings
 
+COMPILE_NOTICE_SECONDS = 2.0  # a start from the cache is done by then
+
 
 @click.command()
-@click.option("--port", type=click.IntRange(0, 65_535), help="Where to listen; 0 takes a free port. [default: 7001]")
+@click.option(
+    "--port", type=click.IntRange(0, 65_535), help="Where to listen; 0 takes a free port. [default: 7001]"
+)
 @click.option("--host", help="On which address to listen. [default: 127.0.0.1]")
 @click.option("--data-dir", metavar="DIR", help="Where the data lies. [default: tallymark-data]")
-@click.option("--partitions", "partition_count", type=click.IntRange(1, 4096), help="Fixed at the first start. [default: 4]")
-@click.option("--config", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Settings, as TOML.")
+@click.option(
+    "--partitions",
+    "partition_count",
+    type=click.IntRange(1, 4096),
+    help="Fixed at the first start. [default: 4]",
+)
+@click.option(
+    "--config", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Settings, as TOML."
+)
 def dev(
     port: int | None, host: str | None, data_dir: str | None, partition_count: int | None, config: Path | None
 ) -> None:
@@ -41,12 +52,14 @@ def dev(
     settings = _settings(
         config, {"port": port, "host": host, "data_dir": data_dir, "partition_count": partition_count}
     )
-    _serve(settings, lambda stop: _dev(settings, stop))
+    _serve(settings, lambda stop: _dev(settings, Path(settings.data_dir).resolve(), stop))
 
 
 @click.command()
 @click.option("--role", type=click.Choice(("ingest", "store", "query")), required=True, help="What to run.")
-@click.option("--config", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Settings, as TOML.")
+@click.option(
+    "--config", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Settings, as TOML."
+)
 def run(role: str, config: Path | None) -> None:
     """Run one role in a process of its own.
 
@@ -54,14 +67,20 @@ def run(role: str, config: Path | None) -> None:
     TALLYMARK_PORT. Prints a line starting with `ready` when it serves.
     """
     settings = _settings(config, {})
-    _serve(settings, lambda stop: _role(role, settings, stop))
+    _serve(settings, lambda stop: _role(role, settings, stop), with_store=role == "store")
 
 
 @click.command()
 @click.option(
-    "--git", "path", type=click.Path(path_type=Path), metavar="PATH", help="The repository. [default: Tallymark's own]"
+    "--git",
+    "path",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="The repository. [default: Tallymark's own]",
 )
-@click.option("--port", type=click.IntRange(0, 65_535), default=0, help="Where to listen. [default: a free port]")
+@click.option(
+    "--port", type=click.IntRange(0, 65_535), default=0, help="Where to listen. [default: a free port]"
+)
 @click.option("--data-dir", metavar="DIR", help="Keep the data there. [default: a temporary folder]")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the newest N changes.")
 @global_options(at_group=False)
@@ -85,7 +104,9 @@ def demo(
     from tallymark_node import demo as body
 
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    plan = body.Plan(path=path, port=port, data_dir=data_dir, limit=limit, stay=interactive, timeout=options.timeout)
+    plan = body.Plan(
+        path=path, port=port, data_dir=data_dir, limit=limit, stay=interactive, timeout=options.timeout
+    )
     _serve(None, lambda stop: body.run(plan, stop, _report))
 
 
@@ -112,7 +133,12 @@ def _settings(config: Path | None, overrides: dict[str, Any]) -> Settings:
         raise failure(error) from error
 
 
-def _serve(settings: Settings | None, main: Callable[[asyncio.Event], Coroutine[Any, Any, int]]) -> None:
+def _serve(
+    settings: Settings | None,
+    main: Callable[[asyncio.Event], Coroutine[Any, Any, int]],
+    *,
+    with_store: bool = True,
+) -> None:
     """Run `main(stop)` until it returns and exit with its status; say in one line why it couldn't start."""
     _stop_early()
     import asyncio
@@ -122,7 +148,8 @@ def _serve(settings: Settings | None, main: Callable[[asyncio.Event], Coroutine[
     from tallymark_runtime.loops import run as run_loop
 
     try:
-        _compile()
+        if with_store:
+            _compile()
         status = run_loop(main)
     except TallymarkError as error:
         raise failure(error) from error
@@ -134,10 +161,25 @@ def _serve(settings: Settings | None, main: Callable[[asyncio.Event], Coroutine[
 
 
 def _compile() -> None:
+    """Compile the kernels, or load them from the cache; say so when it takes long."""
     # Before there is an event loop, so that Ctrl-C works in the minute that a first start may need for it.
-    from tallymark_store.warmup import warm_up
+    import threading
 
-    warm_up(_report)
+    notice = threading.Timer(
+        COMPILE_NOTICE_SECONDS,
+        _report,
+        (
+            "compiling the kernels: up to a minute, at the first start only; later ones load them from a cache",
+        ),
+    )
+    notice.daemon = True
+    notice.start()
+    try:
+        from tallymark_store.warmup import warm_up
+
+        warm_up()
+    finally:
+        notice.cancel()
 
 
 def _stop_early() -> None:
@@ -162,13 +204,13 @@ def _start_problem(error: Exception, settings: Settings | None) -> str:
     return f"can't start: {error}"
 
 
-async def _dev(settings: Settings, stop: asyncio.Event) -> int:
+async def _dev(settings: Settings, data_dir: Path, stop: asyncio.Event) -> int:
     from tallymark_node import dev as node_module
 
     async with node_module.running(settings, _report) as node:
         click.echo(
             f"ready gateway={node.address} query={node.query_address} store={node.store_address} "
-            f"data={Path(settings.data_dir).resolve()}"
+            f"data={data_dir}"
         )
         return await until(stop, node.failed)
 

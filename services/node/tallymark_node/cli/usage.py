@@ -26,9 +26,22 @@ _period_help = (
 
 def _period_options(function: Any) -> Any:
     for decorator in (
-        click.option("--filter", "-f", "where", multiple=True, metavar="KEY=VALUE", help="Count only these; repeat for more."),
+        click.option(
+            "--filter",
+            "-f",
+            "where",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Count only these; repeat for more.",
+        ),
         click.option("--to", "end_ns", type=INSTANT, metavar="WHEN", help="End of the range (exclusive)."),
-        click.option("--from", "start_ns", type=INSTANT, metavar="WHEN", help=f"Start of a range: {parse.INSTANT_HELP}."),
+        click.option(
+            "--from",
+            "start_ns",
+            type=INSTANT,
+            metavar="WHEN",
+            help=f"Start of a range: {parse.INSTANT_HELP}.",
+        ),
         click.option("--period", type=click.Choice(PERIODS), help=_period_help),
     ):
         function = decorator(function)
@@ -39,9 +52,19 @@ def _period_options(function: Any) -> Any:
 @click.argument("account", type=ACCOUNT)
 @click.argument("code", metavar="METRIC")
 @_period_options
-@click.option("--by", "group_by", multiple=True, metavar="KEY", help="A row for each value of a dimension; may be repeated.")
-@click.option("--unit", type=click.Choice(("hour", "day", "month")), help="A row for each hour, day or month.")
-@click.option("--now", "--realtime", "realtime", is_flag=True, help="The running total of the current billing period.")
+@click.option(
+    "--by",
+    "group_by",
+    multiple=True,
+    metavar="KEY",
+    help="A row for each value of a dimension; may be repeated.",
+)
+@click.option(
+    "--unit", type=click.Choice(("hour", "day", "month")), help="A row for each hour, day or month."
+)
+@click.option(
+    "--now", "--realtime", "realtime", is_flag=True, help="The running total of the current billing period."
+)
 @click.option("--scaled", is_flag=True, help="The metric's values are decimals (times 1,000,000).")
 @client_command
 async def usage(
@@ -64,7 +87,9 @@ async def usage(
     if group_by and unit:
         raise InvalidRequestError("--by and --unit don't go together: ask for one of them")
     if realtime and (period or wanted or group_by or unit or start_ns is not None or end_ns is not None):
-        raise InvalidRequestError("--now is the whole running total: it takes no period, filter, --by or --unit")
+        raise InvalidRequestError(
+            "--now is the whole running total: it takes no period, filter, --by or --unit"
+        )
     bounds = choose_period(period, start_ns, end_ns, with_units=unit is not None)
     async with connected(options) as client:
         schema = await metric(client, code)
@@ -86,7 +111,9 @@ async def usage(
 @click.command()
 @click.argument("code", metavar="METRIC")
 @_period_options
-@click.option("--limit", type=click.IntRange(1, TOP_LIMIT_MAX), default=10, show_default=True, help="How many accounts.")
+@click.option(
+    "--limit", type=click.IntRange(1, TOP_LIMIT_MAX), default=10, show_default=True, help="How many accounts."
+)
 @click.option("--scaled", is_flag=True, help="The metric's values are decimals (times 1,000,000).")
 @client_command
 async def top(
@@ -151,10 +178,22 @@ def choose_period(
     Raises:
         InvalidRequestError: a period and a range, or a range that ends before it starts.
     """
-    from tallymark import InvalidRequestError, Period, current_month, current_period, last_billing_period, last_month
+    from tallymark import (
+        InvalidRequestError,
+        Period,
+        current_month,
+        current_period,
+        last_billing_period,
+        last_month,
+    )
 
     if start_ns is None and end_ns is None and period != "all":
-        named = {"current": current_period, "last": last_billing_period, "month": current_month, "last-month": last_month}
+        named = {
+            "current": current_period,
+            "last": last_billing_period,
+            "month": current_month,
+            "last-month": last_month,
+        }
         return named[period or "current"]()
     if period is not None and period != "all":
         raise InvalidRequestError("--period and --from/--to don't go together: give one or the other")
@@ -227,12 +266,8 @@ class _Shown:
             ("total", self._number(self._value(stats))),
             ("events", output.number(stats.count)),
         ]
-        if self._units and stats.count:
-            facts.append(("smallest", self._number(stats.min)))
-            facts.append(("largest", self._number(stats.max)))
-        elif output.has_units(self._agg) and stats.count:
-            facts.append(("smallest", output.number(stats.min)))
-            facts.append(("largest", output.number(stats.max)))
+        if output.has_units(self._agg) and stats.count:
+            facts += [("smallest", self._number(stats.min)), ("largest", self._number(stats.max))]
         if crossed:
             facts.append(("thresholds crossed", ", ".join(crossed)))
         output.facts(facts)
@@ -254,9 +289,7 @@ class _Shown:
         if not rows:
             output.line(f"{title}: no usage")
             return
-        ordered = sorted(
-            rows, key=lambda row: -(self._value(row.value) if self._value(row.value) is not None else -(2**127))
-        )
+        ordered = sorted(rows, key=lambda row: self._rank(row.value))
         output.table(
             (*keys, self._schema.code, "events"),
             [
@@ -285,7 +318,9 @@ class _Shown:
                 }
                 for bounds, stats in series
             ]
-            output.document({"account_id": self._account, "metric": self._schema.code, "unit": unit, "rows": buckets})
+            output.document(
+                {"account_id": self._account, "metric": self._schema.code, "unit": unit, "rows": buckets}
+            )
             return
         title = f"account {self._account}, {self._schema.code} by {unit} ({self._zone})"
         if not series:
@@ -315,6 +350,10 @@ class _Shown:
 
     def _value(self, stats: Any) -> int | None:
         return self._output.total(self._agg, stats)
+
+    def _rank(self, stats: Any) -> tuple[bool, int]:
+        value = self._value(stats)
+        return (value is None, -(value or 0))
 
     def _number(self, value: int | None) -> str:
         return self._output.number(value, scaled=self._units)

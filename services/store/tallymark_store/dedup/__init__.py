@@ -7,12 +7,16 @@ and append times alone. See `index` and `producers`.
 import numpy as np
 
 from tallymark_store.dedup.arena import TableFullError
-from tallymark_store.dedup.index import CONFLICT, DUPLICATE, DedupIndex
-from tallymark_store.dedup.producers import NEW, REPEAT, REUSED, UNKNOWN, ProducerWindows
+from tallymark_store.dedup.index import DedupIndex
+from tallymark_store.dedup.index_kernels import CONFLICT, DUPLICATE, LOOK_UP_AND_REMEMBER, LOOK_UP_ONLY
+from tallymark_store.dedup.producer_kernels import NEW, REPEAT, REUSED, UNKNOWN
+from tallymark_store.dedup.producers import ProducerWindows
 
 __all__ = [
     "CONFLICT",
     "DUPLICATE",
+    "LOOK_UP_AND_REMEMBER",
+    "LOOK_UP_ONLY",
     "NEW",
     "REPEAT",
     "REUSED",

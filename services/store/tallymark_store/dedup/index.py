@@ -14,300 +14,30 @@ whose tables grew differently agree:
 Between the two lie entries that have left the window as of an uncommitted record. They stay, beside a newer
 entry of the same key if there is one: when that record is truncated, the floor falls back and they are live
 again. At most one entry of a key is live at a time.
-
-A slot is four words: key lo, key hi, fingerprint, mark. The mark is 0 in an empty slot, 1 in a truncated
-one (spent, but still part of its probe chain), else offset + 2.
 """
 
 from typing import Any, TypeVar
 
-import numba as nb
 import numpy as np
 import numpy.typing as npt
 
-from tallymark_protocol.kernels import intrinsics
-from tallymark_protocol.kernels.intrinsics import mix64
+from tallymark_store.dedup import index_kernels as kernels
 from tallymark_store.dedup.arena import ShardArena, TableFullError
-
-DUPLICATE = 1
-"""Verdict of `DedupIndex.judge`: the id is remembered, with the same payload."""
-CONFLICT = 2
-"""Verdict of `DedupIndex.judge`: the id is remembered, with another payload."""
 
 SHARD_COUNT = 64
 ENTRY_DTYPE = np.dtype([("lo", "<u8"), ("hi", "<u8"), ("fingerprint", "<u8"), ("offset", "<i8")])
 """One remembered event id, as checkpoints carry it."""
 
-_SLOT_WORDS = 4
 _LOAD_MAX = 0.82
 _GROWTH = 1.25
 _REFILL_MAX = 0.92
 _SLOTS_MAX = 2**31  # 64 GiB of address space; it costs nothing until it is used
-_AHEAD = 16  # events between the prefetch of a slot and its use
 _SWEEP_SPENT_MIN = 16  # a shard is swept when one in this many of its entries is spent
-
-_EMPTY = 0
-_TRUNCATED = 1
-_MARK_BIAS = 2
 
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
 U8 = npt.NDArray[np.uint8]
 _Scalar = TypeVar("_Scalar", bound=np.generic)
-
-
-# Word positions are uint64 throughout: numba checks signed indexes for being negative, which in these loops
-# costs as much as the probing itself.
-_W1 = np.uint64(1)
-_W2 = np.uint64(2)
-_W3 = np.uint64(3)
-_SLOT = np.uint64(_SLOT_WORDS)
-_LINE = np.int64(8)  # words of a cache line
-
-_FREE = 0  # outcomes of `_probe`
-_REUSABLE = 1
-_FOUND = 2
-
-
-# Called from kernels only, which leave out the typing context that its Python signature shows.
-_touch: Any = intrinsics.prefetch
-
-
-@nb.njit(nogil=True, cache=True, forceinline=True)
-def _shard_of(lo: Any, salt: Any) -> Any:
-    """The shard of a key, for callers in Python."""
-    return np.int64(mix64(lo ^ salt) >> np.uint64(58))
-
-
-@nb.njit(nogil=True, cache=True, forceinline=True)
-def _home(hashed: Any, capacity: Any) -> Any:
-    """The first slot to probe: 32 hash bits below the shard's, scaled to the capacity (Lemire's fast range)."""
-    fraction = (hashed >> np.uint64(26)) & np.uint64(0xFFFFFFFF)
-    return (fraction * np.uint64(capacity)) >> np.uint64(32)
-
-
-@nb.njit(nogil=True, cache=True, forceinline=True)
-def _prefetch(table: Any, stride: Any, capacity: Any, salt: Any, lo: Any) -> None:
-    """Ask for the two lines with which the probing for a key begins."""
-    hashed = mix64(lo ^ salt)
-    shard = hashed >> np.uint64(58)
-    at = np.int64(shard * np.uint64(stride) + _home(hashed, capacity[shard]) * _SLOT)
-    _touch(table, at)
-    _touch(table, at + _LINE)
-
-
-@nb.njit(nogil=True, cache=True, forceinline=True)
-def _probe(
-    table: Any,
-    first: Any,
-    slots: Any,
-    hashed: Any,
-    lo: Any,
-    hi: Any,
-    mark_low: Any,
-    marks: Any,
-    kept_mark: Any,
-) -> Any:
-    """Find the key's entry with `mark_low <= mark < mark_low + marks`; return (outcome, its word).
-
-    `_FOUND`: it is there. Otherwise where to put it: `_REUSABLE`, over a spent entry, or `_FREE`, an empty slot.
-    """
-    past = first + np.uint64(slots) * _SLOT
-    at = first + _home(hashed, slots) * _SLOT
-    spent = past
-    while True:
-        mark = table[at + _W3]
-        if mark == np.uint64(_EMPTY):
-            break
-        if table[at] == lo and table[at + _W1] == hi and mark - mark_low < marks:
-            return _FOUND, at
-        if mark < kept_mark and spent == past:
-            spent = at
-        at += _SLOT
-        if at == past:
-            at = first
-    if spent != past:
-        return _REUSABLE, spent
-    return _FREE, at
-
-
-@nb.njit(nogil=True, cache=True)
-def _judge(
-    table: Any,
-    stride: Any,
-    capacity: Any,
-    limit: Any,
-    used: Any,
-    salt: Any,
-    keys_lo: Any,
-    keys_hi: Any,
-    fingerprints: Any,
-    wants: Any,
-    begin: Any,
-    base_offset: Any,
-    floor_offset: Any,
-    keep_offset: Any,
-    verdict: Any,
-    original: Any,
-) -> Any:
-    """Judge events from `begin` on; return the first one not judged because its shard is full, or n."""
-    n = len(wants)
-    live_mark = np.uint64(floor_offset + _MARK_BIAS)
-    marks = ~np.uint64(0) - live_mark
-    kept_mark = np.uint64(keep_offset + _MARK_BIAS)
-    for j in range(begin, min(begin + _AHEAD, n)):
-        if wants[j]:
-            _prefetch(table, stride, capacity, salt, keys_lo[j])
-    for i in range(begin, n):
-        j = i + _AHEAD
-        if j < n and wants[j]:
-            _prefetch(table, stride, capacity, salt, keys_lo[j])
-        if not wants[i]:
-            continue
-        lo = keys_lo[i]
-        hi = keys_hi[i]
-        hashed = mix64(lo ^ salt)
-        shard = hashed >> np.uint64(58)
-        first = shard * np.uint64(stride)
-        outcome, at = _probe(table, first, capacity[shard], hashed, lo, hi, live_mark, marks, kept_mark)
-        if outcome == _FOUND:
-            verdict[i] = DUPLICATE if table[at + _W2] == fingerprints[i] else CONFLICT
-            original[i] = np.int64(table[at + _W3]) - _MARK_BIAS
-            continue
-        if outcome == _FREE:
-            if used[shard] >= limit[shard]:
-                return i
-            used[shard] += 1
-        table[at] = lo
-        table[at + _W1] = hi
-        table[at + _W2] = fingerprints[i]
-        table[at + _W3] = np.uint64(base_offset + i + _MARK_BIAS)
-    return n
-
-
-@nb.njit(nogil=True, cache=True)
-def _apply(
-    table: Any,
-    stride: Any,
-    capacity: Any,
-    limit: Any,
-    used: Any,
-    salt: Any,
-    keys_lo: Any,
-    keys_hi: Any,
-    fingerprints: Any,
-    offsets: Any,
-    begin: Any,
-    keep_offset: Any,
-) -> Any:
-    """Remember entries from `begin` on; return the first one whose shard is full, or n."""
-    n = len(offsets)
-    kept_mark = np.uint64(keep_offset + _MARK_BIAS)
-    for i in range(begin, n):
-        j = i + _AHEAD
-        if j < n:
-            _prefetch(table, stride, capacity, salt, keys_lo[j])
-        if offsets[i] < keep_offset:
-            continue  # spent before it is here: nobody will ask for it
-        lo = keys_lo[i]
-        hi = keys_hi[i]
-        mark = np.uint64(offsets[i] + _MARK_BIAS)
-        hashed = mix64(lo ^ salt)
-        shard = hashed >> np.uint64(58)
-        first = shard * np.uint64(stride)
-        outcome, at = _probe(table, first, capacity[shard], hashed, lo, hi, mark, np.uint64(1), kept_mark)
-        if outcome == _FOUND:
-            continue
-        if outcome == _FREE:
-            if used[shard] >= limit[shard]:
-                return i
-            used[shard] += 1
-        table[at] = lo
-        table[at + _W1] = hi
-        table[at + _W2] = fingerprints[i]
-        table[at + _W3] = mark
-    return n
-
-
-@nb.njit(nogil=True, cache=True)
-def _count(table: Any, first: Any, slots: Any, lowest: Any, past: Any) -> Any:
-    """How many slots have `lowest <= mark < past`."""
-    count = 0
-    for slot in range(slots):
-        mark = table[np.uint64(first + slot * _SLOT_WORDS) + _W3]
-        if mark >= lowest and mark < past:
-            count += 1
-    return count
-
-
-@nb.njit(nogil=True, cache=True)
-def _collect(table: Any, first: Any, slots: Any, lowest: Any, past: Any, out: Any) -> Any:
-    """Copy the slots with `lowest <= mark < past` to `out`; return how many."""
-    count = 0
-    for slot in range(slots):
-        at = np.uint64(first + slot * _SLOT_WORDS)
-        mark = table[at + _W3]
-        if mark >= lowest and mark < past:
-            to = np.uint64(count * _SLOT_WORDS)
-            out[to] = table[at]
-            out[to + _W1] = table[at + _W1]
-            out[to + _W2] = table[at + _W2]
-            out[to + _W3] = mark
-            count += 1
-    return count
-
-
-@nb.njit(nogil=True, cache=True)
-def _refill(table: Any, first: Any, slots: Any, salt: Any, entries: Any, count: Any) -> None:
-    """Write a whole shard anew: empty it, then put the entries in.
-
-    Entries come in the order of their old slots, which is nearly that of their hashes, so the writes run
-    through memory in order.
-    """
-    table[first : first + slots * _SLOT_WORDS] = np.uint64(0)
-    start = np.uint64(first)
-    past = start + np.uint64(slots) * _SLOT
-    for i in range(count):
-        source = np.uint64(i * _SLOT_WORDS)
-        at = start + _home(mix64(entries[source] ^ salt), slots) * _SLOT
-        while table[at + _W3] != np.uint64(_EMPTY):
-            at += _SLOT
-            if at == past:
-                at = start
-        table[at] = entries[source]
-        table[at + _W1] = entries[source + _W1]
-        table[at + _W2] = entries[source + _W2]
-        table[at + _W3] = entries[source + _W3]
-
-
-@nb.njit(nogil=True, cache=True)
-def _truncate(table: Any, first: Any, slots: Any, lowest: Any) -> Any:
-    """Mark the slots with `mark >= lowest` truncated; return how many."""
-    count = 0
-    for slot in range(slots):
-        at = np.uint64(first + slot * _SLOT_WORDS) + _W3
-        if table[at] >= lowest:
-            table[at] = np.uint64(_TRUNCATED)
-            count += 1
-    return count
-
-
-@nb.njit(nogil=True, cache=True)
-def _digest(table: Any, first: Any, slots: Any, lowest: Any, past: Any) -> Any:
-    """Two sums of hashes over the entries with `lowest <= mark < past`: they don't depend on order."""
-    sum_a = np.uint64(0)
-    sum_b = np.uint64(0)
-    for slot in range(slots):
-        at = np.uint64(first + slot * _SLOT_WORDS)
-        mark = table[at + _W3]
-        if mark >= lowest and mark < past:
-            state = mix64(table[at] + np.uint64(0x9E3779B97F4A7C15))
-            state = mix64(state ^ table[at + _W1])
-            state = mix64(state ^ table[at + _W2])
-            state = mix64(state ^ mark)
-            sum_a += state
-            sum_b += mix64(state + np.uint64(0xD1B54A32D192ED03))
-    return sum_a, sum_b
 
 
 class DedupIndex:
@@ -320,7 +50,7 @@ class DedupIndex:
     def __init__(self, *, salt: int = 0, slots_max: int = _SLOTS_MAX) -> None:
         self._arena = ShardArena(
             shards=SHARD_COUNT,
-            slot_words=_SLOT_WORDS,
+            slot_words=kernels.SLOT_WORDS,
             load_max=_LOAD_MAX,
             growth=_GROWTH,
             refill_max=_REFILL_MAX,
@@ -349,9 +79,11 @@ class DedupIndex:
     ) -> None:
         """Look up and remember the ids of one batch, in order; event i has offset `base_offset + i`.
 
-        Only events with `wants[i] != 0` are looked at. Where an entry of the key is live (its offset is at
-        least `floor_offset`), also one from this same batch, `verdict[i]` becomes `DUPLICATE` or `CONFLICT`
-        and `original[i]` the entry's offset; otherwise the id is remembered and both stay as they are.
+        `wants[i]` is 0 for an event to be passed over, `LOOK_UP_AND_REMEMBER` (1), or `LOOK_UP_ONLY` (2) for one
+        that will be rejected unless it repeats an earlier event. Where an entry of the key is live (its offset is
+        at least `floor_offset`), also one from this same batch, `verdict[i]` becomes `DUPLICATE` or `CONFLICT`
+        and `original[i]` the entry's offset; otherwise both stay as they are, and with the wish for it the
+        id is remembered.
 
         `base_offset` is the log end. The floor must not be below `keep_offset`. To back out, call
         `truncate(base_offset)`.
@@ -370,7 +102,7 @@ class DedupIndex:
         arena = self._arena
         done = 0
         while True:
-            done = _judge(
+            done = kernels.judge(
                 arena.table,
                 arena.stride_words,
                 arena.capacity,
@@ -411,7 +143,7 @@ class DedupIndex:
         arena = self._arena
         done = 0
         while True:
-            done = _apply(
+            done = kernels.apply(
                 arena.table,
                 arena.stride_words,
                 arena.capacity,
@@ -440,9 +172,9 @@ class DedupIndex:
     def truncate(self, log_end: int) -> int:
         """Forget the entries with `offset >= log_end`; return how many. Reads the whole table."""
         arena = self._arena
-        lowest = np.uint64(max(log_end, 0) + _MARK_BIAS)
+        lowest = np.uint64(max(log_end, 0) + kernels.MARK_BIAS)
         return sum(
-            int(_truncate(arena.table, arena.base(shard), int(arena.capacity[shard]), lowest))
+            int(kernels.truncate(arena.table, arena.base(shard), int(arena.capacity[shard]), lowest))
             for shard in range(SHARD_COUNT)
         )
 
@@ -476,7 +208,7 @@ class DedupIndex:
         count = self._count(shard, low, max_offset)
         out = np.empty(count, dtype=ENTRY_DTYPE)
         words = out.view(np.uint64)
-        _collect(
+        kernels.collect(
             arena.table,
             arena.base(shard),
             int(arena.capacity[shard]),
@@ -484,7 +216,7 @@ class DedupIndex:
             _mark(max(max_offset, 0)),
             words,
         )
-        out["offset"] -= _MARK_BIAS
+        out["offset"] -= kernels.MARK_BIAS
         return out
 
     def load(self, entries: npt.NDArray[Any]) -> None:
@@ -502,7 +234,7 @@ class DedupIndex:
         past = _mark(max(end_offset, 0))
         a = b = 0
         for shard in range(SHARD_COUNT):
-            sums = _digest(arena.table, arena.base(shard), int(arena.capacity[shard]), low, past)
+            sums = kernels.digest(arena.table, arena.base(shard), int(arena.capacity[shard]), low, past)
             a += int(sums[0])
             b += int(sums[1])
         return (a % 2**64) << 64 | b % 2**64
@@ -517,13 +249,13 @@ class DedupIndex:
         return int(self._arena.used.sum())
 
     def _shard(self, lo: int) -> int:
-        return int(_shard_of(np.uint64(lo), self._salt))
+        return int(kernels.shard_of(np.uint64(lo), self._salt))
 
     def _count(self, shard: int, min_offset: int, max_offset: int | None) -> int:
         arena = self._arena
         past = np.uint64(2**64 - 1) if max_offset is None else _mark(max(max_offset, 0))
         return int(
-            _count(arena.table, arena.base(shard), int(arena.capacity[shard]), _mark(min_offset), past)
+            kernels.count(arena.table, arena.base(shard), int(arena.capacity[shard]), _mark(min_offset), past)
         )
 
     def _rebuild(self, shard: int, room: int = 1) -> None:
@@ -532,7 +264,7 @@ class DedupIndex:
         first = arena.base(shard)
         kept = self._scratch_for(int(arena.used[shard]))
         count = int(
-            _collect(
+            kernels.collect(
                 arena.table,
                 first,
                 int(arena.capacity[shard]),
@@ -543,13 +275,13 @@ class DedupIndex:
         )
         step = arena.size_for(shard, count, room)
         arena.resize(shard, step)
-        _refill(arena.table, first, int(arena.capacity[shard]), self._salt, kept, count)
+        kernels.refill(arena.table, first, int(arena.capacity[shard]), self._salt, kept, count)
         arena.used[shard] = count
 
     def _scratch_for(self, entries: int) -> U64:
         """A buffer for a shard's entries, kept: touching fresh pages would take longer than the rebuild."""
-        if len(self._scratch) < entries * _SLOT_WORDS:
-            self._scratch = np.empty(int(entries * 1.1) * _SLOT_WORDS, dtype=np.uint64)
+        if len(self._scratch) < entries * kernels.SLOT_WORDS:
+            self._scratch = np.empty(int(entries * 1.1) * kernels.SLOT_WORDS, dtype=np.uint64)
         return self._scratch
 
 
@@ -560,4 +292,4 @@ def _plain(array: npt.NDArray[_Scalar]) -> npt.NDArray[_Scalar]:
 
 
 def _mark(offset: int) -> np.uint64:
-    return np.uint64(offset + _MARK_BIAS)
+    return np.uint64(offset + kernels.MARK_BIAS)

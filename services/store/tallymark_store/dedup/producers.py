@@ -10,43 +10,28 @@ tables were cleaned at different times agree. At a time `now`, with the retentio
 - a chunk without a live entry is **unknown** when `sequence <= highest - W` or
   `first_sent_ns < now - CHUNK_RETRY_NS_MAX`: it may have been there and have been forgotten. Else it is new.
 
-So no chunk is new twice, as long as a client's clock runs at most R - CHUNK_RETRY_NS_MAX ahead: its entry is
-live; or it fell out of the window, and then the sequence that pushed it out keeps it out until it expires
-itself (it was appended before that one, so it does so first); or it has expired, and then its first sending
-lies further back than a retry may. Clients whose clocks run further ahead are kept from late retries by their own
-count of the time since the first sending, and by nothing here.
+So no chunk is new twice, provided that its first sending is dated at most R - CHUNK_RETRY_NS_MAX after the
+append time of the record that holds it: its entry is live; or it fell out of the window, and then the
+sequence that pushed it out keeps it out until it expires itself (it was appended before that one, so it
+does so first); or it has expired, and then its first sending lies further back than a retry may. The proviso
+is about clocks: the client's may run ahead, and a new leader's behind that of one whose suffix was truncated,
+by that much together. Beyond it, only the client's own count of the time since the first sending prevents a
+late retry.
 
 Entries that are dead by the rules stay in the table until that is final. Time and highest sequence come
 from records that may yet be truncated, and truncation revives what they had killed; so cleaning goes by
 the last state that `advance` has declared committed.
-
-A slot is six words: producer, sequence, checksum | count << 32, mark, record base offset, append time. The
-mark is 0 in an empty slot, else the first event's offset + 2. A **head** is a slot of the same size, one per
-producer with entries: producer, highest as of the producer's latest append, scratch word, latest append
-time + 2, -1, append time of the highest.
 """
 
 from typing import Any
 
-import numba as nb
 import numpy as np
 import numpy.typing as npt
 
-from tallymark_protocol.kernels import intrinsics
-from tallymark_protocol.kernels.intrinsics import mix64
-from tallymark_protocol.limits import CHUNK_RETRY_NS_MAX, PRODUCER_RETENTION_NS, PRODUCER_WINDOW
+from tallymark_protocol.limits import PRODUCER_RETENTION_NS, PRODUCER_WINDOW
+from tallymark_store.dedup import producer_kernels as kernels
 from tallymark_store.dedup.arena import ShardArena
 
-NEW = 0
-"""The chunk is not in the log: append it, then `ProducerWindows.insert` it."""
-REPEAT = 1
-"""The chunk is in the log already, the same: answer what it was answered."""
-REUSED = 2
-"""The producer has used this sequence for another chunk: an error of the client."""
-UNKNOWN = 3
-"""The chunk may have been in the log, but that is no longer remembered: never a guess."""
-
-SHARD_COUNT = 16
 ENTRY_DTYPE = np.dtype(
     [
         ("producer", "<u8"),
@@ -60,428 +45,14 @@ ENTRY_DTYPE = np.dtype(
 )
 """One remembered chunk, as checkpoints carry it."""
 
-_SLOT_WORDS = 6
 _LOAD_MAX = 0.70
 _GROWTH = 1.5
 _REFILL_MAX = 0.60
 _SLOTS_MAX = 2**27  # 6 GiB of address space
-_MARK_BIAS = 2
-_AHEAD = 8  # chunks between the prefetch of a slot and its use
-_NONE = np.int64(-1)
-_HEAD = ~np.uint64(0)  # the fifth word of a head: no record begins at offset -1
-
-_W1 = np.uint64(1)
-_W2 = np.uint64(2)
-_W3 = np.uint64(3)
-_W4 = np.uint64(4)
-_W5 = np.uint64(5)
-_SLOT = np.uint64(_SLOT_WORDS)
-
-# Called from kernels only, which leave out the typing context that its Python signature shows.
-_touch: Any = intrinsics.prefetch
-
 U64 = npt.NDArray[np.uint64]
 U32 = npt.NDArray[np.uint32]
 I64 = npt.NDArray[np.int64]
 U8 = npt.NDArray[np.uint8]
-
-
-@nb.njit(nogil=True, cache=True, forceinline=True)
-def _producer_hash(producer: Any, salt: Any) -> Any:
-    return mix64(producer ^ salt)
-
-
-@nb.njit(nogil=True, cache=True, forceinline=True)
-def _home(hashed: Any, slots: Any) -> Any:
-    return ((hashed >> np.uint64(32)) * np.uint64(slots)) >> np.uint64(32)
-
-
-@nb.njit(nogil=True, cache=True, forceinline=True)
-def _shard_of(producer: Any, salt: Any) -> Any:
-    return np.int64(_producer_hash(producer, salt) & np.uint64(SHARD_COUNT - 1))
-
-
-@nb.njit(nogil=True, cache=True, forceinline=True)
-def _head_home(producer: Any, slots: Any, salt: Any) -> Any:
-    """The slot, counted from the shard's first, with which the search for a head begins."""
-    return _home(mix64(_producer_hash(producer, salt) + np.uint64(1)), slots)
-
-
-@nb.njit(nogil=True, cache=True, forceinline=True)
-def _entry_home(producer: Any, sequence: Any, slots: Any, salt: Any) -> Any:
-    """The slot, counted from the shard's first, with which the search for an entry begins."""
-    hashed = mix64(_producer_hash(producer, salt) ^ mix64(sequence + np.uint64(0x9E3779B97F4A7C15)))
-    return _home(hashed, slots)
-
-
-@nb.njit(nogil=True, cache=True, forceinline=True)
-def _prefetch(table: Any, stride: Any, capacity: Any, producer: Any, sequence: Any, salt: Any) -> None:
-    """Ask for the lines that a chunk's head and entry begin and end in."""
-    shard = _shard_of(producer, salt)
-    first = np.uint64(shard * stride)
-    head = np.int64(first + _head_home(producer, capacity[shard], salt) * _SLOT)
-    entry = np.int64(first + _entry_home(producer, sequence, capacity[shard], salt) * _SLOT)
-    _touch(table, head)
-    _touch(table, head + (_SLOT_WORDS - 1))
-    _touch(table, entry)
-    _touch(table, entry + (_SLOT_WORDS - 1))
-
-
-@nb.njit(nogil=True, cache=True)
-def _find_head(table: Any, first: Any, slots: Any, producer: Any, salt: Any) -> Any:
-    """(found, word): the producer's head, or the empty slot for it."""
-    past = first + np.uint64(slots) * _SLOT
-    at = first + _head_home(producer, slots, salt) * _SLOT
-    while table[at + _W3] != np.uint64(0):
-        if table[at] == producer and table[at + _W4] == _HEAD:
-            return True, at
-        at += _SLOT
-        if at == past:
-            at = first
-    return False, at
-
-
-@nb.njit(nogil=True, cache=True)
-def _find_entry(
-    table: Any, first: Any, slots: Any, producer: Any, sequence: Any, salt: Any, cut_ns: Any
-) -> Any:
-    """(found, word): the chunk's entry appended at `cut_ns` or later, or the empty slot for one."""
-    past = first + np.uint64(slots) * _SLOT
-    at = first + _entry_home(producer, sequence, slots, salt) * _SLOT
-    while table[at + _W3] != np.uint64(0):
-        if (
-            table[at + _W1] == sequence
-            and table[at] == producer
-            and table[at + _W4] != _HEAD
-            and np.int64(table[at + _W5]) >= cut_ns
-        ):
-            return True, at
-        at += _SLOT
-        if at == past:
-            at = first
-    return False, at
-
-
-@nb.njit(nogil=True, cache=True)
-def _highest(table: Any, first: Any, slots: Any, head: Any, salt: Any, cut_ns: Any) -> Any:
-    """(found, sequence, append_ns) of the highest entry of the head's producer appended at `cut_ns` or later.
-
-    Mostly the head has it. When that entry has expired, any other one that hasn't lies within a window below
-    it: the rest was appended before it, see the module's docstring.
-    """
-    highest = table[head + _W1]
-    highest_ns = np.int64(table[head + _W5])
-    if highest_ns >= cut_ns:
-        return True, highest, highest_ns
-    if np.int64(table[head + _W3]) - _MARK_BIAS < cut_ns:
-        return False, np.uint64(0), _NONE
-    producer = table[head]
-    for back in range(1, PRODUCER_WINDOW):
-        if highest < np.uint64(back):
-            break
-        sequence = highest - np.uint64(back)
-        found, at = _find_entry(table, first, slots, producer, sequence, salt, cut_ns)
-        if found:
-            return True, sequence, np.int64(table[at + _W5])
-    return False, np.uint64(0), _NONE
-
-
-@nb.njit(nogil=True, cache=True, forceinline=True)
-def _below_window(sequence: Any, highest: Any) -> Any:
-    return highest >= np.uint64(PRODUCER_WINDOW) and sequence <= highest - np.uint64(PRODUCER_WINDOW)
-
-
-@nb.njit(nogil=True, cache=True, forceinline=True)
-def _put(
-    table: Any,
-    at: Any,
-    producer: Any,
-    sequence: Any,
-    packed: Any,
-    mark: Any,
-    record_base: Any,
-    append_ns: Any,
-) -> None:
-    table[at] = producer
-    table[at + _W1] = sequence
-    table[at + _W2] = packed
-    table[at + _W3] = mark
-    table[at + _W4] = np.uint64(record_base)
-    table[at + _W5] = np.uint64(append_ns)
-
-
-@nb.njit(nogil=True, cache=True)
-def _raise_head(
-    table: Any,
-    first: Any,
-    slots: Any,
-    found: Any,
-    head: Any,
-    producer: Any,
-    sequence: Any,
-    salt: Any,
-    append_ns: Any,
-    undo: Any,
-    row: Any,
-) -> Any:
-    """Bring the producer's head up to an entry just appended; return whether the head is a new one.
-
-    `found` and `head` are what `_find_head` said before the entry was put in. With `row >= 0`, what was there
-    goes to `undo[row, 1:]`: head, whether it is new, highest, latest, time.
-    """
-    if not found:
-        # The entry may have taken the empty slot.
-        _, head = _find_head(table, first, slots, producer, salt)
-    if row >= 0:
-        undo[row, 1] = head
-        undo[row, 2] = np.uint64(0 if found else 1)
-        undo[row, 3] = table[head + _W1]
-        undo[row, 4] = table[head + _W3]
-        undo[row, 5] = table[head + _W5]
-    latest = np.uint64(append_ns + _MARK_BIAS)
-    if not found:
-        _put(table, head, producer, sequence, np.uint64(0), latest, _NONE, append_ns)
-        return not found
-    known, highest, highest_ns = _highest(
-        table, first, slots, head, salt, append_ns - np.int64(PRODUCER_RETENTION_NS)
-    )
-    if not known or sequence >= highest:
-        highest = sequence
-        highest_ns = append_ns
-    table[head + _W1] = highest
-    table[head + _W3] = latest
-    table[head + _W5] = np.uint64(highest_ns)
-    return not found
-
-
-@nb.njit(nogil=True, cache=True)
-def _judge(
-    table: Any,
-    stride: Any,
-    capacity: Any,
-    limit: Any,
-    used: Any,
-    salt: Any,
-    chunks: Any,
-    now_ns: Any,
-    record_base: Any,
-    verdict: Any,
-    first_offset: Any,
-    original_base: Any,
-    undo: Any,
-) -> Any:
-    """Judge chunks (rows: producer, sequence, checksum | count << 32, first sent) in order.
-
-    New ones are put into the table so that later ones of the call see them; row by row of `undo` it says what
-    was there. Returns (how many rows, the shard that has no room for the next one or -1).
-    """
-    n = len(chunks)
-    cut_ns = now_ns - np.int64(PRODUCER_RETENTION_NS)
-    rows = 0
-    next_offset = record_base
-    for i in range(n):
-        if i + _AHEAD < n:
-            _prefetch(table, stride, capacity, chunks[i + _AHEAD, 0], chunks[i + _AHEAD, 1], salt)
-        producer = chunks[i, 0]
-        sequence = chunks[i, 1]
-        packed = chunks[i, 2]
-        shard = _shard_of(producer, salt)
-        first = np.uint64(shard * stride)
-        slots = capacity[shard]
-        first_offset[i] = _NONE
-        original_base[i] = _NONE
-        head_found, head = _find_head(table, first, slots, producer, salt)
-        if head_found:
-            known, highest, _ = _highest(table, first, slots, head, salt, cut_ns)
-            if known and _below_window(sequence, highest):
-                verdict[i] = UNKNOWN
-                continue
-        found, at = _find_entry(table, first, slots, producer, sequence, salt, cut_ns)
-        if found:
-            verdict[i] = REPEAT if table[at + _W2] == packed else REUSED
-            first_offset[i] = np.int64(table[at + _W3]) - _MARK_BIAS
-            original_base[i] = np.int64(table[at + _W4])
-            continue
-        if np.int64(chunks[i, 3]) < now_ns - np.int64(CHUNK_RETRY_NS_MAX):
-            verdict[i] = UNKNOWN
-            continue
-        if used[shard] + 2 > limit[shard]:
-            return rows, shard
-        verdict[i] = NEW
-        first_offset[i] = next_offset
-        original_base[i] = record_base
-        _put(table, at, producer, sequence, packed, np.uint64(next_offset + _MARK_BIAS), record_base, now_ns)
-        undo[rows, 0] = at
-        made = _raise_head(
-            table, first, slots, head_found, head, producer, sequence, salt, now_ns, undo, rows
-        )
-        undo[rows, 6] = np.uint64(shard)
-        used[shard] += 2 if made else 1
-        rows += 1
-        next_offset += np.int64(packed >> np.uint64(32))
-    return rows, np.int64(-1)
-
-
-@nb.njit(nogil=True, cache=True)
-def _undo(table: Any, used: Any, undo: Any, rows: Any) -> None:
-    """Take out what `_judge` has put in, last first, which leaves every probe chain as it was."""
-    for row in range(rows - 1, -1, -1):
-        head = undo[row, 1]
-        shard = np.int64(undo[row, 6])
-        if undo[row, 2] != np.uint64(0):
-            table[head + _W3] = np.uint64(0)
-            used[shard] -= 1
-        else:
-            table[head + _W1] = undo[row, 3]
-            table[head + _W3] = undo[row, 4]
-            table[head + _W5] = undo[row, 5]
-        table[undo[row, 0] + _W3] = np.uint64(0)
-        used[shard] -= 1
-
-
-@nb.njit(nogil=True, cache=True)
-def _insert(
-    table: Any,
-    stride: Any,
-    capacity: Any,
-    limit: Any,
-    used: Any,
-    salt: Any,
-    entries: Any,
-    begin: Any,
-    undo: Any,
-) -> Any:
-    """Remember chunks, rows of six words in log order, from `begin` on; return the first whose shard is full, or n."""
-    n = len(entries)
-    for i in range(begin, n):
-        if i + _AHEAD < n:
-            _prefetch(table, stride, capacity, entries[i + _AHEAD, 0], entries[i + _AHEAD, 1], salt)
-        producer = entries[i, 0]
-        sequence = entries[i, 1]
-        append_ns = np.int64(entries[i, 5])
-        shard = _shard_of(producer, salt)
-        first = np.uint64(shard * stride)
-        slots = capacity[shard]
-        # The same entry, not merely a live one: an older one of the same name may have expired.
-        found, at = _find_entry(table, first, slots, producer, sequence, salt, append_ns)
-        if found:
-            continue
-        if used[shard] + 2 > limit[shard]:
-            return i
-        head_found, head = _find_head(table, first, slots, producer, salt)
-        _put(
-            table,
-            at,
-            producer,
-            sequence,
-            entries[i, 2],
-            entries[i, 3] + np.uint64(_MARK_BIAS),
-            np.int64(entries[i, 4]),
-            append_ns,
-        )
-        made = _raise_head(
-            table, first, slots, head_found, head, producer, sequence, salt, append_ns, undo, np.int64(-1)
-        )
-        used[shard] += 2 if made else 1
-    return n
-
-
-@nb.njit(nogil=True, cache=True)
-def _collect(
-    table: Any,
-    first_word: Any,
-    slots: Any,
-    salt: Any,
-    committed_end: Any,
-    committed_ns: Any,
-    log_end: Any,
-    out: Any,
-) -> Any:
-    """Copy the entries that may matter yet to `out`, as rows in slot order.
-
-    Returns (how many, how many heads the shard has). Left out: entries expired at `committed_ns`, those
-    below `committed_end` and below the window of a highest there, and those of records at or above `log_end`.
-    """
-    first = np.uint64(first_word)
-    cut_ns = committed_ns - np.int64(PRODUCER_RETENTION_NS)
-    heads = 0
-    for slot in range(slots):
-        at = first + np.uint64(slot) * _SLOT
-        if table[at + _W3] != np.uint64(0) and table[at + _W4] == _HEAD:
-            table[at + _W2] = np.uint64(0)  # the scratch word: the producer's committed highest
-            heads += 1
-    for slot in range(slots):
-        at = first + np.uint64(slot) * _SLOT
-        if table[at + _W3] == np.uint64(0) or table[at + _W4] == _HEAD:
-            continue
-        if np.int64(table[at + _W4]) < committed_end and np.int64(table[at + _W5]) >= cut_ns:
-            _, head = _find_head(table, first, slots, table[at], salt)
-            table[head + _W2] = max(table[head + _W2], table[at + _W1])
-    rows = 0
-    for slot in range(slots):
-        at = first + np.uint64(slot) * _SLOT
-        if table[at + _W3] == np.uint64(0) or table[at + _W4] == _HEAD:
-            continue
-        if np.int64(table[at + _W5]) < cut_ns or np.int64(table[at + _W4]) >= log_end:
-            continue
-        _, head = _find_head(table, first, slots, table[at], salt)
-        # Only what is committed itself: a later entry may be below the window of a highest that had expired
-        # when it was appended, and is live.
-        if np.int64(table[at + _W4]) < committed_end and _below_window(table[at + _W1], table[head + _W2]):
-            continue
-        for word in range(_SLOT_WORDS):
-            out[rows, word] = table[at + np.uint64(word)]
-        rows += 1
-    return rows, heads
-
-
-@nb.njit(nogil=True, cache=True)
-def _refill(table: Any, first_word: Any, slots: Any, salt: Any, entries: Any, count: Any) -> Any:
-    """Write a whole shard anew: its entries, and a head for each producer; return how many slots are used."""
-    first = np.uint64(first_word)
-    table[first_word : first_word + slots * _SLOT_WORDS] = np.uint64(0)
-    used = count
-    never = np.int64(2**63 - 1)  # nothing was appended that late, so this finds an empty slot
-    for i in range(count):
-        producer = entries[i, 0]
-        _, at = _find_entry(table, first, slots, producer, entries[i, 1], salt, never)
-        for word in range(_SLOT_WORDS):
-            table[at + np.uint64(word)] = entries[i, word]
-        found, head = _find_head(table, first, slots, producer, salt)
-        latest = entries[i, 5] + np.uint64(_MARK_BIAS)
-        if not found:
-            used += 1
-            _put(table, head, producer, np.uint64(0), np.uint64(0), latest, _NONE, _NONE)
-        else:
-            table[head + _W3] = max(table[head + _W3], latest)
-    for i in range(count):
-        _, head = _find_head(table, first, slots, entries[i, 0], salt)
-        latest_ns = np.int64(table[head + _W3]) - _MARK_BIAS
-        append_ns = np.int64(entries[i, 5])
-        if append_ns < latest_ns - np.int64(PRODUCER_RETENTION_NS):
-            continue
-        unset = np.int64(table[head + _W5]) == _NONE
-        if unset or entries[i, 1] >= table[head + _W1]:
-            later = append_ns
-            if not unset and entries[i, 1] == table[head + _W1]:
-                later = max(append_ns, np.int64(table[head + _W5]))
-            table[head + _W1] = entries[i, 1]
-            table[head + _W5] = np.uint64(later)
-    return used
-
-
-@nb.njit(nogil=True, cache=True)
-def _digest(rows: Any) -> Any:
-    """Two sums of hashes over the rows: they don't depend on order."""
-    sum_a = np.uint64(0)
-    sum_b = np.uint64(0)
-    for i in range(len(rows)):
-        state = np.uint64(0x9E3779B97F4A7C15)
-        for word in range(_SLOT_WORDS):
-            state = mix64(state ^ rows[i, word])
-        sum_a += state
-        sum_b += mix64(state + np.uint64(0xD1B54A32D192ED03))
-    return sum_a, sum_b
 
 
 class ProducerWindows:
@@ -495,8 +66,8 @@ class ProducerWindows:
 
     def __init__(self, *, salt: int = 0, slots_max: int = _SLOTS_MAX) -> None:
         self._arena = ShardArena(
-            shards=SHARD_COUNT,
-            slot_words=_SLOT_WORDS,
+            shards=kernels.SHARD_COUNT,
+            slot_words=kernels.SLOT_WORDS,
             load_max=_LOAD_MAX,
             growth=_GROWTH,
             refill_max=_REFILL_MAX,
@@ -506,7 +77,7 @@ class ProducerWindows:
         self._committed_end = 0  # exclusive; every record below this offset is committed
         self._committed_ns = 0  # append time of the last of them
         self._scratch: U64 = np.empty(
-            (0, _SLOT_WORDS), dtype=np.uint64
+            (0, kernels.SLOT_WORDS), dtype=np.uint64
         )  # a shard's entries while it is rebuilt
         self._no_undo = np.zeros((1, 7), dtype=np.uint64)
 
@@ -562,7 +133,7 @@ class ProducerWindows:
         undo = np.empty((n, 7), dtype=np.uint64)
         room = 64
         while True:
-            rows, full = _judge(
+            rows, full = kernels.judge(
                 arena.table,
                 arena.stride_words,
                 arena.capacity,
@@ -577,7 +148,7 @@ class ProducerWindows:
                 original_base,
                 undo,
             )
-            _undo(arena.table, arena.used, undo, rows)
+            kernels.undo(arena.table, arena.used, undo, rows)
             if full < 0:
                 return
             # Two slots a chunk are enough for all of them; most calls need far fewer.
@@ -603,7 +174,7 @@ class ProducerWindows:
         """
         assert record_base >= 0
         assert append_ns >= 0
-        rows = np.empty((len(producer), _SLOT_WORDS), dtype=np.uint64)
+        rows = np.empty((len(producer), kernels.SLOT_WORDS), dtype=np.uint64)
         rows[:, 0] = producer
         rows[:, 1] = sequence
         rows[:, 2] = _pack(checksum, count)
@@ -615,7 +186,7 @@ class ProducerWindows:
     def truncate(self, log_end: int) -> None:
         """Forget the chunks of records at or above `log_end`, a record boundary not below what is committed."""
         assert log_end >= self._committed_end, "committed records are never truncated"
-        for shard in range(SHARD_COUNT):
+        for shard in range(kernels.SHARD_COUNT):
             self._rebuild(shard, log_end=log_end)
 
     def entries(self, max_offset: int, now_ns: int | None = None) -> npt.NDArray[Any]:
@@ -626,13 +197,13 @@ class ProducerWindows:
         end may be missing: the log between the two says why.
         """
         out = np.empty(int(self._arena.used.sum()), dtype=ENTRY_DTYPE)
-        rows = out.view(np.uint64).reshape(-1, _SLOT_WORDS)
+        rows = out.view(np.uint64).reshape(-1, kernels.SLOT_WORDS)
         done = 0
-        for shard in range(SHARD_COUNT):
+        for shard in range(kernels.SHARD_COUNT):
             count, _ = self._collect(shard, rows[done:], log_end=max_offset)
             done += count
         out = out[:done]
-        out["first_offset"] -= _MARK_BIAS
+        out["first_offset"] -= kernels.MARK_BIAS
         if now_ns is not None:
             out = out[out["append_ns"] >= now_ns - PRODUCER_RETENTION_NS]
             _, inverse = np.unique(out["producer"], return_inverse=True)
@@ -652,9 +223,9 @@ class ProducerWindows:
         merged = np.concatenate([held, entries.astype(ENTRY_DTYPE)])
         merged = merged[np.lexsort((merged["first_offset"], merged["record_base"]))]
         # Heads are built in log order, so everything goes in again.
-        for shard in range(SHARD_COUNT):
+        for shard in range(kernels.SHARD_COUNT):
             self._rebuild(shard, log_end=-1)
-        rows = merged.view(np.uint64).reshape(-1, _SLOT_WORDS)
+        rows = merged.view(np.uint64).reshape(-1, kernels.SLOT_WORDS)
         self._insert(rows)
 
     def digest(self, end_offset: int, now_ns: int) -> int:
@@ -663,8 +234,8 @@ class ProducerWindows:
         `end_offset` must not be below the committed end last given to `advance`, nor `now_ns` below its time.
         """
         assert end_offset >= self._committed_end, "what was live then may have been dropped"
-        rows = self.entries(end_offset, now_ns).view(np.uint64).reshape(-1, _SLOT_WORDS)
-        a, b = _digest(rows)
+        rows = self.entries(end_offset, now_ns).view(np.uint64).reshape(-1, kernels.SLOT_WORDS)
+        a, b = kernels.digest(rows)
         return int(a) << 64 | int(b)
 
     @property
@@ -680,7 +251,7 @@ class ProducerWindows:
         arena = self._arena
         done = 0
         while True:
-            done = _insert(
+            done = kernels.insert(
                 arena.table,
                 arena.stride_words,
                 arena.capacity,
@@ -693,11 +264,11 @@ class ProducerWindows:
             )
             if done == len(rows):
                 return
-            self._rebuild(int(_shard_of(rows[done, 0], self._salt)), room=2)
+            self._rebuild(int(kernels.shard_of(rows[done, 0], self._salt)), room=2)
 
     def _collect(self, shard: int, out: U64, log_end: int) -> tuple[int, int]:
         arena = self._arena
-        count, heads = _collect(
+        count, heads = kernels.collect(
             arena.table,
             arena.base(shard),
             int(arena.capacity[shard]),
@@ -715,11 +286,11 @@ class ProducerWindows:
         used = int(arena.used[shard])
         if len(self._scratch) < used:
             # Kept for the next time: touching fresh pages would take longer than the rebuild.
-            self._scratch = np.empty((used + used // 4, _SLOT_WORDS), dtype=np.uint64)
+            self._scratch = np.empty((used + used // 4, kernels.SLOT_WORDS), dtype=np.uint64)
         kept = self._scratch
         count, heads = self._collect(shard, kept, log_end)
         arena.resize(shard, arena.size_for(shard, count + min(count, heads), room))
-        arena.used[shard] = _refill(
+        arena.used[shard] = kernels.refill(
             arena.table, arena.base(shard), int(arena.capacity[shard]), self._salt, kept, count
         )
 

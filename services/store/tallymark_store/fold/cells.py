@@ -124,8 +124,11 @@ def find_head(table: Any, shards: Any, cells: Any, h: Any, account: Any, start: 
 
 
 @nb.njit(nogil=True, cache=True)
-def prefetch_cell(table: Any, shards: Any, cells: Any, h: Any) -> None:
-    """Ask for the first row whose tag matches; its index entries should be in cache by now."""
+def prefetch_cell(table: Any, shards: Any, flat: Any, h: Any) -> None:
+    """Ask for the first row whose tag matches; its index entries should be in cache by now.
+
+    `flat` is the array of cells as one row of words.
+    """
     shard = shard_of(h)
     capacity = shards[shard, CAPACITY]
     base = shard * shards[SHARDS, STRIDE]
@@ -137,9 +140,8 @@ def prefetch_cell(table: Any, shards: Any, cells: Any, h: Any) -> None:
             return
         if (entry >> U32) == tag:
             row = np.int64(entry & LOW32) - 1
-            flat = cells[row]
-            prefetch(flat, np.int64(0))
-            prefetch(flat, np.int64(CELL_WORDS - 1))
+            prefetch(flat, row * CELL_WORDS)
+            prefetch(flat, row * CELL_WORDS + CELL_WORDS - 1)
             return
         position += 1
         if position == capacity:

@@ -44,9 +44,8 @@ def _join(h: Any, word: Any) -> Any:
     return mix64(h ^ np.uint64(word)) + _STEP
 
 
-@nb.njit(nogil=True, cache=True)
-def _cell_identity(state: Any, uids: Any, row: Any) -> Any:
-    cells = state.cells
+@nb.njit(nogil=True, cache=True, inline="always")
+def _cell_identity(cells: Any, uids: Any, row: Any) -> Any:
     key = cells[row, W_KEY]
     h = _join(mix64(np.uint64(uids[key & _MASK32])), cells[row, W_ACCOUNT])
     h = _join(h, cells[row, W_START])
@@ -54,31 +53,27 @@ def _cell_identity(state: Any, uids: Any, row: Any) -> Any:
 
 
 @nb.njit(nogil=True, cache=True)
-def _combo_digest(dims: Any, combo: Any) -> Any:
+def _combo_digest(combos: Any, values: Any, pool: Any, combo: Any) -> Any:
     h = np.uint64(0)
     for d in range(WIDTH):
-        code = np.int64(dims.combos[combo, C_CODES + d])
+        code = np.int64(combos[combo, C_CODES + d])
         if code < VALUES:
             h = _join(h, code)
         else:
             value = code - VALUES
-            h = hash_bytes(
-                dims.pool, dims.values[value, V_START], dims.values[value, V_END], _join(h, VALUES)
-            )
+            h = hash_bytes(pool, values[value, V_START], values[value, V_END], _join(h, VALUES))
     return mix64(h)
 
 
 @nb.njit(nogil=True, cache=True)
-def digest_state(state: Any, dims: Any, uids: Any) -> Any:
-    """Add up the digests of all items (uint64)."""
+def _digest_cells(cells: Any, count: Any, rows: Any, combos: Any, values: Any, pool: Any, uids: Any) -> Any:
     total = np.uint64(0)
-    cells = state.cells
-    for row in range(state.counters[N_CELLS]):
-        identity = _cell_identity(state, uids, row)
+    for row in range(count):
+        identity = _cell_identity(cells, uids, row)
         combo = (cells[row, W_KEY] >> 32) & _MASK32
         h = identity ^ _KIND_CELL
         if combo != PERIOD:
-            h = _join(h, _combo_digest(dims, combo))
+            h = _join(h, _combo_digest(combos, values, pool, combo))
         for word in range(W_COUNT, CELL_WORDS - 1):
             h = _join(h, cells[row, word])
         links = cells[row, W_LINKS]
@@ -87,23 +82,46 @@ def digest_state(state: Any, dims: Any, uids: Any) -> Any:
             first = ((links >> 32) & _MASK32) - 1
             for t in range((links >> 8) & 0xFF):
                 threshold = _join(identity ^ _KIND_THRESHOLD, np.int64(t))
-                total += _join(_join(threshold, state.rows[first + t, 0]), state.rows[first + t, 1])
+                total += _join(_join(threshold, rows[first + t, 0]), rows[first + t, 1])
         elif head_of(cells, row) & HEAD != 0 and head_of(cells, row) & OVERFLOW != 0:
             total += _join(identity, _KIND_OVERFLOW)
         total += mix64(h)
-    for e in range(state.counters[N_MEMBERS]):
-        owner = state.members[e, M_OWNER]
-        h = _cell_identity(state, uids, owner & _MASK32) ^ _KIND_MEMBER
+    return total
+
+
+@nb.njit(nogil=True, cache=True)
+def _digest_members(cells: Any, members: Any, count: Any, uids: Any) -> Any:
+    total = np.uint64(0)
+    for e in range(count):
+        owner = members[e, M_OWNER]
+        h = _cell_identity(cells, uids, owner & _MASK32) ^ _KIND_MEMBER
         h = _join(h, owner >> 32)
         for word in range(1, MEMBER_WORDS):
-            h = _join(h, state.members[e, word])
-        total += mix64(h)
-    for i in range(state.counters[N_ALERTS]):
-        slot = state.alerts[i, A_SLOT] & _MASK32
-        h = _join(_join(_KIND_ALERT, np.int64(i)), uids[slot])
-        h = _join(h, state.alerts[i, A_SLOT] >> 32)
-        for word in range(ALERT_WORDS):
-            if word != A_SLOT:
-                h = _join(h, state.alerts[i, word])
+            h = _join(h, members[e, word])
         total += mix64(h)
     return total
+
+
+@nb.njit(nogil=True, cache=True)
+def _digest_alerts(alerts: Any, count: Any, uids: Any) -> Any:
+    total = np.uint64(0)
+    for i in range(count):
+        slot = alerts[i, A_SLOT] & _MASK32
+        h = _join(_join(_KIND_ALERT, np.int64(i)), uids[slot])
+        h = _join(h, alerts[i, A_SLOT] >> 32)
+        for word in range(ALERT_WORDS):
+            if word != A_SLOT:
+                h = _join(h, alerts[i, word])
+        total += mix64(h)
+    return total
+
+
+@nb.njit(nogil=True, cache=True)
+def digest_state(state: Any, dims: Any, uids: Any) -> Any:
+    """Add up the digests of all items (uint64)."""
+    counters = state.counters
+    total = _digest_cells(
+        state.cells, counters[N_CELLS], state.rows, dims.combos, dims.values, dims.pool, uids
+    )
+    total += _digest_members(state.cells, state.members, counters[N_MEMBERS], uids)
+    return total + _digest_alerts(state.alerts, counters[N_ALERTS], uids)

@@ -64,8 +64,8 @@ from tallymark_store.fold.schemas import (
     S_AGG,
     S_DIMENSIONS,
     S_THRESHOLDS,
-    day_bounds,
-    period_bounds,
+    find_day,
+    find_period,
 )
 from tallymark_store.fold.thresholds import check
 from tallymark_store.fold.uniques import apply_operation, member_hash, unique_value
@@ -90,7 +90,9 @@ _DAY_START = 4
 _COMBO = 5  # -1: not numbered yet
 _PERIOD_HASH = 6
 _DAY_HASH = 7
-SCRATCH_FIELDS = 8
+_AGG = 8
+_ACCOUNT = 9
+SCRATCH_FIELDS = 10
 
 _COUNT = int(AggType.COUNT)
 _SUM = int(AggType.SUM)
@@ -135,9 +137,7 @@ def names_unknown(data: Any, columns: Any, verdicts: Any, metric_slots: Any) -> 
 
 
 @nb.njit(nogil=True, cache=True)
-def _resolve(
-    data: Any, columns: Any, i: Any, slot: Any, width: Any, offset: Any, intern: Any, dims: Any, codes: Any
-) -> Any:
+def _resolve(data: Any, columns: Any, i: Any, slot: Any, width: Any, offset: Any, intern: Any, dims: Any, codes: Any) -> Any:
     k = properties_at(data, columns, i)
     start = np.int64(0)
     end = np.int64(0)
@@ -148,143 +148,115 @@ def _resolve(
 
 
 @nb.njit(nogil=True, cache=True)
-def _combo_of(
-    data: Any, columns: Any, i: Any, slot: Any, width: Any, offset: Any, dims: Any, scratch: Any
+def _new_cell(
+    cells: Any, table: Any, shards: Any, counters: Any, h: Any, account: Any, start: Any, key: Any
 ) -> Any:
-    """The combination of event i as far as it has a number, -1 if it has none."""
-    metric = metric_at(data, columns, i)
-    k = properties_at(data, columns, i)
-    memo = scratch.memo
-    at = (metric * 31 + k) & (len(memo) - 1)
-    key = (metric << 32) | k
-    if memo[at, 0] == key:
-        return memo[at, 1]
-    combo = _resolve(data, columns, i, slot, width, offset, False, dims, scratch.codes)
-    if combo >= 0:
-        memo[at, 0] = key
-        memo[at, 1] = combo
-    return combo
-
-
-@nb.njit(nogil=True, cache=True)
-def _new_cell(state: Any, h: Any, account: Any, start: Any, key: Any) -> Any:
-    row = state.counters[N_CELLS]
-    cells = state.cells
+    row = counters[N_CELLS]
     # Fresh rows are zero.
     cells[row, W_ACCOUNT] = account
     cells[row, W_START] = start
     cells[row, W_KEY] = key
-    state.counters[N_CELLS] = row + 1
-    insert(state.table, state.shards, h, row)
+    counters[N_CELLS] = row + 1
+    insert(table, shards, h, row)
     return row
 
 
 @nb.njit(nogil=True, cache=True)
 def _day_cell(
-    data: Any,
-    columns: Any,
-    i: Any,
-    slot: Any,
-    width: Any,
-    offset: Any,
-    account: Any,
-    start: Any,
-    dims: Any,
-    state: Any,
-    scratch: Any,
-    seed: Any,
+    data: Any, columns: Any, i: Any, slot: Any, width: Any, offset: Any, account: Any, start: Any,
+    dims: Any, cells: Any, table: Any, shards: Any, counters: Any, codes: Any, seed: Any,
 ) -> Any:
     """The day cell of an event whose metric has dimensions; -1 when its day has too many combinations."""
-    combo = _combo_of(data, columns, i, slot, width, offset, dims, scratch)
+    combo = _resolve(data, columns, i, slot, width, offset, False, dims, codes)
     if combo >= 0:
         key = cell_key(slot, combo)
         h = cell_hash(account, start, key, seed)
-        row = find_cell(state.table, state.shards, state.cells, h, account, start, key)
+        row = find_cell(table, shards, cells, h, account, start, key)
         if row >= 0:
             return row
     head_hash = cell_hash(account, start, cell_key(slot, HEAD_KEY), seed)
-    head = find_head(state.table, state.shards, state.cells, head_hash, account, start, slot)
+    head = find_head(table, shards, cells, head_hash, account, start, slot)
     if head >= 0:
-        aux = head_of(state.cells, head)
+        aux = head_of(cells, head)
         if aux & LENGTH_MASK >= _COMBINATIONS_MAX:
-            set_links(state.cells, head, next_of(state.cells, head), aux | OVERFLOW)
+            set_links(cells, head, next_of(cells, head), aux | OVERFLOW)
             return np.int64(-1)
     if combo < 0:
-        combo = _resolve(data, columns, i, slot, width, offset, True, dims, scratch.codes)
+        combo = _resolve(data, columns, i, slot, width, offset, True, dims, codes)
     key = cell_key(slot, combo)
-    row = _new_cell(state, cell_hash(account, start, key, seed), account, start, key)
+    h = cell_hash(account, start, key, seed)
+    row = _new_cell(cells, table, shards, counters, h, account, start, key)
     if head < 0:
-        insert(state.table, state.shards, head_hash, row)
-        set_links(state.cells, row, np.int64(-1), HEAD | 1)
+        insert(table, shards, head_hash, row)
+        set_links(cells, row, np.int64(-1), HEAD | 1)
     else:
-        set_links(state.cells, row, next_of(state.cells, head), np.int64(0))
-        set_links(state.cells, head, row, head_of(state.cells, head) + 1)
+        set_links(cells, row, next_of(cells, head), np.int64(0))
+        set_links(cells, head, row, head_of(cells, head) + 1)
     return row
 
 
 @nb.njit(nogil=True, cache=True)
 def _plan_block(
-    data: Any,
-    columns: Any,
-    verdicts: Any,
-    first: Any,
-    last: Any,
-    base_offset: Any,
-    append_ns: Any,
-    metric_slots: Any,
-    schemas: Any,
-    dims: Any,
-    state: Any,
-    scratch: Any,
-    seed: Any,
+    data: Any, columns: Any, verdicts: Any, first: Any, last: Any, base_offset: Any, append_ns: Any,
+    metric_slots: Any, slots: Any, bounds: Any, cache: Any, dims: Any, flat: Any, table: Any, shards: Any,
+    block: Any, memo: Any, codes: Any, seed: Any,
 ) -> None:
-    block = scratch.block
     for i in range(first, last):
         j = i - first
         block[j, _SLOT] = -1
         if len(verdicts) != 0 and verdicts[i] != 0:
             continue
-        slot = metric_slots[metric_at(data, columns, i)]
+        metric = metric_at(data, columns, i)
+        slot = metric_slots[metric]
         time = time_at(data, columns, i)
         if time == _TIME_ABSENT:
             time = append_ns
         account = np.int64(account_at(data, columns, i))
-        period_start, period_end = period_bounds(schemas, slot, time)
+        period_start, period_end = find_period(slots, bounds, cache, slot, time)
+        agg = slots[slot, S_AGG]
         block[j, _SLOT] = slot
         block[j, _TIME] = time
         block[j, _PERIOD_START] = period_start
         block[j, _PERIOD_END] = period_end
+        block[j, _AGG] = agg
+        block[j, _ACCOUNT] = account
         h = cell_hash(account, period_start, cell_key(slot, PERIOD), seed)
         block[j, _PERIOD_HASH] = np.int64(h)
-        prefetch(state.table, entry_position(state.shards, h))
-        if schemas.slots[slot, S_AGG] == _COUNT_UNIQUE:
+        prefetch(table, entry_position(shards, h))
+        block[j, _COMBO] = -1
+        if agg == _COUNT_UNIQUE:
             continue
-        day_start, _ = day_bounds(schemas, slot, time)
+        day_start, _ = find_day(slots, bounds, cache, slot, time)
         combo = np.int64(NO_COMBO)
-        width = schemas.slots[slot, S_DIMENSIONS]
+        width = slots[slot, S_DIMENSIONS]
         if width > 0:
-            combo = _combo_of(data, columns, i, slot, width, base_offset + i, dims, scratch)
+            k = properties_at(data, columns, i)
+            at = (metric * 31 + k) & (len(memo) - 1)
+            combo = memo[at, 1]
+            if memo[at, 0] != (metric << 32) | k:
+                combo = _resolve(data, columns, i, slot, width, base_offset + i, False, dims, codes)
+                if combo >= 0:
+                    memo[at, 0] = (metric << 32) | k
+                    memo[at, 1] = combo
         block[j, _DAY_START] = day_start
         block[j, _COMBO] = combo
         if combo >= 0:
             h = cell_hash(account, day_start, cell_key(slot, combo), seed)
             block[j, _DAY_HASH] = np.int64(h)
-            prefetch(state.table, entry_position(state.shards, h))
+            prefetch(table, entry_position(shards, h))
     for j in range(last - first):
-        slot = block[j, _SLOT]
-        if slot < 0:
+        if block[j, _SLOT] < 0:
             continue
-        prefetch_cell(state.table, state.shards, state.cells, np.uint64(block[j, _PERIOD_HASH]))
-        if schemas.slots[slot, S_AGG] != _COUNT_UNIQUE and block[j, _COMBO] >= 0:
-            prefetch_cell(state.table, state.shards, state.cells, np.uint64(block[j, _DAY_HASH]))
+        prefetch_cell(table, shards, flat, np.uint64(block[j, _PERIOD_HASH]))
+        if block[j, _COMBO] >= 0:
+            prefetch_cell(table, shards, flat, np.uint64(block[j, _DAY_HASH]))
 
 
 @nb.njit(nogil=True, cache=True)
 def _check_thresholds(
-    state: Any, cell: Any, slot: Any, plan: Any, schemas: Any, offset: Any, append_ns: Any
+    cells: Any, cell: Any, slot: Any, agg: Any, thresholds: Any, count: Any, rows: Any, alerts: Any,
+    counters: Any, start: Any, end: Any, offset: Any, append_ns: Any,
 ) -> None:
-    agg = schemas.slots[slot, S_AGG]
-    cells = state.cells
     lo = cells[cell, W_LO]  # SUM, and the members of COUNT_UNIQUE
     hi = cells[cell, W_HI]
     if agg == _COUNT:
@@ -296,150 +268,117 @@ def _check_thresholds(
     elif agg == _LATEST:
         lo = cells[cell, W_LAST_VALUE]
         hi = lo >> 63
-    rows, alerts = check(
-        cells,
-        cell,
-        slot,
-        schemas.thresholds,
-        slot * _THRESHOLDS_MAX,
-        schemas.slots[slot, S_THRESHOLDS],
-        state.rows,
-        state.counters[N_ROWS],
-        state.alerts,
-        state.counters[N_ALERTS],
-        lo,
-        hi,
-        plan[_PERIOD_START],
-        plan[_PERIOD_END],
-        offset,
-        append_ns,
+    rows_used, alerts_used = check(
+        cells, cell, slot, thresholds, slot * _THRESHOLDS_MAX, count,
+        rows, counters[N_ROWS], alerts, counters[N_ALERTS], lo, hi, start, end, offset, append_ns,
     )
-    state.counters[N_ROWS] = rows
-    state.counters[N_ALERTS] = alerts
+    counters[N_ROWS] = rows_used
+    counters[N_ALERTS] = alerts_used
 
 
 @nb.njit(nogil=True, cache=True)
 def fold_events(
-    data: Any,
-    columns: Any,
-    verdicts: Any,
-    first: Any,
-    base_offset: Any,
-    append_ns: Any,
-    metric_slots: Any,
-    schemas: Any,
-    dims: Any,
-    state: Any,
-    scratch: Any,
-    seed: Any,
+    data: Any, columns: Any, verdicts: Any, first: Any, base_offset: Any, append_ns: Any,
+    metric_slots: Any, schemas: Any, dims: Any, state: Any, scratch: Any, seed: Any,
 ) -> int:
     """Fold a payload's accepted events from event `first` on. Returns the event to go on with; at the end, n.
 
     `verdicts` is uint8[n], or empty when all are accepted. Dense arrays must have room for everything the payload
     can add (see `Fold.apply`).
     """
-    n = columns[C_EVENTS]
+    # Taken out of their tuples once: each access, and each tuple handed to a function, counts references.
+    slots = schemas.slots
+    bounds = schemas.bounds
+    cache = schemas.cache
+    uids = schemas.uids
+    thresholds = schemas.thresholds
     cells = state.cells
+    flat = cells.reshape(cells.size)
+    table = state.table
+    shards = state.shards
+    members = state.members
+    member_table = state.member_table
+    member_shards = state.member_shards
+    rows = state.rows
+    alerts = state.alerts
+    counters = state.counters
+    combo_shards = dims.combo_shards
+    value_shards = dims.value_shards
     block = scratch.block
+    memo = scratch.memo
+    codes = scratch.codes
+    work = scratch.work
+    n = columns[C_EVENTS]
     while first < n:
         last = min(first + BLOCK, n)
         _plan_block(
-            data,
-            columns,
-            verdicts,
-            first,
-            last,
-            base_offset,
-            append_ns,
-            metric_slots,
-            schemas,
-            dims,
-            state,
-            scratch,
-            seed,
+            data, columns, verdicts, first, last, base_offset, append_ns, metric_slots, slots, bounds, cache,
+            dims, flat, table, shards, block, memo, codes, seed,
         )
         for i in range(first, last):
-            plan = block[i - first]
-            slot = plan[_SLOT]
+            j = i - first
+            slot = block[j, _SLOT]
             if slot < 0:
                 continue
             if (
-                state.shards[SHARDS, FULL]
-                | state.member_shards[SHARDS, FULL]
-                | dims.combo_shards[SHARDS, FULL]
-                | dims.value_shards[SHARDS, FULL]
+                shards[SHARDS, FULL]
+                | member_shards[SHARDS, FULL]
+                | combo_shards[SHARDS, FULL]
+                | value_shards[SHARDS, FULL]
             ) != 0:
                 return i
-            account = np.int64(account_at(data, columns, i))
+            account = block[j, _ACCOUNT]
             offset = base_offset + i
-            time = plan[_TIME]
-            agg = schemas.slots[slot, S_AGG]
-            h = np.uint64(plan[_PERIOD_HASH])
+            time = block[j, _TIME]
+            agg = block[j, _AGG]
+            start = block[j, _PERIOD_START]
+            h = np.uint64(block[j, _PERIOD_HASH])
             key = cell_key(slot, PERIOD)
-            cell = find_cell(state.table, state.shards, cells, h, account, plan[_PERIOD_START], key)
+            cell = find_cell(table, shards, cells, h, account, start, key)
             if cell < 0:
-                cell = _new_cell(state, h, account, plan[_PERIOD_START], key)
+                cell = _new_cell(cells, table, shards, counters, h, account, start, key)
             if agg == _COUNT_UNIQUE:
-                lo, hi = unique_value(data, columns, i, schemas.uids[slot], scratch.work)
+                lo, hi = unique_value(data, columns, i, uids[slot], work)
                 change, added = apply_operation(
-                    state.member_table,
-                    state.member_shards,
-                    state.members,
-                    state.counters[N_MEMBERS],
-                    member_hash(cell, lo, hi, seed),
-                    cell,
-                    lo,
-                    hi,
-                    time,
-                    offset,
-                    operation_at(data, columns, i),
+                    member_table, member_shards, members, counters[N_MEMBERS], member_hash(cell, lo, hi, seed),
+                    cell, lo, hi, time, offset, operation_at(data, columns, i),
                 )
-                state.counters[N_MEMBERS] += added
+                counters[N_MEMBERS] += added
                 cells[cell, W_LO] += change
                 cells[cell, W_COUNT] += 1
             elif agg == _COUNT:
                 add_count(cells, cell, time, offset)
             else:
                 add_values(cells, cell, value_at(data, columns, i), time, offset)
-            if schemas.slots[slot, S_THRESHOLDS] > 0:
-                _check_thresholds(state, cell, slot, plan, schemas, offset, append_ns)
+            count = slots[slot, S_THRESHOLDS]
+            if count > 0:
+                _check_thresholds(
+                    cells, cell, slot, agg, thresholds, count, rows, alerts, counters, start,
+                    block[j, _PERIOD_END], offset, append_ns,
+                )
             if agg == _COUNT_UNIQUE:
                 continue
-            width = schemas.slots[slot, S_DIMENSIONS]
-            if width == 0:
-                key = cell_key(slot, NO_COMBO)
-                h = np.uint64(plan[_DAY_HASH])
-                day = find_cell(state.table, state.shards, cells, h, account, plan[_DAY_START], key)
-                if day < 0:
-                    day = _new_cell(state, h, account, plan[_DAY_START], key)
-                    set_links(cells, day, np.int64(-1), HEAD | 1)
-            else:
-                day = np.int64(-1)
-                if plan[_COMBO] >= 0:
-                    key = cell_key(slot, plan[_COMBO])
-                    h = np.uint64(plan[_DAY_HASH])
-                    day = find_cell(state.table, state.shards, cells, h, account, plan[_DAY_START], key)
-                if day < 0:
-                    day = _day_cell(
-                        data,
-                        columns,
-                        i,
-                        slot,
-                        width,
-                        offset,
-                        account,
-                        plan[_DAY_START],
-                        dims,
-                        state,
-                        scratch,
-                        seed,
-                    )
-                if day < 0:
+            width = slots[slot, S_DIMENSIONS]
+            start = block[j, _DAY_START]
+            cell = np.int64(-1)
+            if block[j, _COMBO] >= 0:
+                h = np.uint64(block[j, _DAY_HASH])
+                key = cell_key(slot, block[j, _COMBO])
+                cell = find_cell(table, shards, cells, h, account, start, key)
+            if cell < 0 and width == 0:
+                cell = _new_cell(cells, table, shards, counters, h, account, start, key)
+                set_links(cells, cell, np.int64(-1), HEAD | 1)
+            elif cell < 0:
+                cell = _day_cell(
+                    data, columns, i, slot, width, offset, account, start, dims, cells, table, shards,
+                    counters, codes, seed,
+                )
+                if cell < 0:
                     continue
             if agg == _COUNT:
-                add_count(cells, day, time, offset)
+                add_count(cells, cell, time, offset)
             else:
-                add_values(cells, day, value_at(data, columns, i), time, offset)
+                add_values(cells, cell, value_at(data, columns, i), time, offset)
         first = last
     return n
 
@@ -448,12 +387,14 @@ def fold_events(
 def reindex_cells(state: Any, seed: Any) -> None:
     """Fill the cells' empty index. The heads' own entries follow from who is head of a chain with combinations."""
     cells = state.cells
+    table = state.table
+    shards = state.shards
     for row in range(state.counters[N_CELLS]):
         account = cells[row, W_ACCOUNT]
         start = cells[row, W_START]
         key = cells[row, W_KEY]
-        insert(state.table, state.shards, cell_hash(account, start, key, seed), row)
+        insert(table, shards, cell_hash(account, start, key, seed), row)
         combo = (key >> 32) & 0xFFFFFFFF
         if combo != PERIOD and combo != NO_COMBO and head_of(cells, row) & HEAD != 0:
             h = cell_hash(account, start, cell_key(key & 0xFFFFFFFF, HEAD_KEY), seed)
-            insert(state.table, state.shards, h, row)
+            insert(table, shards, h, row)

@@ -38,7 +38,7 @@ from tallymark_store.fold.cells import (
 )
 from tallymark_store.fold.dimensions import C_CODES, selected
 from tallymark_store.fold.kernel import N_CELLS
-from tallymark_store.fold.schemas import S_DIMENSIONS, day_bounds
+from tallymark_store.fold.schemas import S_DIMENSIONS, find_day
 
 # Fields of an accumulator.
 G_ROW = 0  # of one cell of the group
@@ -90,13 +90,18 @@ def collect_days(
     n_overflowed = 0
     day = first
     cells = state.cells
+    table = state.table
+    shards = state.shards
+    slots = schemas.slots
+    bounds = schemas.bounds
+    cache = schemas.cache
     while day < end:
-        _, day_end = day_bounds(schemas, slot, day)
+        _, day_end = find_day(slots, bounds, cache, slot, day)
         h = cell_hash(account, day, key, seed)
         if has_dimensions:
-            row = find_head(state.table, state.shards, cells, h, account, day, slot)
+            row = find_head(table, shards, cells, h, account, day, slot)
         else:
-            row = find_cell(state.table, state.shards, cells, h, account, day, key)
+            row = find_cell(table, shards, cells, h, account, day, key)
         if row >= 0 and head_of(cells, row) & OVERFLOW != 0:
             if n_overflowed < len(overflowed):
                 overflowed[n_overflowed] = day

@@ -14,27 +14,8 @@ import numpy as np
 
 from tallymark_protocol import limits
 from tallymark_protocol.errors import UnavailableError
-from tallymark_protocol.layout import TIME_ABSENT
 from tallymark_protocol.messages import EventRecord
-from tallymark_protocol.payload import (
-    C_ID_BYTES,
-    C_ID_ENCODING,
-    C_ID_ENDS,
-    C_METRIC_BYTES,
-    C_METRIC_ENDS,
-    C_PROPERTY_BYTES,
-    C_PROPERTY_ENDS,
-    C_TEXT_BYTES,
-    C_TEXT_ENCODING,
-    C_TEXT_ENDS,
-    COLUMNS,
-    account_at,
-    metric_at,
-    operation_at,
-    properties_at,
-    time_at,
-    value_at,
-)
+from tallymark_protocol.payload import COLUMNS
 from tallymark_store.scan import kernels as k
 from tallymark_store.scan.metric import ScanMetric
 from tallymark_store.scan.source import ByteArray, IntArray, RecordCursor, RecordSource, damaged
@@ -43,7 +24,6 @@ from tallymark_store.scan.totals import _METRIC_INDEXES, RUN_EVENTS, _bits, rows
 PAGE_BYTES_MAX: Final = 8 * 1024 * 1024  # of properties, ids and texts in a page, and a flat sum per event
 _EVENT_BYTES: Final = 96  # the flat sum
 _HITS: Final = 1_024  # events made in one step
-_U32 = struct.Struct("<I")
 _U16 = struct.Struct("<H")
 _U64 = struct.Struct("<Q")
 
@@ -102,6 +82,8 @@ class EventsScan:
         self._match = np.zeros(_METRIC_INDEXES, np.uint8)
         self._columns = np.zeros(COLUMNS, np.int64)
         self._hits = np.zeros((min(_HITS, limit + 1), 2), np.int64)
+        self._described = np.zeros((len(self._hits), k.EVENT_FIELDS), np.int64)
+        self._codes: dict[bytes, str] = {}  # metric codes met so far
         self._state = np.zeros(k.STATE_FIELDS, np.int64)
         self._run: tuple[ByteArray, IntArray] | None = None
         self.events: list[EventRecord] = []
@@ -144,115 +126,72 @@ class EventsScan:
         )
         if status == k.MALFORMED:
             body = int(records[self._state[k.S_RECORD], k.K_BODY])
-            raise damaged(self._source.partition, -1, body, "it is malformed")
-        self.done = self._take_hits(data, records, self._hits[: self._state[k.S_HITS]].tolist())
+            raise damaged(self._source.partition, self._cursor.segment, body, "it is malformed")
+        self.done = self._take_hits(data, records, self._hits[: self._state[k.S_HITS]])
         if status == k.DONE:
             self._run = None
         return self.done
 
-    def _take_hits(self, data: ByteArray, records: IntArray, hits: list[list[int]]) -> bool:
+    def _take_hits(self, data: ByteArray, records: IntArray, hits: IntArray) -> bool:
         """Make events of hits; True when the page is full and the hit that follows it is known."""
-        opened = -1
-        reader: _RecordReader | None = None
-        for record, event in hits:
-            if record != opened or reader is None:
-                reader = _RecordReader(self._source.partition, data, records[record].tolist())
-                opened = record
-            if self.events and (
-                len(self.events) == self._limit or self._bytes_left < reader.size(event) + _EVENT_BYTES
-            ):
-                self.next_offset = reader.base_offset + event
+        described = self._described[: len(hits)]
+        k.describe_events(data, records, hits, self._columns, described)
+        for fields in described.tolist():
+            size = (
+                _EVENT_BYTES
+                + (fields[k.E_SET_END] - fields[k.E_SET_START])
+                + (fields[k.E_ID_END] - fields[k.E_ID_START])
+                + (fields[k.E_TEXT_END] - fields[k.E_TEXT_START])
+            )
+            if self.events and (len(self.events) == self._limit or self._bytes_left < size):
+                self.next_offset = fields[k.E_OFFSET]
                 return True
-            self._bytes_left -= reader.size(event) + _EVENT_BYTES
-            self.events.append(reader.event(event))
+            self._bytes_left -= size
+            self.events.append(self._event(data, fields))
         return False
 
-
-class _RecordReader:
-    """Makes events of one record, whose checksum has been checked."""
-
-    def __init__(self, partition: int, data: ByteArray, record: list[int]) -> None:
-        self.base_offset, count, self._append_ns, body, length = record
-        columns = np.zeros(COLUMNS, np.int64)
-        status = k.open_record(data, body, length, count, columns)
-        assert status != -2, "the kernel that found the event has read the record"
-        self._partition = partition
-        self._data = data
-        self._columns = columns
-        self._at: list[int] = columns.tolist()
-        self._codes: dict[int, str] = {}
-        self._sets: dict[int, dict[str, str]] = {}
-
-    def _span(self, ends: int, content: int, entry: int) -> tuple[int, int]:
-        position = self._at[ends] + 4 * entry
-        head = self._data[max(position - 4, self._at[ends]) : position + 4].tobytes()
-        start = _U32.unpack_from(head)[0] if entry else 0
-        end = _U32.unpack_from(head, len(head) - 4)[0]
-        return self._at[content] + start, self._at[content] + end
-
-    def _optional(self, encoding: int, ends: int, content: int, event: int) -> bytes:
-        if self._at[encoding] == 0:
-            return b""
-        start, end = self._span(ends, content, event)
-        return self._data[start:end].tobytes()
-
-    def size(self, event: int) -> int:
-        """Return how many bytes the event's parts of variable length take."""
-        total = 0
-        k_set = int(properties_at(self._data, self._columns, event))
-        if k_set:
-            start, end = self._span(C_PROPERTY_ENDS, C_PROPERTY_BYTES, k_set - 1)
-            total += end - start
-        for encoding, ends, content in (
-            (C_ID_ENCODING, C_ID_ENDS, C_ID_BYTES),
-            (C_TEXT_ENCODING, C_TEXT_ENDS, C_TEXT_BYTES),
-        ):
-            if self._at[encoding]:
-                start, end = self._span(ends, content, event)
-                total += end - start
-        return total
-
-    def event(self, event: int) -> EventRecord:
-        """Return event number `event` of the record."""
-        data, columns = self._data, self._columns
-        metric = int(metric_at(data, columns, event))
-        code = self._codes.get(metric)
-        if code is None:
-            start, end = self._span(C_METRIC_ENDS, C_METRIC_BYTES, metric)
-            code = self._codes[metric] = data[start:end].tobytes().decode("ascii")
-        time = int(time_at(data, columns, event))
+    def _event(self, data: ByteArray, fields: list[int]) -> EventRecord:
+        (
+            offset,
+            append_ns,
+            account,
+            value,
+            time,
+            operation,
+            code_start,
+            code_end,
+            set_start,
+            set_end,
+            id_start,
+            id_end,
+            text_start,
+            text_end,
+        ) = fields
+        code = data[code_start:code_end].tobytes()
+        name = self._codes.get(code)
+        if name is None:
+            name = self._codes[code] = code.decode("ascii")
         return EventRecord(
-            account_id=int(account_at(data, columns, event)) & (2**64 - 1),
-            metric_code=code,
-            value=self._value(event),
-            event_time_ns=self._append_ns if time == _TIME_ABSENT else time,
-            append_time_ns=self._append_ns,
-            operation=int(operation_at(data, columns, event)),
-            properties=dict(self._properties(int(properties_at(data, columns, event)))),
-            event_id=self._optional(C_ID_ENCODING, C_ID_ENDS, C_ID_BYTES, event) or None,
-            partition=self._partition,
-            offset=self.base_offset + event,
+            account_id=account & (2**64 - 1),
+            metric_code=name,
+            value=_text(data[text_start:text_end].tobytes()) if text_start < text_end else value,
+            event_time_ns=time,
+            append_time_ns=append_ns,
+            operation=operation,
+            properties=parse_properties(data[set_start:set_end].tobytes()) if set_start < set_end else {},
+            event_id=data[id_start:id_end].tobytes() if id_start < id_end else None,
+            partition=self._source.partition,
+            offset=offset,
         )
 
-    def _value(self, event: int) -> int | str:
-        text = self._optional(C_TEXT_ENCODING, C_TEXT_ENDS, C_TEXT_BYTES, event)
-        if text:
-            if text[0] == _TAG_U64 and len(text) == 1 + _U64.size:
-                return int(_U64.unpack_from(text, 1)[0])
-            return text[1:].decode("utf-8", "replace")
-        return int(value_at(self._data, self._columns, event))
 
-    def _properties(self, number: int) -> dict[str, str]:
-        if not number:
-            return {}
-        known = self._sets.get(number)
-        if known is None:
-            start, end = self._span(C_PROPERTY_ENDS, C_PROPERTY_BYTES, number - 1)
-            known = self._sets[number] = parse_properties(self._data[start:end].tobytes())
-        return known
+def _text(encoded: bytes) -> int | str:
+    """Return the value that a text stands for (`layout`)."""
+    if encoded[0] == _TAG_U64 and len(encoded) == 1 + _U64.size:
+        return int(_U64.unpack_from(encoded, 1)[0])
+    return encoded[1:].decode("utf-8", "replace")
 
 
-_TIME_ABSENT = TIME_ABSENT
 _TAG_U64 = 2
 
 

@@ -33,6 +33,9 @@ from tallymark_protocol.payload import (
     C_ACCOUNT,
     C_ACCOUNT_ENCODING,
     C_EVENTS,
+    C_ID_BYTES,
+    C_ID_ENCODING,
+    C_ID_ENDS,
     C_METRIC_BYTES,
     C_METRIC_ENCODING,
     C_METRIC_ENDS,
@@ -141,6 +144,23 @@ V_SINCE = 3  # events below this offset came before the value was declared
 V_ALLOWED = 4  # it passes the dimension's filter
 VALUE_FIELDS = 5
 
+# Fields of an event (int64[n, EVENT_FIELDS]). Starts and ends are positions in the buffer; equal where there is none.
+E_OFFSET = 0
+E_APPEND = 1
+E_ACCOUNT = 2  # bits of a uint64
+E_VALUE = 3
+E_TIME = 4
+E_OPERATION = 5
+E_CODE_START = 6
+E_CODE_END = 7
+E_SET_START = 8
+E_SET_END = 9
+E_ID_START = 10
+E_ID_END = 11
+E_TEXT_START = 12
+E_TEXT_END = 13
+EVENT_FIELDS = 14
+
 _TIME_ABSENT = lay.TIME_ABSENT
 _BLOCK = 256
 _REFUSED = -1  # a property set that a filter refuses
@@ -200,7 +220,7 @@ def _accounts_in_block(data: Any, position: Any, count: Any, account: Any) -> An
     return hits
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, forceinline=True)
 def next_of_account(data: Any, columns: Any, i: Any, account: Any) -> Any:
     """The first event of the account at or after event i; the event count if there is none."""
     n = columns[C_EVENTS]
@@ -226,7 +246,7 @@ def event_time(data: Any, columns: Any, i: Any, append_ns: Any) -> Any:
     return append_ns if time == _TIME_ABSENT else time
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, forceinline=True)
 def _interval_of(starts: Any, ends: Any, time: Any) -> Any:
     """Which of the sorted disjoint intervals holds `time`; -1 if none."""
     low = 0
@@ -382,11 +402,13 @@ def _resolve_set(
 
 @nb.njit(nogil=True, cache=True, inline="always")
 def _row_hash(bucket: Any, account: Any, group: Any) -> Any:
-    h = mix64(np.uint64(bucket) + np.uint64(0x9E3779B97F4A7C15))
-    return mix64(h ^ np.uint64(account) ^ (np.uint64(group) << np.uint64(40)))
+    other = np.uint64(bucket) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(group) * np.uint64(
+        0xD6E8FEB86659FD93
+    )
+    return mix64(np.uint64(account) ^ other)
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, forceinline=True)
 def find_row(rows: Any, row_index: Any, state: Any, bucket: Any, account: Any, group: Any) -> Any:
     """The row of a key (all int64), made empty if new; -1 when there is no room for it."""
     mask = len(row_index) - 1
@@ -427,7 +449,7 @@ def _later(rows: Any, row: Any, time: Any, offset: Any) -> Any:
     return rows[row, R_LAST_OFFSET] < 0 or time > last or (time == last and offset > rows[row, R_LAST_OFFSET])
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, forceinline=True)
 def _add_value(rows: Any, row: Any, aggregation: Any, value: Any, time: Any, offset: Any) -> None:
     if aggregation == A_VALUES:
         if rows[row, R_COUNT] == 0:
@@ -445,7 +467,7 @@ def _add_value(rows: Any, row: Any, aggregation: Any, value: Any, time: Any, off
     rows[row, R_COUNT] += 1
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, forceinline=True)
 def _unique_value(data: Any, columns: Any, i: Any, uid: Any, work: Any) -> Any:
     """The 128 bits that stand for event i's value in a set, as two int64."""
     if columns[C_TEXT_ENCODING] == 2:
@@ -464,7 +486,7 @@ def _unique_hash(row: Any, lo: Any, hi: Any) -> Any:
     return mix64(mix64(np.uint64(lo) ^ mix64(np.uint64(hi))) + np.uint64(row) * np.uint64(0x9E3779B97F4A7C15))
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, forceinline=True)
 def _add_operation(
     rows: Any, row: Any, uniques: Any, state: Any, lo: Any, hi: Any, time: Any, offset: Any, operation: Any
 ) -> None:
@@ -528,6 +550,7 @@ def scan_totals(
     every_account = request[Q_ALL_ACCOUNTS] != 0
     aggregation = request[Q_AGGREGATION]
     use_sets = len(dims) > 0
+    interval = 0
     for r in range(state[S_RECORD], len(records)):
         state[S_RECORD] = r
         first = state[S_EVENT]
@@ -556,9 +579,12 @@ def scan_totals(
             if verdicts >= 0 and load_u8(data, verdicts + event) != 0:
                 continue
             time = event_time(data, columns, event, append_ns)
-            interval = _interval_of(starts, ends, time)
-            if interval < 0:
-                continue
+            # Events mostly fall where the one before did.
+            if not (starts[interval] <= time and time < ends[interval]):
+                found = _interval_of(starts, ends, time)
+                if found < 0:
+                    continue
+                interval = found
             group = np.int64(0)
             if use_sets:
                 k = properties_at(data, columns, event)
@@ -675,6 +701,41 @@ def select_events(
     state[S_RECORD] = len(records)
     state[S_EVENT] = 0
     return DONE
+
+
+@nb.njit(nogil=True, cache=True)
+def describe_events(data: Any, records: Any, hits: Any, columns: Any, out: Any) -> None:
+    """Fill `out` (int64[n, EVENT_FIELDS]) with what the events `hits` of `select_events` are."""
+    opened = np.int64(-1)
+    for h in range(len(hits)):
+        r = hits[h, 0]
+        i = hits[h, 1]
+        if r != opened:
+            open_record(data, records[r, K_BODY], records[r, K_LENGTH], records[r, K_COUNT], columns)
+            opened = r
+        metric = metric_at(data, columns, i)
+        k = properties_at(data, columns, i)
+        out[h, E_OFFSET] = records[r, K_BASE] + i
+        out[h, E_APPEND] = records[r, K_APPEND]
+        out[h, E_ACCOUNT] = np.int64(account_at(data, columns, i))
+        out[h, E_VALUE] = value_at(data, columns, i)
+        out[h, E_TIME] = event_time(data, columns, i, records[r, K_APPEND])
+        out[h, E_OPERATION] = operation_at(data, columns, i)
+        out[h, E_CODE_START] = table_start(data, columns[C_METRIC_ENDS], columns[C_METRIC_BYTES], metric)
+        out[h, E_CODE_END] = table_end(data, columns[C_METRIC_ENDS], columns[C_METRIC_BYTES], metric)
+        for field in range(E_SET_START, EVENT_FIELDS):
+            out[h, field] = 0
+        if k > 0:
+            out[h, E_SET_START] = table_start(
+                data, columns[C_PROPERTY_ENDS], columns[C_PROPERTY_BYTES], k - 1
+            )
+            out[h, E_SET_END] = table_end(data, columns[C_PROPERTY_ENDS], columns[C_PROPERTY_BYTES], k - 1)
+        if columns[C_ID_ENCODING] == 2:
+            out[h, E_ID_START] = table_start(data, columns[C_ID_ENDS], columns[C_ID_BYTES], i)
+            out[h, E_ID_END] = table_end(data, columns[C_ID_ENDS], columns[C_ID_BYTES], i)
+        if columns[C_TEXT_ENCODING] == 2:
+            out[h, E_TEXT_START] = table_start(data, columns[C_TEXT_ENDS], columns[C_TEXT_BYTES], i)
+            out[h, E_TEXT_END] = table_end(data, columns[C_TEXT_ENDS], columns[C_TEXT_BYTES], i)
 
 
 @nb.njit(nogil=True, cache=True)

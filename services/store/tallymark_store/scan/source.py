@@ -88,9 +88,10 @@ class RecordCursor:
     """Walks over rows in runs of records that lie in one segment, checking each before it is handed out."""
 
     def __init__(self, source: RecordSource, rows: RecordRows) -> None:
-        rows, self._tail = source.pin(rows)
+        rows, tail = source.pin(rows)
         self._source = source
         self._next = 0  # row
+        self.segment = -1  # of the last run
         self._segments: list[int] = rows.segment.tolist()
         self._bodies: list[int] = rows.body.tolist()
         self._lengths: list[int] = rows.length.tolist()
@@ -99,6 +100,11 @@ class RecordCursor:
         self._records = np.ascontiguousarray(
             np.stack((rows.base_offset, rows.event_count, rows.append_ns, rows.body, rows.length), axis=1)
         )
+        # All of them now: a segment may be recycled before its turn comes, but not from under a view of it.
+        self._views = {
+            number: tail if number == TAIL_SEGMENT else source.segment(number)
+            for number in np.unique(rows.segment).tolist()
+        }
 
     def __len__(self) -> int:
         return len(self._segments)
@@ -124,12 +130,11 @@ class RecordCursor:
             bisect.bisect_right(self._bytes, length + RUN_BYTES_MAX, first),
         )
         last = max(last, first + 1)
-        if number == TAIL_SEGMENT:
-            data = self._tail
-        else:
-            data = self._source.segment(number)
+        data = self._views[number]
+        if number != TAIL_SEGMENT:
             self._source.check(number, data, self._bodies[first:last], self._lengths[first:last])
         self._next = last
+        self.segment = number
         return data, self._records[first:last]
 
 
@@ -179,7 +184,9 @@ class WalSource:
             segments[number], bodies[number] = TAIL_SEGMENT, at
             parts.append(found[1])
             at += len(found[1])
-        return Pinned(rows._replace(segment=segments, body=bodies), np.concatenate(parts))
+        tail = np.concatenate(parts)
+        tail.setflags(write=False)  # as segments are: kernels are compiled for one kind of array
+        return Pinned(rows._replace(segment=segments, body=bodies), tail)
 
     def segment(self, number: int) -> ByteArray:
         """Return a segment's bytes, read-only."""

@@ -22,6 +22,7 @@ from tallymark_protocol.errors import ErrorCode, InvalidRequestError, Unavailabl
 from tallymark_protocol.kernels.blake2b import WORK_WORDS
 from tallymark_protocol.model import AggType
 from tallymark_protocol.payload import COLUMNS
+from tallymark_store.fold.cells import CELL_WORDS
 from tallymark_store.scan import kernels as k
 from tallymark_store.scan import ranking
 from tallymark_store.scan.metric import DimensionTables, ScanMetric, _doubled, _table_size
@@ -161,7 +162,7 @@ class TotalsScan:
         while (status := self._scan(data, records)) != k.DONE:
             if status == k.MALFORMED:
                 body = int(records[self._state[k.S_RECORD], k.K_BODY])
-                raise damaged(self._source.partition, -1, body, "it is malformed")
+                raise damaged(self._source.partition, self._cursor.segment, body, "it is malformed")
             if not self._make_room(status):
                 return False
         self._run = None
@@ -223,6 +224,17 @@ class TotalsScan:
             k.rehash_uniques(self._uniques, grown)
             self._uniques = grown
         return True
+
+    @staticmethod
+    def warm_up() -> None:
+        """Compile the kernels that only large scans need."""
+        table = np.zeros((16, k.UNIQUE_FIELDS), np.int64)
+        k.rehash_uniques(table, table.copy())
+        none = np.empty(0, np.int64)
+        rows = np.zeros((1, k.ROW_FIELDS), np.int64)
+        cells = np.zeros((1, CELL_WORDS), np.int64)
+        index = np.full(16, -1, np.int32)
+        ranking.add_cells(cells, none, none, rows, index, np.zeros(k.STATE_FIELDS, np.int64))
 
     def add_cells(self, cells: IntArray, found: IntArray, skipped_days: IntArray) -> None:
         """Begin with day cells, of a scan over all accounts.

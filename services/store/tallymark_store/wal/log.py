@@ -297,7 +297,12 @@ class Wal:
             raise self._damaged(partition, place.segment, place.position, "its file is missing") from error
         salt = salt_of(self._log_id, place.segment)
         header = parse_record_header(salt, data, place.position, own=place.position)
-        if header is None or header.meta != index.meta(row) or header.payload_bytes != place.length:
+        # Of the right place with a right checksum, it can only be another partition's by a defect of ours.
+        if header is None or (header.meta.partition, header.meta.base_offset, header.payload_bytes) != (
+            partition,
+            place.base_offset,
+            place.length,
+        ):
             raise self._damaged(partition, place.segment, place.position, "its header is bad")
         start = place.position + RECORD_HEADER_BYTES
         payload = data[start : start + place.length]
