@@ -24,6 +24,7 @@ BACKOFF_MAX: Final = 1.0
 SILENCE_PING: Final = 5.0  # seconds without a byte, while answers are owed, after which a link is asked
 SILENCE_MAX: Final = 15.0  # and after which it is given up
 TEND_SECONDS: Final = 1.0  # how often links are looked after
+REFRESH_SECONDS_MIN: Final = 1.0  # between two questions for the topology, whatever it says
 QUERY_LINKS_MAX: Final = 16
 
 T = TypeVar("T", bound=Message)
@@ -179,7 +180,7 @@ class Gateways:
                 elif silent > SILENCE_PING:
                     link.ping()
             every = self.topology.refresh_seconds if self.topology is not None else 30
-            if now - refreshed >= max(every, 1) and self._link is not None:
+            if now - refreshed >= max(every, REFRESH_SECONDS_MIN) and self._link is not None:
                 refreshed = now
                 try:
                     self.topology = await self.call(GetTopology(), Topology, now + CONNECT_TIMEOUT)

@@ -81,7 +81,9 @@ class Producer:
     def __init__(self, producer_id: int) -> None:
         self.producer_id = producer_id
         self.next_sequence = 1
-        self.unresolved: dict[int, Flight] = {}  # by sequence, ascending
+        # By sequence, ascending, whether the flight is parked: then nobody may ever come back for it. No flights,
+        # so that those that nobody else holds are freed.
+        self.unresolved: dict[int, bool] = {}
 
     def has_room(self) -> bool:
         """Whether the next sequence is within the span."""
@@ -148,6 +150,7 @@ class Flight:
     def lost(self, error: TallymarkError) -> None:
         """The link: no answer will come."""
         self.link_tries -= 1
+        self.ambiguous = True
         if self.state is FlightState.SENT:
             self.sender.again(self, error)
 
@@ -181,8 +184,8 @@ class Sender:
     def _has_sequence(self) -> bool:
         if self._producer.has_room():
             return True
-        oldest = next(iter(self._producer.unresolved.values()))
-        if oldest.state is not FlightState.PARKED:
+        oldest_is_parked = next(iter(self._producer.unresolved.values()))
+        if not oldest_is_parked:
             return False
         self._producer = Producer(self._rng.getrandbits(64))
         return True
@@ -202,7 +205,9 @@ class Sender:
             flight.producer = producer
             flight.sequence = producer.next_sequence
             producer.next_sequence += 1
-            producer.unresolved[flight.sequence] = flight
+            producer.unresolved[flight.sequence] = False
+        elif flight.sequence in flight.producer.unresolved:
+            flight.producer.unresolved[flight.sequence] = False
         flight.state = FlightState.WAITING
         if self._sweep is None or flight.deadline < self._sweep_at:
             self._arm(flight.deadline)
@@ -415,6 +420,8 @@ class Sender:
         if error is not None:
             flight.error = error
         self._leave(flight, FlightState.PARKED)
+        if flight.producer is not None and flight.sequence in flight.producer.unresolved:
+            flight.producer.unresolved[flight.sequence] = True
         self._wake(flight)
 
     def abandon(self, flight: Flight) -> None:

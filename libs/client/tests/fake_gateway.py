@@ -244,6 +244,7 @@ class FakeGateway:
         self.address = ""
         self.query_addresses = []
         self.now_ns = NOW_NS
+        self.refresh_seconds = 30
 
     async def __aenter__(self):
         await self.start()
@@ -271,7 +272,9 @@ class FakeGateway:
         return int(self.address.rpartition(":")[2])
 
     def topology(self):
-        return Topology(self.cluster.partition_count, [self.address], self.query_addresses)
+        return Topology(
+            self.cluster.partition_count, [self.address], self.query_addresses, [], self.refresh_seconds
+        )
 
     def welcome(self):
         return Welcome(1, "fake", "ingest", self.now_ns, [], self.topology(), 100_000, 16 << 20)

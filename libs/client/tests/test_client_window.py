@@ -231,6 +231,60 @@ async def test_child_connects_anew(client, gateway):
             task.cancel()
 
 
+async def test_silent_gateway_is_left(client, gateway, monkeypatch):
+    """A connection that gives no sign of life while it owes an answer is given up, and the chunk sent anew."""
+    monkeypatch.setattr("tallymark._gateways.SILENCE_MAX", -1.0)
+    monkeypatch.setattr("tallymark._gateways.TEND_SECONDS", 0.001)
+    client._gateways._tender.cancel()
+    client._gateways._tender = asyncio.create_task(client._gateways._tend())
+    gateway.script.append(fake.silent_after)
+    first = client._gateways.link
+    call = asyncio.create_task(client.ingest(Event(1, "m")))
+    await until(lambda: not first.usable)
+    monkeypatch.setattr("tallymark._gateways.SILENCE_MAX", 15.0)
+    assert (await call).n_stored == 1
+    assert client._gateways.link is not first
+    assert gateway.cluster.counted() == [1]
+
+
+async def test_slow_gateway_is_not_left(client, gateway, monkeypatch):
+    """A gateway that answers pings may take its time."""
+    monkeypatch.setattr("tallymark._gateways.SILENCE_PING", -1.0)
+    monkeypatch.setattr("tallymark._gateways.TEND_SECONDS", 0.001)
+    client._gateways._tender.cancel()
+    client._gateways._tender = asyncio.create_task(client._gateways._tend())
+    gateway.script.append(fake.hold)
+    first = client._gateways.link
+    call = asyncio.create_task(client.ingest(Event(1, "m")))
+    await until(lambda: gateway.held)
+    received = first.last_received
+    await until(lambda: first.last_received > received)  # a PONG: nothing else is sent
+    gateway.release()
+    assert (await call).n_stored == 1
+    assert client._gateways.link is first
+
+
+async def test_topology_is_refreshed(client, gateway, monkeypatch):
+    """New query nodes are found without a new connection."""
+    monkeypatch.setattr("tallymark._gateways.REFRESH_SECONDS_MIN", 0.0)
+    monkeypatch.setattr("tallymark._gateways.TEND_SECONDS", 0.001)
+    gateway.refresh_seconds = 0
+    client._gateways.topology = gateway.topology()
+    gateway.query_addresses = ["127.0.0.1:1"]
+    client._gateways._tender.cancel()
+    client._gateways._tender = asyncio.create_task(client._gateways._tend())
+    await until(lambda: client._gateways.topology.query == ["127.0.0.1:1"])
+
+
+async def test_parked_chunks_are_freed(client, gateway):
+    """The window remembers that a sequence is unresolved, not the chunk."""
+    gateway.script.append(fake.error(fake.ErrorCode.INTERNAL, retriable=False))
+    with pytest.raises(IngestError):
+        await client.ingest_columns("m", account_ids=[1])
+    assert client._sender._producer.unresolved == {1: True}
+    assert not client._sender._active
+
+
 def flights(count):
     """Sent flights of one event each, and their events."""
     loop = asyncio.new_event_loop()

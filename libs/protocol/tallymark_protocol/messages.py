@@ -53,7 +53,7 @@ class Message(msgspec.Struct, array_like=True, frozen=True):
 # ---------------------------------------------------------------- handshake
 
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     """The first frame of a client (or of a node that connects to another)."""
 
     version_min: int
@@ -62,7 +62,7 @@ class Hello(Message):
     features: list[str] = []
 
 
-class Topology(Message):
+class Topology(Message, frozen=True):
     """Where to send what. Addresses are "host:port"."""
 
     partition_count: int
@@ -72,7 +72,7 @@ class Topology(Message):
     refresh_seconds: int = 30
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True):
     """The answer to Hello: the highest version both speak, the features both have."""
 
     version: int
@@ -88,7 +88,7 @@ class Welcome(Message):
 # ---------------------------------------------------------------- ingest
 
 
-class PartitionRun(Message):
+class PartitionRun(Message, frozen=True):
     """Where a chunk's events for one partition lie: in chunk order at offsets [base, base + count)."""
 
     partition: int
@@ -96,7 +96,7 @@ class PartitionRun(Message):
     count: int
 
 
-class EventOutcome(Message):
+class EventOutcome(Message, frozen=True):
     """What became of an event that was not simply stored."""
 
     index: int  # in the chunk
@@ -105,7 +105,7 @@ class EventOutcome(Message):
     offset: int  # of the original event for a duplicate or a conflict, else -1
 
 
-class PartitionFailure(Message):
+class PartitionFailure(Message, frozen=True):
     """The chunk's events for one partition were not resolved: stored or not is open unless `not_stored`."""
 
     partition: int
@@ -114,7 +114,7 @@ class PartitionFailure(Message):
     not_stored: bool = False  # true where the leader refused them, so that nothing of them is in the log
 
 
-class Receipt(Message):
+class Receipt(Message, frozen=True):
     """The answer to a chunk. Events not in `outcomes` and not of a failed partition are stored."""
 
     partition_count: int
@@ -124,7 +124,7 @@ class Receipt(Message):
 
 
 # APPEND is this header (msgpack), preceded by its length as a u16, followed by the payload's bytes.
-class AppendHeader(Message):
+class AppendHeader(Message, frozen=True):
     """A gateway's request to the leader of a partition."""
 
     partition: int
@@ -133,7 +133,7 @@ class AppendHeader(Message):
     metrics_revision: int = 0  # the leader judges only once it knows the metrics as of this revision
 
 
-class ChunkOutcome(Message):
+class ChunkOutcome(Message, frozen=True):
     """What became of one chunk of a payload, in the order of its chunk table."""
 
     base_offset: int  # of its first event; -1 where error is set
@@ -142,7 +142,7 @@ class ChunkOutcome(Message):
     error: WireError | None = None
 
 
-class Appended(Message):
+class Appended(Message, frozen=True):
     """The answer to an APPEND."""
 
     chunks: list[ChunkOutcome] | None = (
@@ -154,7 +154,7 @@ class Appended(Message):
 # ---------------------------------------------------------------- totals
 
 
-class Stats(Message):
+class Stats(Message, frozen=True):
     """The statistics of a set of events. `sum` is 16 bytes; min, max, last are None when there is none.
 
     For COUNT_UNIQUE metrics `count` is the number of operations and only `unique` is set beside it.
@@ -171,7 +171,7 @@ class Stats(Message):
     alert_flags: int = 0  # bit i: threshold i was crossed in this period (period totals only)
 
 
-class Row(Message):
+class Row(Message, frozen=True):
     """Statistics of one group in one bucket.
 
     `group` has one entry per group_by key: ("value", text), None where the property was missing, and
@@ -184,14 +184,14 @@ class Row(Message):
     account_id: int = -1  # set in Top rows
 
 
-class GroupValue(Message):
+class GroupValue(Message, frozen=True):
     """One dimension value of a group: kind 0 = a value, 1 = missing, 2 = other (undeclared values)."""
 
     kind: int
     value: str = ""
 
 
-class Filter(Message):
+class Filter(Message, frozen=True):
     """A dimension must have one of these values."""
 
     key: str
@@ -201,7 +201,7 @@ class Filter(Message):
 # ---------------------------------------------------------------- calls to a store (leader of a partition)
 
 
-class StoreTotals(Message, tag="store_totals"):
+class StoreTotals(Message, frozen=True, tag="store_totals"):
     """Statistics of one account's events of one metric, exactly those timed in each bucket.
 
     Buckets are sorted and disjoint. `account_id = None` with `top > 0` ranks accounts by the aggregate
@@ -217,7 +217,7 @@ class StoreTotals(Message, tag="store_totals"):
     top: int = 0
 
 
-class TotalsResult(Message):
+class TotalsResult(Message, frozen=True):
     """Rows with at least one event (or operation); a single ungrouped bucket always gives one row per bucket."""
 
     rows: list[Row]
@@ -226,7 +226,7 @@ class TotalsResult(Message):
     metric_uid: int = 0
 
 
-class StoreRealtime(Message, tag="store_realtime"):
+class StoreRealtime(Message, frozen=True, tag="store_realtime"):
     """The running total of the billing period that contains `at_ns` (None: now)."""
 
     partition: int
@@ -235,7 +235,7 @@ class StoreRealtime(Message, tag="store_realtime"):
     at_ns: int | None = None
 
 
-class RealtimeResult(Message):
+class RealtimeResult(Message, frozen=True):
     """The period cell."""
 
     stats: Stats
@@ -245,7 +245,7 @@ class RealtimeResult(Message):
     partition: int = 0
 
 
-class StoreEvents(Message, tag="store_events"):
+class StoreEvents(Message, frozen=True, tag="store_events"):
     """Accepted events in log order, from offset `from_offset` on, of an account (None: all) and metric (None: all)."""
 
     partition: int
@@ -257,7 +257,7 @@ class StoreEvents(Message, tag="store_events"):
     limit: int = 100
 
 
-class EventRecord(Message):
+class EventRecord(Message, frozen=True):
     """One stored event as it is given back."""
 
     account_id: int
@@ -272,7 +272,7 @@ class EventRecord(Message):
     offset: int
 
 
-class EventsResult(Message):
+class EventsResult(Message, frozen=True):
     """A page; `next_offset` continues after it, None at the end."""
 
     events: list[EventRecord]
@@ -280,7 +280,7 @@ class EventsResult(Message):
     as_of: int
 
 
-class StoreAlerts(Message, tag="store_alerts"):
+class StoreAlerts(Message, frozen=True, tag="store_alerts"):
     """Alert records of a partition from event offset `from_offset` on, in log order."""
 
     partition: int
@@ -290,7 +290,7 @@ class StoreAlerts(Message, tag="store_alerts"):
     limit: int = 1_000
 
 
-class AlertRecord(Message):
+class AlertRecord(Message, frozen=True):
     """A threshold crossing."""
 
     id: str
@@ -309,7 +309,7 @@ class AlertRecord(Message):
     position: int  # in the partition's sequence of alert records
 
 
-class AlertsResult(Message):
+class AlertsResult(Message, frozen=True):
     """A page of alert records; `next_position` is where to go on (also when the page is empty)."""
 
     alerts: list[AlertRecord]
@@ -317,11 +317,11 @@ class AlertsResult(Message):
     more: bool
 
 
-class StoreStatus(Message, tag="store_status"):
+class StoreStatus(Message, frozen=True, tag="store_status"):
     """Ask a store what it holds."""
 
 
-class PartitionStatus(Message):
+class PartitionStatus(Message, frozen=True):
     """One partition at a store."""
 
     partition: int
@@ -333,7 +333,7 @@ class PartitionStatus(Message):
     digest: str = ""  # logical digest of the applied state, only when asked for by StoreDigest
 
 
-class StatusResult(Message):
+class StatusResult(Message, frozen=True):
     """All partitions of a store."""
 
     node_id: str
@@ -343,7 +343,7 @@ class StatusResult(Message):
     details: dict[str, int] = {}
 
 
-class StoreDigest(Message, tag="store_digest"):
+class StoreDigest(Message, frozen=True, tag="store_digest"):
     """Logical digest of a partition's state, and (with `recount`) of a from-scratch recount of its log."""
 
     partition: int
@@ -353,7 +353,7 @@ class StoreDigest(Message, tag="store_digest"):
 # ---------------------------------------------------------------- calls to a query node
 
 
-class QueryTotals(Message, tag="query_totals"):
+class QueryTotals(Message, frozen=True, tag="query_totals"):
     """One account's usage of a metric in a period, filtered."""
 
     account_id: int
@@ -364,14 +364,14 @@ class QueryTotals(Message, tag="query_totals"):
     unit: str | None = None  # "hour", "day", "month": a time series
 
 
-class QueryRealtime(Message, tag="query_realtime"):
+class QueryRealtime(Message, frozen=True, tag="query_realtime"):
     """One account's running total in the current billing period."""
 
     account_id: int
     metric_code: str
 
 
-class QueryTop(Message, tag="query_top"):
+class QueryTop(Message, frozen=True, tag="query_top"):
     """The accounts with the highest aggregate."""
 
     metric_code: str
@@ -380,7 +380,7 @@ class QueryTop(Message, tag="query_top"):
     filters: list[Filter] = []
 
 
-class QueryEvents(Message, tag="query_events"):
+class QueryEvents(Message, frozen=True, tag="query_events"):
     """Raw events, paginated: pass the `cursor` of the page before."""
 
     account_id: int
@@ -391,7 +391,7 @@ class QueryEvents(Message, tag="query_events"):
     limit: int = 1_000
 
 
-class QueryAlerts(Message, tag="query_alerts"):
+class QueryAlerts(Message, frozen=True, tag="query_alerts"):
     """Alert records; `since` maps partition to the position to read from."""
 
     account_id: int | None = None
@@ -400,7 +400,7 @@ class QueryAlerts(Message, tag="query_alerts"):
     limit: int = 1_000
 
 
-class QueryResult(Message):
+class QueryResult(Message, frozen=True):
     """Answer to QueryTotals, QueryTop and QueryRealtime. Bounds are those the answer was computed with."""
 
     rows: list[Row]
@@ -411,14 +411,14 @@ class QueryResult(Message):
     agg_type: int = 0
 
 
-class EventsPage(Message):
+class EventsPage(Message, frozen=True):
     """Answer to QueryEvents; an empty cursor means that there is no more."""
 
     events: list[EventRecord]
     cursor: str
 
 
-class AlertsPage(Message):
+class AlertsPage(Message, frozen=True):
     """Answer to QueryAlerts; `next` is the `since` that continues."""
 
     alerts: list[AlertRecord]
@@ -429,33 +429,33 @@ class AlertsPage(Message):
 # ---------------------------------------------------------------- calls to a gateway
 
 
-class GetTopology(Message, tag="get_topology"):
+class GetTopology(Message, frozen=True, tag="get_topology"):
     """Ask for the topology again."""
 
 
-class MetricCreate(Message, tag="metric_create"):
+class MetricCreate(Message, frozen=True, tag="metric_create"):
     """Create a metric."""
 
     schema: MetricSchema
 
 
-class MetricUpdate(Message, tag="metric_update"):
+class MetricUpdate(Message, frozen=True, tag="metric_update"):
     """Change what may be changed of a metric: add thresholds, add dimension values, description."""
 
     schema: MetricSchema
 
 
-class MetricDelete(Message, tag="metric_delete"):
+class MetricDelete(Message, frozen=True, tag="metric_delete"):
     """Delete a metric. Its events stay; its code can be created anew, with a new uid."""
 
     code: str
 
 
-class MetricList(Message, tag="metric_list"):
+class MetricList(Message, frozen=True, tag="metric_list"):
     """All metrics."""
 
 
-class MetricInfo(Message):
+class MetricInfo(Message, frozen=True):
     """A metric as it is."""
 
     uid: int
@@ -463,7 +463,7 @@ class MetricInfo(Message):
     schema: MetricSchema
 
 
-class MetricsResult(Message):
+class MetricsResult(Message, frozen=True):
     """Answer to every Metric call: the metrics concerned."""
 
     metrics: list[MetricInfo]
@@ -472,14 +472,14 @@ class MetricsResult(Message):
 # ---------------------------------------------------------------- calls to the process that hosts the coordinator
 
 
-class CoordinatorCall(Message, tag="coordinator"):
+class CoordinatorCall(Message, frozen=True, tag="coordinator"):
     """An operation of the coordinator port, for roles that run alone beside an embedded coordinator."""
 
     operation: str
     body: bytes
 
 
-class CoordinatorResult(Message):
+class CoordinatorResult(Message, frozen=True):
     """Its answer."""
 
     body: bytes

@@ -96,6 +96,7 @@ class Gateway:
     def __init__(self, partition_count: int, config: GatewayConfig, rng: random.Random) -> None:
         self.partition_count = partition_count
         self.config = config
+        self.metrics_revision = 0  # of the last change of a metric that was answered here
         self._rng = rng
         self._seed = rng.getrandbits(63)  # see `split`
         self._waiting: tuple[deque[Request], deque[Request]] = (
@@ -337,7 +338,10 @@ class Gateway:
             members = [requests[chunk] for chunk in payload.chunks]
             for request, count in zip(members, payload.counts, strict=True):
                 request.left[payload.partition] = count
-            appends.append(Append(payload, members, round_, is_async=is_async))
+            append = Append(
+                payload, members, round_, is_async=is_async, metrics_revision=self.metrics_revision
+            )
+            appends.append(append)
         # Only now: queueing can fail an append at once, and a request must know by then what else it waits for.
         for append in appends:
             self._queue(append, now_ns)

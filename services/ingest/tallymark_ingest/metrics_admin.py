@@ -69,6 +69,7 @@ class MetricsAdmin:
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
+        self.revision = 0  # of the last change made here: leaders must know it before they judge what follows
 
     async def answer(self, call: MetricCall) -> MetricsResult:
         """Carry out one call. Raises what `create`, `update`, `delete` and `list` raise."""
@@ -94,6 +95,7 @@ class MetricsAdmin:
         key = metric_key(schema.code)
         result = await self._coordinator.txn([absent(key)], [Put(key, _stored(record))], [Get(key)])
         if result.succeeded:
+            self.revision = max(self.revision, result.revision)
             return msgspec.structs.replace(record, uid=result.revision)
         (existing,) = result.results[0]
         identical = rules.canonical(read_record(existing).schema) == rules.canonical(schema)
@@ -121,6 +123,7 @@ class MetricsAdmin:
             record = rules.update_record(old, schema)
             result = await self._coordinator.txn([unchanged(item)], [Put(key, _stored(record))])
             if result.succeeded:
+                self.revision = max(self.revision, result.revision)
                 return record
         raise _contended(schema.code)
 
@@ -137,6 +140,7 @@ class MetricsAdmin:
             item = await self._find(code)
             result = await self._coordinator.txn([unchanged(item)], [Delete(item.key)])
             if result.succeeded:
+                self.revision = max(self.revision, result.revision)
                 return msgspec.structs.replace(read_record(item), deleted=True)
         raise _contended(code)
 

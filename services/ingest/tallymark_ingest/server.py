@@ -137,7 +137,10 @@ class GatewayServer(HandlerBase):
         if isinstance(call, GetTopology):
             return self._topology()
         if isinstance(call, MetricCreate | MetricUpdate | MetricDelete | MetricList):
-            return await self._admin.answer(call)
+            answer = await self._admin.answer(call)
+            # What its caller sends next is to be judged by the metric as it now is.
+            self.core.metrics_revision = self._admin.revision
+            return answer
         return await super().on_call(connection, call)
 
     # ------------------------------------------------------------ driving the core

@@ -106,7 +106,15 @@ class Append:
         "timeout_ns",
     )
 
-    def __init__(self, payload: Payload, requests: list[Request], round_: Round, *, is_async: bool) -> None:
+    def __init__(
+        self,
+        payload: Payload,
+        requests: list[Request],
+        round_: Round,
+        *,
+        is_async: bool,
+        metrics_revision: int,
+    ) -> None:
         self.partition = payload.partition
         self.is_async = is_async
         header = encode(
@@ -114,6 +122,7 @@ class Append:
                 partition=payload.partition,
                 checksum=google_crc32c.value(payload.data),
                 is_async=is_async,
+                metrics_revision=metrics_revision,
             )
         )
         # The whole frame's body, kept until the append is done: a second attempt sends the same bytes.

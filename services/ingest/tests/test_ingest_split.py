@@ -90,7 +90,7 @@ _chunk = st.tuples(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(_chunk, min_size=1, max_size=6), st.sampled_from([1, 2, 3, 4, 12]), st.data())
 def test_payloads_hold_exactly_the_chunks_events(chunks, partition_count, data):
     """Union, order, identities, encodings, tables; some chunks are damaged and stay out alone."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -345,9 +346,13 @@ async def _show(client: AsyncClient, loaded: Loaded, schemas: list[MetricSchema]
     await _show_accounts(client, loaded, best)
     # A data folder that was used before may know accounts that this history doesn't.
     account = best[0].account_id if best else next(iter(loaded.names))
+    output.line()
     await _show_months(client, loaded, account)
+    output.line()
     await _show_breakdown(client, loaded, account)
+    output.line()
     await _show_alerts(client, schemas)
+    output.line()
     return account
 
 
@@ -445,6 +450,9 @@ def _name(loaded: Loaded, account: int) -> str:
 
 
 def _show_commands(address: str, account: int) -> None:
+    program = sys.argv[0] if Path(sys.argv[0]).name == "tallymark" else "tallymark"
+    if shutil.which("tallymark") is not None:
+        program = "tallymark"
     output.line("Ask more, in another terminal:")
     for command in (
         "metrics list",
@@ -454,4 +462,4 @@ def _show_commands(address: str, account: int) -> None:
         f"top {COUNT} --period all",
         f"events {account} --limit 5 --json",
     ):
-        output.line(f"  tallymark --server {address} {command}")
+        output.line(f"  {program} --server {address} {command}")

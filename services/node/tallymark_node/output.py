@@ -172,6 +172,8 @@ def span(start_ns: int, end_ns: int, zone: str = "UTC") -> str:
     """Write a half-open interval: dates alone where both ends are midnights."""
     from tallymark_protocol.zones import TIME_END_NS
 
+    if start_ns <= 0 and end_ns >= TIME_END_NS:
+        return "all time"
     start, end = moment(start_ns, zone), moment(end_ns, zone)
     if start.endswith(" 00:00") and (end.endswith(" 00:00") or end_ns >= TIME_END_NS):
         start, end = start.removesuffix(" 00:00"), end.removesuffix(" 00:00")

@@ -72,7 +72,7 @@ class Prepared(NamedTuple):
     commit_offset: int  # the answer may go out once everything below is committed
     relies_on_commit: bool  # also an ASYNC answer waits for that
     record: list[bytes | Bytes] | None
-    count: int
+    event_count: int
     append_ns: int
     min_time_ns: int
     max_time_ns: int
@@ -393,7 +393,7 @@ class Partition:
             commit_offset=base + n,
             relies_on_commit=relies,
             record=[batch.encode_prefix(checksum, n, verdicts, originals), payload],
-            count=n,
+            event_count=n,
             append_ns=append_ns,
             min_time_ns=int(low),
             max_time_ns=int(high),

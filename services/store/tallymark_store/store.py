@@ -159,7 +159,7 @@ class Store:
                 RecordKind.EVENTS,
                 partition.epoch,
                 base,
-                prepared.count,
+                prepared.event_count,
                 prepared.append_ns,
                 prepared.min_time_ns,
                 prepared.max_time_ns,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 
 import numpy as np
+import numpy.typing as npt
 
-from tallymark_node.bench.scenarios import Figure
+from tallymark_node.bench.scenarios import Figure, Ints
 from tallymark_protocol import layout as lay
 from tallymark_protocol.model import AggType, MetricSchema
 from tallymark_protocol.payload import COLUMNS, OK, place_payload
@@ -17,7 +18,7 @@ _BATCH = 10_000
 _NOW_NS = 1_750_000_000 * 10**9
 
 
-def _payload(accounts: np.ndarray, values: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+def _payload(accounts: Ints, values: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
     """A payload of one chunk: the sections of a client's chunk behind a payload's header."""
     n = len(accounts)
     entry = lay.CHUNK_ENTRY.pack(1, 1, _NOW_NS, 0, n, 0, 0)

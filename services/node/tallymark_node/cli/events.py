@@ -137,7 +137,7 @@ def alert_row(alert: Any, zones: dict[str, str], *, scaled: bool = False) -> tup
         str(alert.account_id),
         alert.metric_code,
         threshold,
-        output.span(alert.period.start_ns, alert.period.end_ns, zone),
+        output.span(alert.period.start_ns, alert.period.end_ns, zone).removesuffix(" (UTC)"),
         output.number(alert.value_at_cross, scaled=scaled),
         f"{alert.triggered_at:%Y-%m-%d %H:%M:%S}",
     )

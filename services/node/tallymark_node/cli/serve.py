@@ -67,7 +67,7 @@ def run(role: str, config: Path | None) -> None:
     TALLYMARK_PORT. Prints a line starting with `ready` when it serves.
     """
     settings = _settings(config, {})
-    _serve(settings, lambda stop: _role(role, settings, stop), with_store=role == "store")
+    _serve(settings, lambda stop: _role(role, settings, stop), role=role)
 
 
 @click.command()
@@ -137,10 +137,16 @@ def _serve(
     settings: Settings | None,
     main: Callable[[asyncio.Event], Coroutine[Any, Any, int]],
     *,
-    with_store: bool = True,
+    role: str | None = None,
 ) -> None:
-    """Run `main(stop)` until it returns and exit with its status; say in one line why it couldn't start."""
+    """Run `main(stop)` until it returns and exit with its status; say in one line why it couldn't start.
+
+    `role` says whose kernels to compile; None for everything's.
+    """
     _stop_early()
+    from tallymark_runtime.process import tune
+
+    tune()
     import asyncio
 
     from tallymark_protocol.errors import TallymarkError
@@ -148,8 +154,7 @@ def _serve(
     from tallymark_runtime.loops import run as run_loop
 
     try:
-        if with_store:
-            _compile()
+        _compile(role)
         status = run_loop(main)
     except TallymarkError as error:
         raise failure(error) from error
@@ -160,8 +165,8 @@ def _serve(
     sys.exit(status)
 
 
-def _compile() -> None:
-    """Compile the kernels, or load them from the cache; say so when it takes long."""
+def _compile(role: str | None) -> None:
+    """Compile a role's kernels, or load them from the cache; say so when it takes long."""
     # Before there is an event loop, so that Ctrl-C works in the minute that a first start may need for it.
     import threading
 
@@ -175,9 +180,14 @@ def _compile() -> None:
     notice.daemon = True
     notice.start()
     try:
-        from tallymark_store.warmup import warm_up
+        if role in {None, "store"}:
+            from tallymark_store import warmup
 
-        warm_up()
+            warmup.warm_up()
+        if role in {None, "ingest"}:
+            from tallymark_ingest import split
+
+            split.warm_up()
     finally:
         notice.cancel()
 

@@ -81,7 +81,6 @@ N_POOL = 2  # bytes
 COUNTERS = 3
 
 _NONE = -1
-_MEMO_MAX = 1 << 18
 
 
 class DimensionArrays(NamedTuple):
@@ -98,12 +97,12 @@ class DimensionArrays(NamedTuple):
     counters: Ints
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, _nrt=False)
 def _value_hash(data: Any, start: Any, end: Any, owner: Any) -> Any:
     return mix64(hash_bytes(data, start, end, np.uint64(owner) * np.uint64(0x9E3779B97F4A7C15)))
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, _nrt=False)
 def _find_value(a: Any, data: Any, start: Any, end: Any, owner: Any, h: Any) -> Any:
     shard = shard_of(h)
     capacity = a.value_shards[shard, CAPACITY]
@@ -129,13 +128,13 @@ def _find_value(a: Any, data: Any, start: Any, end: Any, owner: Any, h: Any) -> 
             position = 0
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, _nrt=False)
 def find_value(a: Any, data: Any, start: Any, end: Any, owner: Any) -> Any:
     """The number of a value, -1 if it has none."""
     return _find_value(a, data, start, end, owner, _value_hash(data, start, end, owner))
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, _nrt=False)
 def intern_value(a: Any, data: Any, start: Any, end: Any, owner: Any, since: Any) -> Any:
     """The number of a value, giving it one if it has none."""
     h = _value_hash(data, start, end, owner)
@@ -155,7 +154,7 @@ def intern_value(a: Any, data: Any, start: Any, end: Any, owner: Any, since: Any
     return row
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, _nrt=False)
 def _combo_hash(slot: Any, codes: Any) -> Any:
     h = np.uint64(slot)
     for d in range(WIDTH):
@@ -163,7 +162,7 @@ def _combo_hash(slot: Any, codes: Any) -> Any:
     return mix64(h)
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, _nrt=False)
 def _find_combo(a: Any, slot: Any, codes: Any, h: Any) -> Any:
     shard = shard_of(h)
     capacity = a.combo_shards[shard, CAPACITY]
@@ -186,7 +185,7 @@ def _find_combo(a: Any, slot: Any, codes: Any, h: Any) -> Any:
             position = 0
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, _nrt=False)
 def resolve_set(
     a: Any, slot: Any, width: Any, data: Any, start: Any, end: Any, offset: Any, intern: Any, codes: Any
 ) -> Any:
@@ -239,7 +238,7 @@ def resolve_set(
     return combo
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, _nrt=False)
 def selected(combos: Any, combo: Any, selection: Any) -> bool:
     """Whether a combination passes every filter of a selection (int64[k, 2]: dimension, code; rising)."""
     i = 0
@@ -256,9 +255,8 @@ def selected(combos: Any, combo: Any, selection: Any) -> bool:
     return True
 
 
-@nb.njit(nogil=True, cache=True)
-def _reindex(a: Any) -> None:
-    codes = np.zeros(WIDTH, dtype=np.int64)
+@nb.njit(nogil=True, cache=True, _nrt=False)
+def _reindex(a: Any, codes: Any) -> None:
     for combo in range(1, a.counters[N_COMBOS]):
         for d in range(WIDTH):
             codes[d] = a.combos[combo, C_CODES + d]
@@ -297,11 +295,6 @@ class Dimensions:
         )
 
     @property
-    def full(self) -> bool:
-        """Whether `ensure` must run before further events are resolved."""
-        return bool(self._combo_index.shards[SHARDS, 1] or self._value_index.shards[SHARDS, 1])
-
-    @property
     def combo_count(self) -> int:
         """How many combinations have a number, 0 included."""
         return int(self.counters[N_COMBOS])
@@ -330,9 +323,13 @@ class Dimensions:
         self._combos.ensure(int(self.counters[N_COMBOS]) + combos)
         self._values.ensure(int(self.counters[N_VALUES]) + values)
         self._pool.ensure(int(self.counters[N_POOL]) + pool_bytes + 8)
-        self._combo_index.make_room()
-        self._value_index.make_room()
+        self.make_room()
         self.arrays = self._arrays()
+
+    def make_room(self) -> None:
+        """Grow what a kernel has marked as full."""
+        if self._combo_index.make_room() | self._value_index.make_room():
+            self.arrays = self._arrays()
 
     def put(self, schemas: SchemaTable, slot: int) -> None:
         """Take in a slot of the schema table, new or updated: its keys, and the values it declares."""
@@ -403,7 +400,9 @@ class Dimensions:
 
     def mask(self, selection: Ints) -> npt.NDArray[np.bool_]:
         """Over all combinations, whether each passes; meaningful for those of the selection's metric."""
-        return mask_of(self.arrays.combos, self.combo_count, selection)
+        mask = np.zeros(self.combo_count, dtype=np.bool_)
+        mask_of(self.arrays.combos, selection, mask)
+        return mask
 
     def _number(self, value: str, owner: int) -> int:
         encoded = value.encode("utf-8", "surrogatepass")
@@ -454,14 +453,13 @@ class Dimensions:
         self._combo_index = Index(len(combos))
         self._value_index = Index(len(values))
         self.ensure(0, 0, 0)
-        _reindex(self.arrays)
+        _reindex(self.arrays, np.zeros(WIDTH, dtype=np.int64))
+        self.ensure(0, 0, 0)
         return self
 
 
-@nb.njit(nogil=True, cache=True)
-def mask_of(combos: Any, count: Any, selection: Any) -> Any:
-    """`selected` for every combination below `count`."""
-    result = np.zeros(count, dtype=np.bool_)
-    for combo in range(count):
-        result[combo] = selected(combos, combo, selection)
-    return result
+@nb.njit(nogil=True, cache=True, _nrt=False)
+def mask_of(combos: Any, selection: Any, mask: Any) -> None:
+    """`selected` for every combination below the mask's length."""
+    for combo in range(len(mask)):
+        mask[combo] = selected(combos, combo, selection)

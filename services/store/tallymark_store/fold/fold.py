@@ -126,6 +126,7 @@ class Fold:
     def _arrays(self) -> StateArrays:
         return StateArrays(
             self._cells.array,
+            self._cells.array.reshape(-1),
             self._cell_index.table,
             self._cell_index.shards,
             self._members.array,
@@ -183,12 +184,11 @@ class Fold:
                 data, columns, marks, position, base_offset, append_ns, metric_slots, self.schemas.arrays,
                 self.dimensions.arrays, self._state, scratch, self._seed,
             )  # fmt: skip
+            if self._cell_index.make_room() | self._member_index.make_room():
+                self._state = self._arrays()
+            self.dimensions.make_room()
             if position == n:
                 break
-            self._cell_index.make_room()
-            self._member_index.make_room()
-            self.dimensions.ensure(0, 0, 0)
-            self._state = self._arrays()
         self.applied = base_offset + n
 
     def _make_room(self, columns: Ints, metric_slots: Ints, n: int) -> Scratch:

@@ -6,8 +6,13 @@ row; whoever looks up compares it there when the tag matches, so entries stay at
 The table is 64 shards, chosen by the hash's top 6 bits. The next 32 bits are the tag, and the tag alone gives the
 position within a shard (`tag * capacity >> 32`), so a shard is enlarged without looking at rows, nearly in
 sequence, by a quarter at a time: loads stay between 0.6 and 0.75, and no single step moves more than a 64th.
-Shards lie `stride` entries apart in one reserved range, so they grow in place, inside kernels. Nothing is ever
-deleted from an index. Lookup loops stand with their keys: see `cells.find_cell`.
+Shards lie `stride` entries apart in one reserved range, so they grow in place. Kernels don't grow them (they can't
+allocate, see below): they mark the index FULL and stop between two events. Nothing is ever deleted from an index.
+Lookup loops stand with their keys: see `cells.find_cell`.
+
+The fold's kernels are compiled without reference counting (`_nrt=False`), because numba otherwise counts an array
+atomically up and down wherever an inlined function is handed it, several times an event (measured: three times
+slower). The price is that they allocate nothing.
 """
 
 from __future__ import annotations
@@ -20,10 +25,12 @@ import numpy.typing as npt
 
 from tallymark_store.fold.arena import Arena
 
+
 SHARD_BITS = 6
 SHARDS = 1 << SHARD_BITS
 ROWS_MAX = 2**32 - 2  # row numbers are 32 bits, plus one
 _CAPACITY_FIRST = 64
+_CAPACITY_LARGE = 1 << 16
 _STRIDE_RESERVED = 1 << 25  # entries a shard may have where addresses could be reserved: 1.4 G rows in all
 _STRIDE_FIRST = 1_024
 _HUGE_CAPACITY = 1 << 20  # entries of a shard (8 MiB) from which huge pages pay
@@ -32,7 +39,7 @@ _HUGE_CAPACITY = 1 << 20  # entries of a shard (8 MiB) from which huge pages pay
 CAPACITY = 0
 COUNT = 1
 STRIDE = 0  # in row SHARDS
-FULL = 1  # in row SHARDS: 1 when a shard should have grown beyond its stride
+FULL = 1  # in row SHARDS: 1 when a shard is due to grow
 
 _SHARD_SHIFT = np.uint64(64 - SHARD_BITS)
 _TAG_SHIFT = np.uint64(64 - SHARD_BITS - 32)
@@ -41,32 +48,32 @@ U32 = np.uint64(32)
 ZERO = np.uint64(0)
 
 
-@nb.njit(nogil=True, cache=True, inline="always")
+@nb.njit(nogil=True, cache=True, inline="always", _nrt=False)
 def shard_of(h: Any) -> Any:
     """The shard (int64) of a hash."""
     return np.int64(np.uint64(h) >> _SHARD_SHIFT)
 
 
-@nb.njit(nogil=True, cache=True, inline="always")
+@nb.njit(nogil=True, cache=True, inline="always", _nrt=False)
 def tag_of(h: Any) -> Any:
     """The tag (uint64 below 2^32) of a hash."""
     return (np.uint64(h) >> _TAG_SHIFT) & LOW32
 
 
-@nb.njit(nogil=True, cache=True, inline="always")
+@nb.njit(nogil=True, cache=True, inline="always", _nrt=False)
 def home_of(tag: Any, capacity: Any) -> Any:
     """Where in its shard the search for a tag begins."""
     return np.int64((np.uint64(tag) * np.uint64(capacity)) >> U32)
 
 
-@nb.njit(nogil=True, cache=True, inline="always")
+@nb.njit(nogil=True, cache=True, inline="always", _nrt=False)
 def entry_position(shards: Any, h: Any) -> Any:
     """Where in the table the search for a hash begins: for prefetching."""
     shard = shard_of(h)
     return shard * shards[SHARDS, STRIDE] + home_of(tag_of(h), shards[shard, CAPACITY])
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, _nrt=False)
 def _place(table: Any, base: Any, capacity: Any, entry: Any) -> None:
     position = home_of(entry >> U32, capacity)
     while table[base + position] != ZERO:
@@ -76,63 +83,48 @@ def _place(table: Any, base: Any, capacity: Any, entry: Any) -> None:
     table[base + position] = entry
 
 
-@nb.njit(nogil=True, cache=True)
-def _grow(table: Any, shards: Any, shard: Any, capacity: Any) -> None:
-    base = shard * shards[SHARDS, STRIDE]
-    old = shards[shard, CAPACITY]
-    entries = table[base : base + old].copy()
+@nb.njit(nogil=True, cache=True, _nrt=False)
+def _fill(table: Any, base: Any, capacity: Any, entries: Any) -> None:
     for i in range(capacity):
         table[base + i] = ZERO
-    shards[shard, CAPACITY] = capacity
-    for i in range(old):
+    for i in range(len(entries)):
         if entries[i] != ZERO:
             _place(table, base, capacity, entries[i])
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, _nrt=False)
 def insert(table: Any, shards: Any, h: Any, row: Any) -> None:
-    """Add an entry for a row that isn't in yet. Marks the index FULL when its owner must call `make_room`."""
+    """Add an entry for a row that isn't in yet. Marks the index FULL when a shard is due to grow.
+
+    The caller then stops soon: a quarter of the shard is left, 16 entries at least.
+    """
     shard = shard_of(h)
     capacity = shards[shard, CAPACITY]
     count = shards[shard, COUNT] + 1
+    assert count < capacity
     if 4 * count > 3 * capacity:
-        larger = capacity + capacity // 4
-        if larger > shards[SHARDS, STRIDE]:
-            shards[SHARDS, FULL] = 1
-            assert count < capacity
-        else:
-            _grow(table, shards, shard, larger)
-            capacity = larger
+        shards[SHARDS, FULL] = 1
     shards[shard, COUNT] = count
     entry = (tag_of(h) << U32) | np.uint64(row + 1)
     _place(table, shard * shards[SHARDS, STRIDE], capacity, entry)
 
 
-@nb.njit(nogil=True, cache=True)
-def _move(old_table: Any, old_stride: Any, table: Any, shards: Any) -> None:
-    stride = shards[SHARDS, STRIDE]
-    for shard in range(SHARDS):
-        for i in range(shards[shard, CAPACITY]):
-            table[shard * stride + i] = old_table[shard * old_stride + i]
-
-
 class Index:
     """The table of an index, for kernels: `table` uint64[], `shards` int64[SHARDS + 1, 2].
 
-    `expected` is how many entries will be added before `make_room` is next called, where growth isn't free.
+    `expected` is how many entries will be added before `make_room` is next called.
     """
 
     def __init__(self, expected: int = 0, *, reserve: bool = True) -> None:
-        self._arena = Arena(
-            np.uint64, reserve_rows=_STRIDE_RESERVED * SHARDS if reserve else 0, initial_rows=1
-        )
+        # Beside the even share room for a shard that gets more than its share.
+        capacity = max(_CAPACITY_FIRST, int(expected / SHARDS / 0.65) + _CAPACITY_FIRST if expected else 0)
+        self._arena = Arena(np.uint64, reserve_rows=_STRIDE_RESERVED * SHARDS if reserve else 0, initial_rows=1)
         stride = _STRIDE_RESERVED
         if not self._arena.reserved:
-            # Twice an even share at the lowest load: no shard is that far above the mean.
-            stride = max(_STRIDE_FIRST, 4 * expected // SHARDS)
+            stride = max(_STRIDE_FIRST, 2 * capacity)
             self._arena.ensure(stride * SHARDS)
         self.shards: npt.NDArray[np.int64] = np.zeros((SHARDS + 1, 2), dtype=np.int64)
-        self.shards[:SHARDS, CAPACITY] = _CAPACITY_FIRST
+        self.shards[:SHARDS, CAPACITY] = capacity
         self.shards[SHARDS, STRIDE] = stride
         self._advised = 0
 
@@ -151,15 +143,32 @@ class Index:
         """Bytes of the entries in use or kept free for growth."""
         return 8 * int(self.shards[:SHARDS, CAPACITY].sum())
 
-    def make_room(self) -> None:
-        """After a kernel that stopped because of FULL: double the stride. Then call the kernel again."""
+    def make_room(self) -> bool:
+        """Grow the shards that are due; call it when a kernel has marked the index FULL. Says whether `table` moved."""
         if not self.shards[SHARDS, FULL]:
-            return
+            return False
+        self.shards[SHARDS, FULL] = 0
+        moved = False
+        for shard, (capacity, count) in enumerate(self.shards[:SHARDS].tolist()):
+            # Shards fill alike, so small ones grow together and kernels are interrupted less often.
+            load = 0.75 if capacity > _CAPACITY_LARGE else 0.66
+            if count <= load * capacity:
+                continue
+            larger = capacity + capacity // 4
+            if larger > self.shards[SHARDS, STRIDE]:
+                self._widen()
+                moved = True
+            base = shard * int(self.shards[SHARDS, STRIDE])
+            entries = self.table[base : base + capacity].copy()
+            _fill(self.table, base, larger, entries)
+            self.shards[shard, CAPACITY] = larger
+        return moved
+
+    def _widen(self) -> None:
+        """Move all shards apart, to twice the stride."""
         old_table, old_stride = self.table, int(self.shards[SHARDS, STRIDE])
         self._arena = Arena(np.uint64, reserve_rows=0, initial_rows=2 * old_stride * SHARDS)
-        self._arena.ensure(2 * old_stride * SHARDS)
         self.shards[SHARDS, STRIDE] = 2 * old_stride
-        self.shards[SHARDS, FULL] = 0
         _move(old_table, old_stride, self.table, self.shards)
 
     def advise(self) -> None:

@@ -108,6 +108,7 @@ class StateArrays(NamedTuple):
     """The state that events change, beside the interned dimensions."""
 
     cells: Ints  # int64[n, CELL_WORDS]
+    flat: Ints  # the same words as one row, for prefetching
     table: npt.NDArray[np.uint64]  # the cells' index
     shards: Ints
     members: Ints  # int64[n, MEMBER_WORDS]
@@ -127,7 +128,7 @@ class Scratch(NamedTuple):
     work: npt.NDArray[np.uint64]  # blake2b's
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, _nrt=False)
 def names_unknown(data: Any, columns: Any, verdicts: Any, metric_slots: Any) -> bool:
     """Whether an accepted event names a metric that has no slot."""
     for i in range(columns[C_EVENTS]):
@@ -136,7 +137,7 @@ def names_unknown(data: Any, columns: Any, verdicts: Any, metric_slots: Any) -> 
     return False
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, _nrt=False)
 def _resolve(data: Any, columns: Any, i: Any, slot: Any, width: Any, offset: Any, intern: Any, dims: Any, codes: Any) -> Any:
     k = properties_at(data, columns, i)
     start = np.int64(0)
@@ -147,7 +148,7 @@ def _resolve(data: Any, columns: Any, i: Any, slot: Any, width: Any, offset: Any
     return resolve_set(dims, slot, width, data, start, end, offset, intern, codes)
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, _nrt=False)
 def _new_cell(
     cells: Any, table: Any, shards: Any, counters: Any, h: Any, account: Any, start: Any, key: Any
 ) -> Any:
@@ -161,7 +162,7 @@ def _new_cell(
     return row
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, _nrt=False)
 def _day_cell(
     data: Any, columns: Any, i: Any, slot: Any, width: Any, offset: Any, account: Any, start: Any,
     dims: Any, cells: Any, table: Any, shards: Any, counters: Any, codes: Any, seed: Any,
@@ -195,7 +196,7 @@ def _day_cell(
     return row
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, _nrt=False)
 def _plan_block(
     data: Any, columns: Any, verdicts: Any, first: Any, last: Any, base_offset: Any, append_ns: Any,
     metric_slots: Any, slots: Any, bounds: Any, cache: Any, dims: Any, flat: Any, table: Any, shards: Any,
@@ -252,7 +253,7 @@ def _plan_block(
             prefetch_cell(table, shards, flat, np.uint64(block[j, _DAY_HASH]))
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, _nrt=False)
 def _check_thresholds(
     cells: Any, cell: Any, slot: Any, agg: Any, thresholds: Any, count: Any, rows: Any, alerts: Any,
     counters: Any, start: Any, end: Any, offset: Any, append_ns: Any,
@@ -276,7 +277,7 @@ def _check_thresholds(
     counters[N_ALERTS] = alerts_used
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, _nrt=False)
 def fold_events(
     data: Any, columns: Any, verdicts: Any, first: Any, base_offset: Any, append_ns: Any,
     metric_slots: Any, schemas: Any, dims: Any, state: Any, scratch: Any, seed: Any,
@@ -293,7 +294,7 @@ def fold_events(
     uids = schemas.uids
     thresholds = schemas.thresholds
     cells = state.cells
-    flat = cells.reshape(cells.size)
+    flat = state.flat
     table = state.table
     shards = state.shards
     members = state.members
@@ -383,7 +384,7 @@ def fold_events(
     return n
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, _nrt=False)
 def reindex_cells(state: Any, seed: Any) -> None:
     """Fill the cells' empty index. The heads' own entries follow from who is head of a chain with combinations."""
     cells = state.cells

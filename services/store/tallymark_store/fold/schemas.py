@@ -78,7 +78,7 @@ class SchemaArrays(NamedTuple):
     thresholds: Ints  # int64[n * 8, THRESHOLD_FIELDS]
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, _nrt=False)
 def _bounds(kind: Any, first: Any, count: Any, step: Any, bounds: Any, time: Any) -> Any:
     if kind == K_FIXED:
         start = time // first * first
@@ -94,7 +94,7 @@ def _bounds(kind: Any, first: Any, count: Any, step: Any, bounds: Any, time: Any
     return bounds[first + i], bounds[first + i + 1]
 
 
-@nb.njit(nogil=True, cache=True, inline="always")
+@nb.njit(nogil=True, cache=True, inline="always", _nrt=False)
 def find_period(slots: Any, bounds: Any, cache: Any, slot: Any, time: Any) -> Any:
     """`period_bounds` on the arrays it needs, for loops over events: handing tuples on costs more than the lookup."""
     if time < cache[slot, 0] or time >= cache[slot, 1]:
@@ -111,7 +111,7 @@ def find_period(slots: Any, bounds: Any, cache: Any, slot: Any, time: Any) -> An
     return cache[slot, 0], cache[slot, 1]
 
 
-@nb.njit(nogil=True, cache=True, inline="always")
+@nb.njit(nogil=True, cache=True, inline="always", _nrt=False)
 def find_day(slots: Any, bounds: Any, cache: Any, slot: Any, time: Any) -> Any:
     """`day_bounds` on the arrays it needs."""
     if time < cache[slot, 2] or time >= cache[slot, 3]:
@@ -128,13 +128,13 @@ def find_day(slots: Any, bounds: Any, cache: Any, slot: Any, time: Any) -> Any:
     return cache[slot, 2], cache[slot, 3]
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, _nrt=False)
 def period_bounds(arrays: Any, slot: Any, time: Any) -> Any:
     """The billing period [start, end) of a slot that contains `time` (0 <= time)."""
     return find_period(arrays.slots, arrays.bounds, arrays.cache, slot, time)
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(nogil=True, cache=True, _nrt=False)
 def day_bounds(arrays: Any, slot: Any, time: Any) -> Any:
     """The day [start, end) of a slot's zone that contains `time` (0 <= time)."""
     return find_day(arrays.slots, arrays.bounds, arrays.cache, slot, time)
