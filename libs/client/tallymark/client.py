@@ -254,6 +254,11 @@ class AsyncClient:
 
     def _resume(self, events: list[Event], delivery: DeliveryMode | None, now: float) -> _Call:
         """Make a call some of whose events may belong to unresolved flights."""
+        # Whatever is wrong with the call must come out before claims are taken: they would be lost.
+        for index, event in enumerate(events):
+            if not isinstance(event, Event):
+                raise InvalidRequestError(f"event {index} is no Event but of type {type(event).__name__}")
+        flags = _flags(delivery, events)
         self._unresolved.expire(now)
         fresh: list[int] = []
         resumed: dict[Flight, dict[int, int]] = {}
@@ -274,7 +279,6 @@ class AsyncClient:
         ]
         call = _Call(len(events), bad, events)
         call.flights.extend(resumed.items())
-        flags = _flags(delivery, events)
         for body in prepared.bodies:
             indices = [fresh[index] for index in body.indices]
             call.flights.append((Flight(self._sender, body, flags), indices))
@@ -358,11 +362,13 @@ class AsyncClient:
 
     async def _retry(self, call: _Call, timeout: float | None) -> Receipt:
         await self._ready()
+        deadline = self._deadline(timeout)
+        # From here on nothing may raise before `_settle`, which remembers again what stays unresolved.
         if call.events is not None:
             for flight, indices in call.flights:
                 if flight.state is not FlightState.FAILED:
                     self._unresolved.release(flight, _positions(indices))
-        return await self._settle(call, self._deadline(timeout))
+        return await self._settle(call, deadline)
 
     def _leave(self, call: _Call) -> None:
         for flight, _ in call.flights:

@@ -160,6 +160,49 @@ async def test_many_calls_through_a_bad_network(client, gateway):
     assert gateway.cluster.counted() == list(range(400))
 
 
+@pytest.mark.parametrize("seed", range(3))
+async def test_back_off_and_call_again(client, gateway, seed):
+    """Callers that give up early, are cancelled, and call again with the same events, by either way: once each."""
+    rng = random.Random(seed)
+    actions = [
+        fake.drop_before,
+        fake.drop_after,
+        fake.silent,
+        fake.silent_after,
+        fake.error(ErrorCode.INTERNAL, retriable=False),
+        fake.fail_partition(0, 3, code=ErrorCode.PARTITION_DAMAGED, retriable=False),
+        fake.fail_partition(1, code=ErrorCode.INTERNAL, retriable=False, not_stored=False, stored=True),
+        gateway.store,
+        gateway.store,
+    ]
+
+    def anything(gateway, peer, frame):
+        rng.choice(actions)(gateway, peer, frame)
+
+    gateway.default = anything
+
+    async def caller(number):
+        sent = events(*range(number * 10, number * 10 + rng.randrange(1, 10)))
+        attempt = client.ingest(sent, timeout=0.03)
+        while True:
+            try:
+                receipt = await attempt
+            except IngestError as error:
+                timeout = rng.choice([0.0, 0.01, 0.05])
+                again = error.retry(timeout) if rng.random() < 0.5 else client.ingest(sent, timeout=timeout)
+                attempt = asyncio.create_task(again)
+                if rng.random() < 0.2:
+                    attempt.cancel()
+            except asyncio.CancelledError:
+                attempt = client.ingest(sent, timeout=0.05)
+            else:
+                assert receipt.n_stored == len(sent)
+                return sent
+
+    done = await asyncio.gather(*[caller(number) for number in range(40)])
+    assert gateway.cluster.counted() == [event.account_id for sent in done for event in sent]
+
+
 async def test_other_gateway_takes_over():
     """When a gateway is gone, the next one gets the same chunk."""
     cluster = FakeCluster()
@@ -262,6 +305,25 @@ async def test_some_known_events_among_new_ones(client, gateway):
     assert gateway.cluster.counted() == [1, 2, 3, 10, 11]
     assert (await client.ingest([old[1]])).n_stored == 1
     assert gateway.cluster.counted() == [1, 2, 3, 10, 11]
+
+
+async def test_a_wrong_call_forgets_nothing(client, gateway):
+    """A call that is refused for its arguments leaves unresolved events as they were."""
+    gateway.script.append(fake.silent_after)
+    sent = events(1)
+    with pytest.raises(UnavailableError) as caught:
+        await client.ingest(sent, timeout=0.02)
+    wrong = (
+        client.ingest([*sent, "event"]),
+        client.ingest(sent, delivery="sync"),
+        client.ingest(sent, timeout=-1),
+        caught.value.retry(timeout=-1),
+    )
+    for call in wrong:
+        with pytest.raises(InvalidRequestError):
+            await call
+    assert (await client.ingest(sent)).n_stored == 1
+    assert gateway.cluster.counted() == [1]
 
 
 async def test_one_object_many_times(client, gateway):

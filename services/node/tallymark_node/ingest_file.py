@@ -103,7 +103,8 @@ class RowError(Exception):
 def open_stream(raw: io.BufferedReader) -> BinaryIO:
     """Return a stream of the plain bytes of a file that may be gzipped."""
     if raw.peek(2)[:2] == b"\x1f\x8b":
-        return cast("BinaryIO", gzip.GzipFile(fileobj=raw))
+        # Buffered, because reading single lines out of a GzipFile is slow.
+        return io.BufferedReader(cast("io.RawIOBase", gzip.GzipFile(fileobj=raw)), LINE_BYTES_MAX)
     return raw
 
 

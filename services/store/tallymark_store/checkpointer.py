@@ -104,6 +104,15 @@ class Checkpointer:
         await self._store.wait_committed(partition, seen)
         await asyncio.to_thread(checkpoint.publish, disk, written)
         self._manifests[partition.partition] = written
+        await self._sweep_ids(partition)
+
+    async def _sweep_ids(self, partition: Partition) -> None:
+        """Give back the memory of ids that have left the window."""
+        floor = partition.committed_floor()
+        if floor > partition.dedup.keep_offset:
+            for _ in range(SHARD_COUNT):
+                partition.dedup.sweep(floor, 1)
+                await asyncio.sleep(0)
 
     async def _gather_ids(self, partition: Partition, since: int, offset: int) -> npt.NDArray[Any]:
         parts = []

@@ -125,8 +125,14 @@ class Partition:
     """The leader's side of one partition. See the module for the order of calls."""
 
     def __init__(
-        self, partition: int, *, dedup_window_ns: int, indexes: Mapping[int, PartitionIndex]
+        self,
+        partition: int,
+        *,
+        dedup_window_ns: int,
+        indexes: Mapping[int, PartitionIndex],
+        salt: int = 0,
     ) -> None:
+        # The salt is this process's own: without it, clients could choose ids that collide in the tables.
         self.partition = partition
         self.dedup_window_ns = dedup_window_ns
         self._indexes = indexes  # the log's; a partition is in it from its first record on
@@ -137,8 +143,8 @@ class Partition:
         # Exclusive; everything below is committed. applied <= high_watermark <= log end
         self.high_watermark = self.log_end
         self.schemas = SchemaTable()  # as of the log's end
-        self.dedup = DedupIndex()  # likewise, uncommitted suffix included
-        self.windows = ProducerWindows()  # likewise
+        self.dedup = DedupIndex(salt=salt)  # likewise, uncommitted suffix included
+        self.windows = ProducerWindows(salt=salt)  # likewise
         self.fold = Fold(partition)  # as of `fold.applied`
         self.last_append_ns = 0  # of the last record below the log's end, as far as it has been replayed
         self._queue: deque[FoldItem] = deque()  # appended, not folded
@@ -358,7 +364,6 @@ class Partition:
                     wants[(sealed != 0) & (wants != 0)] = WANTS_LOOKUP
                 original = np.full(n, -1, dtype=np.int64)
                 floor = self.dedup_floor(append_ns)
-                self.dedup.reserve(many)
                 self.dedup.judge(
                     keys_lo, keys_hi, fingerprints, wants, self.log_end, floor, verdicts, original
                 )
@@ -481,6 +486,12 @@ class Partition:
             ready.append(self._waiting.popleft()[1])
         return ready
 
+    def committed_floor(self) -> int:
+        """The first offset whose ids are still remembered, by the append time of the last committed record."""
+        index = self.index
+        last = index.find(self.high_watermark - 1)
+        return 0 if last < 0 else self.dedup_floor(index.row(last).append_ns)
+
     @property
     def fold_behind(self) -> bool:
         """Whether a committed record waits to be folded."""
@@ -536,7 +547,9 @@ class Partition:
         if columns[C_ID_ENCODING] == 2:
             self._replay_ids(view.data, columns, verdicts, base_offset)
         self.last_append_ns = max(self.last_append_ns, append_ns)
-        self.fold.apply(view.data, columns, None if view.verdicts is None else verdicts, base_offset, append_ns)
+        self.fold.apply(
+            view.data, columns, None if view.verdicts is None else verdicts, base_offset, append_ns
+        )
         self.fold.advance(base_offset + n)
 
     def _replay_ids(self, data: Bytes, columns: Ints, verdicts: Bytes, base_offset: int) -> None:
@@ -560,7 +573,6 @@ class Partition:
         )
         chosen = np.flatnonzero(wants)
         if len(chosen):
-            self.dedup.reserve(len(chosen))
             self.dedup.apply(keys_lo[chosen], keys_hi[chosen], fingerprints[chosen], base_offset + chosen)
 
 

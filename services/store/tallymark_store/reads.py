@@ -49,6 +49,7 @@ from tallymark_protocol.zones import TIME_END_NS
 from tallymark_store import batch
 from tallymark_store.fold import reads as cell_reads
 from tallymark_store.fold.fold import NO_SELECTION, Fold
+from tallymark_store.fold.schemas import DAY_NS
 from tallymark_store.scan import kernels as k
 from tallymark_store.scan import plan as p
 from tallymark_store.scan import ranking
@@ -59,6 +60,8 @@ from tallymark_store.scan.totals import RUN_EVENTS, UNIQUES_MAX, Interval, Total
 
 IntArray = npt.NDArray[np.int64]
 
+_SERIES_MIN: Final = 8  # buckets from which a series of days is read as one
+_SERIES_DAYS_MAX: Final = 2  # days in each of its buckets
 STEP_EVENTS: Final = 250_000  # a step of this size stays far below 50 ms
 
 _RANKED_BY = {
@@ -317,15 +320,26 @@ class Reads:
             return self._plan_ranking(request, slot, metric, rows, plan[0], selection, filters)
 
         cells: dict[tuple[int, GroupKey], _Totals] = {}
-        intervals: list[Interval] = []
-        for bucket in np.flatnonzero(plan.any(axis=1)).tolist():
+        # A long series of hours is raw events throughout: no Python for each of its buckets.
+        in_cells = (plan[:, p.P_PERIOD] != 0) | (plan[:, p.P_DAYS_START] != plan[:, p.P_DAYS_END])
+        raw = np.flatnonzero(~in_cells & (plan[:, p.P_HEAD_START] < plan[:, p.P_HEAD_END]))
+        heads = plan[raw][:, [p.P_HEAD_START, p.P_HEAD_END]]
+        intervals: list[Interval] = list(
+            zip(heads[:, 0].tolist(), heads[:, 1].tolist(), raw.tolist(), strict=True)
+        )
+        series = self._day_series(cells, request.account_id, slot, plan, selection, group_by)
+        for bucket in np.flatnonzero(in_cells).tolist():
             part = plan[bucket].tolist()
             if part[p.P_PERIOD]:
                 exact = request.buckets[bucket]
                 self._add_period(cells, bucket, request.account_id, slot, part[p.P_PERIOD_START], exact)
                 continue
-            days = self._add_days(cells, bucket, request.account_id, slot, part, selection, group_by)
+            if series is None:
+                days = self._add_days(cells, bucket, request.account_id, slot, part, selection, group_by)
+            else:
+                days = series.get(bucket, [])
             intervals += self._intervals(slot, bucket, request.buckets[bucket], part, days)
+        intervals.sort()
         scan = TotalsScan(
             self._source,
             metric,
@@ -365,6 +379,42 @@ class Reads:
             # It holds just the bucket's events by chance; flags are the whole period's.
             stats = msgspec.structs.replace(stats, alert_flags=0)
         _add(cells, bucket, (), stats)
+
+    def _day_series(
+        self,
+        cells: dict[tuple[int, GroupKey], _Totals],
+        account: int,
+        slot: int,
+        plan: IntArray,
+        selection: IntArray,
+        group_by: list[int],
+    ) -> dict[int, list[int]] | None:
+        """Add all buckets' whole days in one look, if they are many and short; return days cells don't hold.
+
+        None: they are few or long, and each is better merged by itself.
+        """
+        buckets = np.flatnonzero(plan[:, p.P_DAYS_START] != plan[:, p.P_DAYS_END])
+        starts, ends = plan[buckets, p.P_DAYS_START], plan[buckets, p.P_DAYS_END]
+        if len(buckets) < _SERIES_MIN or int((ends - starts).max()) > _SERIES_DAYS_MAX * DAY_NS:
+            return None
+        found = self._fold.day_rows(
+            account, slot, int(starts[0]), int(ends[-1]), selection, group_by, per_day=True
+        )
+
+        def bucket_of(day: int) -> int:
+            at = int(starts.searchsorted(day, side="right")) - 1
+            return int(buckets[at]) if at >= 0 and day < ends[at] else -1
+
+        for row in found.rows:
+            bucket = bucket_of(row.day_start_ns)
+            if bucket >= 0:
+                _add(cells, bucket, tuple((value.kind, value.value) for value in row.group), row.stats)
+                if len(cells) > limits.QUERY_ROWS_MAX:
+                    raise too_many_rows(limits.QUERY_ROWS_MAX)
+        overflowed: dict[int, list[int]] = {}
+        for day in found.overflowed:
+            overflowed.setdefault(bucket_of(day), []).append(day)
+        return overflowed
 
     def _add_days(
         self,

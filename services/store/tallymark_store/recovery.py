@@ -42,6 +42,7 @@ def recover(
     dedup_window_ns: int,
     wal_config: WalConfig,
     new_log_id: bytes,
+    salt: int,
     report: Callable[[str], None],
 ) -> Recovered:
     """Open a store's data directory.
@@ -63,7 +64,7 @@ def recover(
     manifests: dict[int, checkpoint.Manifest] = {}
     replayed = 0
     for number in range(partition_count):
-        partition = Partition(number, dedup_window_ns=dedup_window_ns, indexes=wal.partitions)
+        partition = Partition(number, dedup_window_ns=dedup_window_ns, indexes=wal.partitions, salt=salt)
         if recovery.is_damaged(number):
             partition.error = _damage_error(number, recovery)
             report(partition.error.message)
@@ -71,7 +72,7 @@ def recover(
             continue
         partitions[number] = partition
         try:
-            partition, manifest = _load(checkpoints, partition, report, wal, dedup_window_ns)
+            partition, manifest = _load(checkpoints, partition, report, wal, dedup_window_ns, salt)
             partitions[number] = partition
             if manifest is not None:
                 manifests[number] = manifest
@@ -107,7 +108,12 @@ def _damage_error(number: int, recovery: Recovery) -> WireError:
 
 
 def _load(
-    checkpoints: Disk, partition: Partition, report: Callable[[str], None], wal: Wal, dedup_window_ns: int
+    checkpoints: Disk,
+    partition: Partition,
+    report: Callable[[str], None],
+    wal: Wal,
+    dedup_window_ns: int,
+    salt: int,
 ) -> tuple[Partition, checkpoint.Manifest | None]:
     number = partition.partition
     disk = checkpoints.at(folder(number))
@@ -126,7 +132,7 @@ def _load(
     except (checkpoint.CheckpointError, RemoteProtocolError, KeyError) as error:
         report(f"partition {number}: the checkpoint cannot be used, folding the log again: {error}")
         checkpoint.discard(disk)
-        return Partition(number, dedup_window_ns=dedup_window_ns, indexes=wal.partitions), None
+        return Partition(number, dedup_window_ns=dedup_window_ns, indexes=wal.partitions, salt=salt), None
     return partition, manifest
 
 

@@ -125,6 +125,7 @@ class StoreService(HandlerBase):
             dedup_window_ns=self._config.dedup_window_ns,
             wal_config=self._config.wal,
             new_log_id=self._rng.randbytes(16),
+            salt=self._rng.getrandbits(63),
             report=self._report,
         )
         self._store = store.Store(

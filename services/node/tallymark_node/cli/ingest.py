@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import click
 
@@ -185,7 +186,8 @@ def _rejects_path(file: str) -> str:
 @contextmanager
 def _opened(file: str) -> Iterator[Any]:
     if file == "-":
-        yield sys.stdin.buffer
+        stdin = sys.stdin.buffer
+        yield stdin if hasattr(stdin, "peek") else io.BufferedReader(cast("io.RawIOBase", stdin))
         return
     try:
         raw = open(file, "rb")  # noqa: SIM115

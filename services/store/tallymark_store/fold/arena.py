@@ -33,7 +33,7 @@ class Arena:
 
     def __init__(
         self, dtype: npt.DTypeLike, *, columns: int = 1, reserve_rows: int, initial_rows: int = 1_024
-    ):
+    ) -> None:
         self._dtype = np.dtype(dtype)
         self._columns = columns
         self.row_bytes = self._dtype.itemsize * columns

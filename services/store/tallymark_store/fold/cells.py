@@ -29,10 +29,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba as nb
 import numpy as np
 
-from tallymark_protocol.kernels.intrinsics import mix64, prefetch
+from tallymark_protocol.kernels.intrinsics import mix64
+from tallymark_store.fold.compiling import inlined, kernel, prefetch
 from tallymark_store.fold.index import CAPACITY, LOW32, SHARDS, STRIDE, U32, ZERO, home_of, shard_of, tag_of
 
 W_ACCOUNT = 0
@@ -62,19 +62,19 @@ _MASK32 = 0xFFFFFFFF
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-@nb.njit(nogil=True, cache=True, inline="always", _nrt=False)
+@inlined
 def cell_key(slot: Any, combo: Any) -> Any:
     """Word 2 of a cell (int64)."""
     return np.int64(slot) | (np.int64(combo) << 32)
 
 
-@nb.njit(nogil=True, cache=True, inline="always", _nrt=False)
+@inlined
 def cell_hash(account: Any, start: Any, key: Any, seed: Any) -> Any:
     """Hash of words 0 to 2. The seed keeps callers from choosing accounts that collide."""
     return mix64(np.uint64(account) ^ mix64(np.uint64(start) + np.uint64(key) * _GOLDEN + np.uint64(seed)))
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def find_cell(table: Any, shards: Any, cells: Any, h: Any, account: Any, start: Any, key: Any) -> Any:
     """Row of a cell, -1 if there is none."""
     shard = shard_of(h)
@@ -95,7 +95,7 @@ def find_cell(table: Any, shards: Any, cells: Any, h: Any, account: Any, start: 
             position = 0
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def find_head(table: Any, shards: Any, cells: Any, h: Any, account: Any, start: Any, slot: Any) -> Any:
     """Row of the head of a day's chain, -1 if there is none. `h` hashes HEAD_KEY."""
     shard = shard_of(h)
@@ -123,7 +123,7 @@ def find_head(table: Any, shards: Any, cells: Any, h: Any, account: Any, start: 
             position = 0
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def prefetch_cell(table: Any, shards: Any, flat: Any, h: Any) -> None:
     """Ask for the first row whose tag matches; its index entries should be in cache by now.
 
@@ -148,7 +148,7 @@ def prefetch_cell(table: Any, shards: Any, flat: Any, h: Any) -> None:
             position = 0
 
 
-@nb.njit(nogil=True, cache=True, inline="always", _nrt=False)
+@inlined
 def add_values(cells: Any, row: Any, value: Any, time: Any, offset: Any) -> None:
     """Add an event's value to a cell that counts values; `offset` is above all before it."""
     count = cells[row, W_COUNT]
@@ -169,7 +169,7 @@ def add_values(cells: Any, row: Any, value: Any, time: Any, offset: Any) -> None
     cells[row, W_COUNT] = count + 1
 
 
-@nb.njit(nogil=True, cache=True, inline="always", _nrt=False)
+@inlined
 def add_count(cells: Any, row: Any, time: Any, offset: Any) -> None:
     """Count an event whose value is ignored."""
     count = cells[row, W_COUNT]
@@ -179,19 +179,19 @@ def add_count(cells: Any, row: Any, time: Any, offset: Any) -> None:
     cells[row, W_COUNT] = count + 1
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def head_of(cells: Any, row: Any) -> Any:
     """The aux half of a cell's links (int64, 0 to 2^32-1)."""
     return (cells[row, W_LINKS] >> 32) & _MASK32
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def next_of(cells: Any, row: Any) -> Any:
     """The next row of a day's chain, -1 at its end."""
     return (cells[row, W_LINKS] & _MASK32) - 1
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def set_links(cells: Any, row: Any, next_row: Any, aux: Any) -> None:
     """Write both halves of a cell's links."""
     cells[row, W_LINKS] = ((next_row + 1) & _MASK32) | (aux << 32)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba as nb
 import numpy as np
 
 from tallymark_protocol.kernels.intrinsics import hash_bytes, mix64
@@ -25,7 +24,8 @@ from tallymark_store.fold.cells import (
     W_START,
     head_of,
 )
-from tallymark_store.fold.dimensions import C_CODES, VALUES, V_END, V_START, WIDTH
+from tallymark_store.fold.compiling import inlined, kernel
+from tallymark_store.fold.dimensions import C_CODES, V_END, V_START, VALUES, WIDTH
 from tallymark_store.fold.kernel import N_ALERTS, N_CELLS, N_MEMBERS
 from tallymark_store.fold.thresholds import A_SLOT, ALERT_WORDS
 from tallymark_store.fold.uniques import M_OWNER, MEMBER_WORDS
@@ -39,12 +39,12 @@ _KIND_MEMBER = np.uint64(4)
 _KIND_ALERT = np.uint64(5)
 
 
-@nb.njit(nogil=True, cache=True, inline="always", _nrt=False)
+@inlined
 def _join(h: Any, word: Any) -> Any:
     return mix64(h ^ np.uint64(word)) + _STEP
 
 
-@nb.njit(nogil=True, cache=True, inline="always", _nrt=False)
+@inlined
 def _cell_identity(cells: Any, uids: Any, row: Any) -> Any:
     key = cells[row, W_KEY]
     h = _join(mix64(np.uint64(uids[key & _MASK32])), cells[row, W_ACCOUNT])
@@ -52,7 +52,7 @@ def _cell_identity(cells: Any, uids: Any, row: Any) -> Any:
     return _join(h, np.int64(1 if (key >> 32) & _MASK32 == PERIOD else 0))
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def _combo_digest(combos: Any, values: Any, pool: Any, combo: Any) -> Any:
     h = np.uint64(0)
     for d in range(WIDTH):
@@ -65,7 +65,7 @@ def _combo_digest(combos: Any, values: Any, pool: Any, combo: Any) -> Any:
     return mix64(h)
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def _digest_cells(cells: Any, count: Any, rows: Any, combos: Any, values: Any, pool: Any, uids: Any) -> Any:
     total = np.uint64(0)
     for row in range(count):
@@ -89,7 +89,7 @@ def _digest_cells(cells: Any, count: Any, rows: Any, combos: Any, values: Any, p
     return total
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def _digest_members(cells: Any, members: Any, count: Any, uids: Any) -> Any:
     total = np.uint64(0)
     for e in range(count):
@@ -102,7 +102,7 @@ def _digest_members(cells: Any, members: Any, count: Any, uids: Any) -> Any:
     return total
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def _digest_alerts(alerts: Any, count: Any, uids: Any) -> Any:
     total = np.uint64(0)
     for i in range(count):
@@ -116,7 +116,7 @@ def _digest_alerts(alerts: Any, count: Any, uids: Any) -> Any:
     return total
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def digest_state(state: Any, dims: Any, uids: Any) -> Any:
     """Add up the digests of all items (uint64)."""
     counters = state.counters

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numba as nb
 import numpy as np
 import numpy.typing as npt
 
@@ -33,6 +32,7 @@ from tallymark_protocol.kernels.intrinsics import (
 )
 from tallymark_protocol.messages import GroupValue
 from tallymark_store.fold.arena import Arena
+from tallymark_store.fold.compiling import kernel
 from tallymark_store.fold.index import (
     CAPACITY,
     LOW32,
@@ -97,12 +97,12 @@ class DimensionArrays(NamedTuple):
     counters: Ints
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def _value_hash(data: Any, start: Any, end: Any, owner: Any) -> Any:
     return mix64(hash_bytes(data, start, end, np.uint64(owner) * np.uint64(0x9E3779B97F4A7C15)))
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def _find_value(a: Any, data: Any, start: Any, end: Any, owner: Any, h: Any) -> Any:
     shard = shard_of(h)
     capacity = a.value_shards[shard, CAPACITY]
@@ -128,13 +128,13 @@ def _find_value(a: Any, data: Any, start: Any, end: Any, owner: Any, h: Any) -> 
             position = 0
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def find_value(a: Any, data: Any, start: Any, end: Any, owner: Any) -> Any:
     """The number of a value, -1 if it has none."""
     return _find_value(a, data, start, end, owner, _value_hash(data, start, end, owner))
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def intern_value(a: Any, data: Any, start: Any, end: Any, owner: Any, since: Any) -> Any:
     """The number of a value, giving it one if it has none."""
     h = _value_hash(data, start, end, owner)
@@ -154,7 +154,7 @@ def intern_value(a: Any, data: Any, start: Any, end: Any, owner: Any, since: Any
     return row
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def _combo_hash(slot: Any, codes: Any) -> Any:
     h = np.uint64(slot)
     for d in range(WIDTH):
@@ -162,7 +162,7 @@ def _combo_hash(slot: Any, codes: Any) -> Any:
     return mix64(h)
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def _find_combo(a: Any, slot: Any, codes: Any, h: Any) -> Any:
     shard = shard_of(h)
     capacity = a.combo_shards[shard, CAPACITY]
@@ -185,7 +185,7 @@ def _find_combo(a: Any, slot: Any, codes: Any, h: Any) -> Any:
             position = 0
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def resolve_set(
     a: Any, slot: Any, width: Any, data: Any, start: Any, end: Any, offset: Any, intern: Any, codes: Any
 ) -> Any:
@@ -238,7 +238,7 @@ def resolve_set(
     return combo
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def selected(combos: Any, combo: Any, selection: Any) -> bool:
     """Whether a combination passes every filter of a selection (int64[k, 2]: dimension, code; rising)."""
     i = 0
@@ -255,7 +255,7 @@ def selected(combos: Any, combo: Any, selection: Any) -> bool:
     return True
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def _reindex(a: Any, codes: Any) -> None:
     for combo in range(1, a.counters[N_COMBOS]):
         for d in range(WIDTH):
@@ -458,7 +458,7 @@ class Dimensions:
         return self
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def mask_of(combos: Any, selection: Any, mask: Any) -> None:
     """`selected` for every combination below the mask's length."""
     for combo in range(len(mask)):

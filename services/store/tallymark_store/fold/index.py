@@ -7,24 +7,19 @@ The table is 64 shards, chosen by the hash's top 6 bits. The next 32 bits are th
 position within a shard (`tag * capacity >> 32`), so a shard is enlarged without looking at rows, nearly in
 sequence, by a quarter at a time: loads stay between 0.6 and 0.75, and no single step moves more than a 64th.
 Shards lie `stride` entries apart in one reserved range, so they grow in place. Kernels don't grow them (they can't
-allocate, see below): they mark the index FULL and stop between two events. Nothing is ever deleted from an index.
+allocate, see `compiling`): they mark the index FULL and stop between two events. Nothing is ever deleted from an index.
 Lookup loops stand with their keys: see `cells.find_cell`.
-
-The fold's kernels are compiled without reference counting (`_nrt=False`), because numba otherwise counts an array
-atomically up and down wherever an inlined function is handed it, several times an event (measured: three times
-slower). The price is that they allocate nothing.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numba as nb
 import numpy as np
 import numpy.typing as npt
 
 from tallymark_store.fold.arena import Arena
-
+from tallymark_store.fold.compiling import inlined, kernel
 
 SHARD_BITS = 6
 SHARDS = 1 << SHARD_BITS
@@ -48,32 +43,32 @@ U32 = np.uint64(32)
 ZERO = np.uint64(0)
 
 
-@nb.njit(nogil=True, cache=True, inline="always", _nrt=False)
+@inlined
 def shard_of(h: Any) -> Any:
     """The shard (int64) of a hash."""
     return np.int64(np.uint64(h) >> _SHARD_SHIFT)
 
 
-@nb.njit(nogil=True, cache=True, inline="always", _nrt=False)
+@inlined
 def tag_of(h: Any) -> Any:
     """The tag (uint64 below 2^32) of a hash."""
     return (np.uint64(h) >> _TAG_SHIFT) & LOW32
 
 
-@nb.njit(nogil=True, cache=True, inline="always", _nrt=False)
+@inlined
 def home_of(tag: Any, capacity: Any) -> Any:
     """Where in its shard the search for a tag begins."""
     return np.int64((np.uint64(tag) * np.uint64(capacity)) >> U32)
 
 
-@nb.njit(nogil=True, cache=True, inline="always", _nrt=False)
+@inlined
 def entry_position(shards: Any, h: Any) -> Any:
     """Where in the table the search for a hash begins: for prefetching."""
     shard = shard_of(h)
     return shard * shards[SHARDS, STRIDE] + home_of(tag_of(h), shards[shard, CAPACITY])
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def _place(table: Any, base: Any, capacity: Any, entry: Any) -> None:
     position = home_of(entry >> U32, capacity)
     while table[base + position] != ZERO:
@@ -83,7 +78,7 @@ def _place(table: Any, base: Any, capacity: Any, entry: Any) -> None:
     table[base + position] = entry
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def _fill(table: Any, base: Any, capacity: Any, entries: Any) -> None:
     for i in range(capacity):
         table[base + i] = ZERO
@@ -92,7 +87,7 @@ def _fill(table: Any, base: Any, capacity: Any, entries: Any) -> None:
             _place(table, base, capacity, entries[i])
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def insert(table: Any, shards: Any, h: Any, row: Any) -> None:
     """Add an entry for a row that isn't in yet. Marks the index FULL when a shard is due to grow.
 
@@ -109,6 +104,14 @@ def insert(table: Any, shards: Any, h: Any, row: Any) -> None:
     _place(table, shard * shards[SHARDS, STRIDE], capacity, entry)
 
 
+@kernel
+def _move(old_table: Any, old_stride: Any, table: Any, shards: Any) -> None:
+    stride = shards[SHARDS, STRIDE]
+    for shard in range(SHARDS):
+        for i in range(shards[shard, CAPACITY]):
+            table[shard * stride + i] = old_table[shard * old_stride + i]
+
+
 class Index:
     """The table of an index, for kernels: `table` uint64[], `shards` int64[SHARDS + 1, 2].
 
@@ -118,7 +121,9 @@ class Index:
     def __init__(self, expected: int = 0, *, reserve: bool = True) -> None:
         # Beside the even share room for a shard that gets more than its share.
         capacity = max(_CAPACITY_FIRST, int(expected / SHARDS / 0.65) + _CAPACITY_FIRST if expected else 0)
-        self._arena = Arena(np.uint64, reserve_rows=_STRIDE_RESERVED * SHARDS if reserve else 0, initial_rows=1)
+        self._arena = Arena(
+            np.uint64, reserve_rows=_STRIDE_RESERVED * SHARDS if reserve else 0, initial_rows=1
+        )
         stride = _STRIDE_RESERVED
         if not self._arena.reserved:
             stride = max(_STRIDE_FIRST, 2 * capacity)

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numba as nb
 import numpy as np
 import numpy.typing as npt
 
 from tallymark_protocol import limits
-from tallymark_protocol.kernels.intrinsics import prefetch
 from tallymark_protocol.layout import TIME_ABSENT
 from tallymark_protocol.model import AggType
 from tallymark_protocol.payload import (
@@ -58,6 +56,7 @@ from tallymark_store.fold.cells import (
     prefetch_cell,
     set_links,
 )
+from tallymark_store.fold.compiling import kernel, prefetch
 from tallymark_store.fold.dimensions import resolve_set
 from tallymark_store.fold.index import FULL, SHARDS, entry_position, insert
 from tallymark_store.fold.schemas import (
@@ -128,7 +127,7 @@ class Scratch(NamedTuple):
     work: npt.NDArray[np.uint64]  # blake2b's
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def names_unknown(data: Any, columns: Any, verdicts: Any, metric_slots: Any) -> bool:
     """Whether an accepted event names a metric that has no slot."""
     for i in range(columns[C_EVENTS]):
@@ -137,8 +136,10 @@ def names_unknown(data: Any, columns: Any, verdicts: Any, metric_slots: Any) -> 
     return False
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
-def _resolve(data: Any, columns: Any, i: Any, slot: Any, width: Any, offset: Any, intern: Any, dims: Any, codes: Any) -> Any:
+@kernel
+def _resolve(
+    data: Any, columns: Any, i: Any, slot: Any, width: Any, offset: Any, intern: Any, dims: Any, codes: Any
+) -> Any:
     k = properties_at(data, columns, i)
     start = np.int64(0)
     end = np.int64(0)
@@ -148,7 +149,7 @@ def _resolve(data: Any, columns: Any, i: Any, slot: Any, width: Any, offset: Any
     return resolve_set(dims, slot, width, data, start, end, offset, intern, codes)
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def _new_cell(
     cells: Any, table: Any, shards: Any, counters: Any, h: Any, account: Any, start: Any, key: Any
 ) -> Any:
@@ -162,10 +163,23 @@ def _new_cell(
     return row
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def _day_cell(
-    data: Any, columns: Any, i: Any, slot: Any, width: Any, offset: Any, account: Any, start: Any,
-    dims: Any, cells: Any, table: Any, shards: Any, counters: Any, codes: Any, seed: Any,
+    data: Any,
+    columns: Any,
+    i: Any,
+    slot: Any,
+    width: Any,
+    offset: Any,
+    account: Any,
+    start: Any,
+    dims: Any,
+    cells: Any,
+    table: Any,
+    shards: Any,
+    counters: Any,
+    codes: Any,
+    seed: Any,
 ) -> Any:
     """The day cell of an event whose metric has dimensions; -1 when its day has too many combinations."""
     combo = _resolve(data, columns, i, slot, width, offset, False, dims, codes)
@@ -196,11 +210,27 @@ def _day_cell(
     return row
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def _plan_block(
-    data: Any, columns: Any, verdicts: Any, first: Any, last: Any, base_offset: Any, append_ns: Any,
-    metric_slots: Any, slots: Any, bounds: Any, cache: Any, dims: Any, flat: Any, table: Any, shards: Any,
-    block: Any, memo: Any, codes: Any, seed: Any,
+    data: Any,
+    columns: Any,
+    verdicts: Any,
+    first: Any,
+    last: Any,
+    base_offset: Any,
+    append_ns: Any,
+    metric_slots: Any,
+    slots: Any,
+    bounds: Any,
+    cache: Any,
+    dims: Any,
+    flat: Any,
+    table: Any,
+    shards: Any,
+    block: Any,
+    memo: Any,
+    codes: Any,
+    seed: Any,
 ) -> None:
     for i in range(first, last):
         j = i - first
@@ -253,10 +283,21 @@ def _plan_block(
             prefetch_cell(table, shards, flat, np.uint64(block[j, _DAY_HASH]))
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def _check_thresholds(
-    cells: Any, cell: Any, slot: Any, agg: Any, thresholds: Any, count: Any, rows: Any, alerts: Any,
-    counters: Any, start: Any, end: Any, offset: Any, append_ns: Any,
+    cells: Any,
+    cell: Any,
+    slot: Any,
+    agg: Any,
+    thresholds: Any,
+    count: Any,
+    rows: Any,
+    alerts: Any,
+    counters: Any,
+    start: Any,
+    end: Any,
+    offset: Any,
+    append_ns: Any,
 ) -> None:
     lo = cells[cell, W_LO]  # SUM, and the members of COUNT_UNIQUE
     hi = cells[cell, W_HI]
@@ -270,18 +311,42 @@ def _check_thresholds(
         lo = cells[cell, W_LAST_VALUE]
         hi = lo >> 63
     rows_used, alerts_used = check(
-        cells, cell, slot, thresholds, slot * _THRESHOLDS_MAX, count,
-        rows, counters[N_ROWS], alerts, counters[N_ALERTS], lo, hi, start, end, offset, append_ns,
+        cells,
+        cell,
+        slot,
+        thresholds,
+        slot * _THRESHOLDS_MAX,
+        count,
+        rows,
+        counters[N_ROWS],
+        alerts,
+        counters[N_ALERTS],
+        lo,
+        hi,
+        start,
+        end,
+        offset,
+        append_ns,
     )
     counters[N_ROWS] = rows_used
     counters[N_ALERTS] = alerts_used
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def fold_events(
-    data: Any, columns: Any, verdicts: Any, first: Any, base_offset: Any, append_ns: Any,
-    metric_slots: Any, schemas: Any, dims: Any, state: Any, scratch: Any, seed: Any,
-) -> int:
+    data: Any,
+    columns: Any,
+    verdicts: Any,
+    first: Any,
+    base_offset: Any,
+    append_ns: Any,
+    metric_slots: Any,
+    schemas: Any,
+    dims: Any,
+    state: Any,
+    scratch: Any,
+    seed: Any,
+) -> Any:
     """Fold a payload's accepted events from event `first` on. Returns the event to go on with; at the end, n.
 
     `verdicts` is uint8[n], or empty when all are accepted. Dense arrays must have room for everything the payload
@@ -313,8 +378,25 @@ def fold_events(
     while first < n:
         last = min(first + BLOCK, n)
         _plan_block(
-            data, columns, verdicts, first, last, base_offset, append_ns, metric_slots, slots, bounds, cache,
-            dims, flat, table, shards, block, memo, codes, seed,
+            data,
+            columns,
+            verdicts,
+            first,
+            last,
+            base_offset,
+            append_ns,
+            metric_slots,
+            slots,
+            bounds,
+            cache,
+            dims,
+            flat,
+            table,
+            shards,
+            block,
+            memo,
+            codes,
+            seed,
         )
         for i in range(first, last):
             j = i - first
@@ -341,8 +423,17 @@ def fold_events(
             if agg == _COUNT_UNIQUE:
                 lo, hi = unique_value(data, columns, i, uids[slot], work)
                 change, added = apply_operation(
-                    member_table, member_shards, members, counters[N_MEMBERS], member_hash(cell, lo, hi, seed),
-                    cell, lo, hi, time, offset, operation_at(data, columns, i),
+                    member_table,
+                    member_shards,
+                    members,
+                    counters[N_MEMBERS],
+                    member_hash(cell, lo, hi, seed),
+                    cell,
+                    lo,
+                    hi,
+                    time,
+                    offset,
+                    operation_at(data, columns, i),
                 )
                 counters[N_MEMBERS] += added
                 cells[cell, W_LO] += change
@@ -354,8 +445,19 @@ def fold_events(
             count = slots[slot, S_THRESHOLDS]
             if count > 0:
                 _check_thresholds(
-                    cells, cell, slot, agg, thresholds, count, rows, alerts, counters, start,
-                    block[j, _PERIOD_END], offset, append_ns,
+                    cells,
+                    cell,
+                    slot,
+                    agg,
+                    thresholds,
+                    count,
+                    rows,
+                    alerts,
+                    counters,
+                    start,
+                    block[j, _PERIOD_END],
+                    offset,
+                    append_ns,
                 )
             if agg == _COUNT_UNIQUE:
                 continue
@@ -371,8 +473,21 @@ def fold_events(
                 set_links(cells, cell, np.int64(-1), HEAD | 1)
             elif cell < 0:
                 cell = _day_cell(
-                    data, columns, i, slot, width, offset, account, start, dims, cells, table, shards,
-                    counters, codes, seed,
+                    data,
+                    columns,
+                    i,
+                    slot,
+                    width,
+                    offset,
+                    account,
+                    start,
+                    dims,
+                    cells,
+                    table,
+                    shards,
+                    counters,
+                    codes,
+                    seed,
                 )
                 if cell < 0:
                     continue
@@ -384,7 +499,7 @@ def fold_events(
     return n
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def reindex_cells(state: Any, seed: Any) -> None:
     """Fill the cells' empty index. The heads' own entries follow from who is head of a chain with combinations."""
     cells = state.cells

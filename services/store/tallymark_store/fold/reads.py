@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba as nb
 import numpy as np
 
 from tallymark_protocol.kernels.intrinsics import mix64
@@ -36,6 +35,7 @@ from tallymark_store.fold.cells import (
     head_of,
     next_of,
 )
+from tallymark_store.fold.compiling import kernel
 from tallymark_store.fold.dimensions import C_CODES, selected
 from tallymark_store.fold.kernel import N_CELLS
 from tallymark_store.fold.schemas import S_DIMENSIONS, find_day
@@ -56,7 +56,7 @@ MERGED_FIELDS = 10
 _MASK32 = 0xFFFFFFFF
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def find_period(state: Any, account: Any, slot: Any, start: Any, seed: Any) -> Any:
     """Row of a period cell, -1 if there is none."""
     key = cell_key(slot, PERIOD)
@@ -65,7 +65,7 @@ def find_period(state: Any, account: Any, slot: Any, start: Any, seed: Any) -> A
     )
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def collect_days(
     state: Any,
     schemas: Any,
@@ -117,7 +117,7 @@ def collect_days(
     return n, n_overflowed
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def _merge_cell(merged: Any, g: Any, cells: Any, row: Any) -> None:
     low = np.uint64(merged[g, G_LO]) + np.uint64(cells[row, W_LO])
     carry = np.int64(1) if low < np.uint64(cells[row, W_LO]) else np.int64(0)
@@ -136,7 +136,7 @@ def _merge_cell(merged: Any, g: Any, cells: Any, row: Any) -> None:
         merged[g, G_LAST_OFFSET] = offset
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def _begin(merged: Any, g: Any, cells: Any, row: Any, day: Any) -> None:
     merged[g, G_ROW] = row
     merged[g, G_DAY] = day
@@ -150,7 +150,7 @@ def _begin(merged: Any, g: Any, cells: Any, row: Any, day: Any) -> None:
     merged[g, G_LAST_OFFSET] = cells[row, W_LAST_OFFSET]
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def merge_days(
     state: Any, combos: Any, found: Any, n: Any, dimensions: Any, per_day: Any, groups: Any, merged: Any
 ) -> int:
@@ -188,7 +188,7 @@ def merge_days(
     return count
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def scan_period(state: Any, slot: Any, start: Any, found: Any) -> int:
     """Rows of all accounts' cells of one period; what exceeds `found` is counted, not written."""
     cells = state.cells
@@ -202,7 +202,7 @@ def scan_period(state: Any, slot: Any, start: Any, found: Any) -> int:
     return n
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def scan_days(state: Any, combos: Any, slot: Any, first: Any, end: Any, selection: Any, found: Any) -> Any:
     """Rows of all accounts' day cells of the days in [first, end) that pass, and of heads of overflowed days.
 
@@ -228,7 +228,7 @@ def scan_days(state: Any, combos: Any, slot: Any, first: Any, end: Any, selectio
     return n
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def merge_accounts(state: Any, found: Any, n: Any, groups: Any, merged: Any, overflowed: Any) -> int:
     """Merge cells by account. Returns how many accounts; `overflowed[g]` is set where a day of it overflowed.
 

@@ -21,16 +21,16 @@ import functools
 from typing import Any, NamedTuple
 
 import msgspec
-import numba as nb
 import numpy as np
 import numpy.typing as npt
 
-from tallymark_protocol import limits, payload
+from tallymark_protocol import int128, limits, payload
 from tallymark_protocol.errors import RemoteProtocolError
 from tallymark_protocol.model import AlertThreshold, PeriodType
 from tallymark_protocol.periods import day_starts, period_starts
 from tallymark_protocol.schema import MetricRecord
 from tallymark_protocol.zones import TIME_END_NS, ZoneTable
+from tallymark_store.fold.compiling import inlined, kernel
 
 Ints = npt.NDArray[np.int64]
 
@@ -78,7 +78,7 @@ class SchemaArrays(NamedTuple):
     thresholds: Ints  # int64[n * 8, THRESHOLD_FIELDS]
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def _bounds(kind: Any, first: Any, count: Any, step: Any, bounds: Any, time: Any) -> Any:
     if kind == K_FIXED:
         start = time // first * first
@@ -94,7 +94,7 @@ def _bounds(kind: Any, first: Any, count: Any, step: Any, bounds: Any, time: Any
     return bounds[first + i], bounds[first + i + 1]
 
 
-@nb.njit(nogil=True, cache=True, inline="always", _nrt=False)
+@inlined
 def find_period(slots: Any, bounds: Any, cache: Any, slot: Any, time: Any) -> Any:
     """`period_bounds` on the arrays it needs, for loops over events: handing tuples on costs more than the lookup."""
     if time < cache[slot, 0] or time >= cache[slot, 1]:
@@ -111,7 +111,7 @@ def find_period(slots: Any, bounds: Any, cache: Any, slot: Any, time: Any) -> An
     return cache[slot, 0], cache[slot, 1]
 
 
-@nb.njit(nogil=True, cache=True, inline="always", _nrt=False)
+@inlined
 def find_day(slots: Any, bounds: Any, cache: Any, slot: Any, time: Any) -> Any:
     """`day_bounds` on the arrays it needs."""
     if time < cache[slot, 2] or time >= cache[slot, 3]:
@@ -128,13 +128,13 @@ def find_day(slots: Any, bounds: Any, cache: Any, slot: Any, time: Any) -> Any:
     return cache[slot, 2], cache[slot, 3]
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def period_bounds(arrays: Any, slot: Any, time: Any) -> Any:
     """The billing period [start, end) of a slot that contains `time` (0 <= time)."""
     return find_period(arrays.slots, arrays.bounds, arrays.cache, slot, time)
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def day_bounds(arrays: Any, slot: Any, time: Any) -> Any:
     """The day [start, end) of a slot's zone that contains `time` (0 <= time)."""
     return find_day(arrays.slots, arrays.bounds, arrays.cache, slot, time)
@@ -291,7 +291,7 @@ class SchemaTable:
         if list(thresholds[: len(known)]) != list(known) or len(thresholds) > limits.THRESHOLDS_MAX:
             raise RemoteProtocolError(f"metric {self._records[slot].uid} changed its existing thresholds")
         for i, threshold in enumerate(thresholds):
-            if not 0 < threshold.value <= limits.THRESHOLD_VALUE_MAX:
+            if not 0 < threshold.value <= int128.MAX:
                 raise RemoteProtocolError(f"threshold {threshold.code!r} isn't positive and below 2^127")
             low = threshold.value & (2**64 - 1)
             row = self.arrays.thresholds[slot * limits.THRESHOLDS_MAX + i]

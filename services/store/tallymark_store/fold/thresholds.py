@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba as nb
 import numpy as np
 
 from tallymark_store.fold.cells import W_LINKS
+from tallymark_store.fold.compiling import inlined, kernel
 from tallymark_store.fold.index import ZERO
 from tallymark_store.fold.schemas import T_HI, T_LO, T_RECURRING
 
@@ -46,12 +46,12 @@ _NEVER_LO = np.int64(-1)
 _NEVER_HI = np.int64(2**63 - 1)
 
 
-@nb.njit(nogil=True, cache=True, inline="always", _nrt=False)
-def _less(a_lo: Any, a_hi: Any, b_lo: Any, b_hi: Any) -> bool:
+@inlined
+def _less(a_lo: Any, a_hi: Any, b_lo: Any, b_hi: Any) -> Any:
     return a_hi < b_hi or (a_hi == b_hi and np.uint64(a_lo) < np.uint64(b_lo))
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def divide(n_lo: Any, n_hi: Any, d_lo: Any, d_hi: Any) -> Any:
     """Divide unsigned 128-bit numbers below 2^127: (quotient lo, hi, remainder lo, hi), uint64 words. d > 0."""
     n_lo = np.uint64(n_lo)
@@ -80,7 +80,7 @@ def divide(n_lo: Any, n_hi: Any, d_lo: Any, d_hi: Any) -> Any:
     return q_lo, q_hi, r_lo, r_hi
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def next_multiple(lo: Any, hi: Any, r_lo: Any, r_hi: Any, d_lo: Any, d_hi: Any) -> Any:
     """`total - remainder + divisor` as int64 words, NEVER where that is 2^127 or more."""
     base_lo = np.uint64(lo) - r_lo
@@ -92,7 +92,7 @@ def next_multiple(lo: Any, hi: Any, r_lo: Any, r_hi: Any, d_lo: Any, d_hi: Any) 
     return np.int64(next_lo), np.int64(next_hi)
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def _new_row(cells: Any, cell: Any, thresholds: Any, first: Any, count: Any, rows: Any, used: Any) -> None:
     word = cells[cell, W_LINKS]
     have = (word >> 8) & 0xFF
@@ -107,7 +107,7 @@ def _new_row(cells: Any, cell: Any, thresholds: Any, first: Any, count: Any, row
     cells[cell, W_LINKS] = ((used + 1) << 32) | (count << 8) | (word & 0xFF)
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def check(
     cells: Any,
     cell: Any,

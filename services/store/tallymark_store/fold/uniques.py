@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba as nb
 import numpy as np
 
 from tallymark_protocol.kernels.blake2b import blake2b_128
@@ -32,6 +31,7 @@ from tallymark_protocol.payload import (
     table_start,
     value_at,
 )
+from tallymark_store.fold.compiling import inlined, kernel
 from tallymark_store.fold.index import (
     CAPACITY,
     LOW32,
@@ -58,7 +58,7 @@ _REMOVE = int(OperationType.REMOVE)
 _TEXT_STRING = 1
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def unique_value(data: Any, columns: Any, i: Any, uid: Any, work: Any) -> Any:
     """The value of event i as two int64 words. `work` is `blake2b_128`'s."""
     if columns[C_TEXT_ENCODING] == 2:
@@ -72,13 +72,13 @@ def unique_value(data: Any, columns: Any, i: Any, uid: Any, work: Any) -> Any:
     return value_at(data, columns, i), np.int64(0)
 
 
-@nb.njit(nogil=True, cache=True, inline="always", _nrt=False)
+@inlined
 def member_hash(row: Any, lo: Any, hi: Any, seed: Any) -> Any:
     """Hash of an entry's key."""
     return mix64(mix64(np.uint64(row) + np.uint64(seed)) ^ mix64(np.uint64(lo) ^ mix64(np.uint64(hi))))
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def apply_operation(
     table: Any,
     shards: Any,
@@ -128,7 +128,7 @@ def apply_operation(
     return added, np.int64(1)
 
 
-@nb.njit(nogil=True, cache=True, _nrt=False)
+@kernel
 def reindex_members(table: Any, shards: Any, members: Any, count: Any, seed: Any) -> None:
     """Fill an empty index from the entries."""
     for e in range(count):

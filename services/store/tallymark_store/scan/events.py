@@ -19,7 +19,7 @@ from tallymark_protocol.payload import COLUMNS
 from tallymark_store.scan import kernels as k
 from tallymark_store.scan.metric import ScanMetric
 from tallymark_store.scan.source import ByteArray, IntArray, RecordCursor, RecordSource, damaged
-from tallymark_store.scan.totals import _METRIC_INDEXES, RUN_EVENTS, _bits, rows_of_intervals
+from tallymark_store.scan.totals import METRIC_INDEXES, RUN_EVENTS, bits_of, rows_of_intervals
 
 PAGE_BYTES_MAX: Final = 8 * 1024 * 1024  # of properties, ids and texts in a page, and a flat sum per event
 _EVENT_BYTES: Final = 96  # the flat sum
@@ -77,9 +77,9 @@ class EventsScan:
         self._bytes_left = bytes_max
         self._code = np.frombuffer(metric.code.encode() if metric else b"", np.uint8)
         self._request = np.zeros(k.REQUEST_FIELDS, np.int64)
-        self._request[k.Q_ACCOUNT] = _bits(account or 0)
+        self._request[k.Q_ACCOUNT] = bits_of(account or 0)
         self._request[k.Q_ALL_ACCOUNTS] = int(account is None)
-        self._match = np.zeros(_METRIC_INDEXES, np.uint8)
+        self._match = np.zeros(METRIC_INDEXES, np.uint8)
         self._columns = np.zeros(COLUMNS, np.int64)
         self._hits = np.zeros((min(_HITS, limit + 1), 2), np.int64)
         self._described = np.zeros((len(self._hits), k.EVENT_FIELDS), np.int64)

@@ -119,22 +119,22 @@ class DimensionTables:
         self._index_groups()
 
     def _index_values(self) -> None:
-        self.value_index = np.full(_table_size(len(self.values)), -1, np.int32)
+        self.value_index = np.full(table_size(len(self.values)), -1, np.int32)
         k.rebuild_value_index(self.pool, self.values, self.values_used, self.value_index)
 
     def _index_groups(self) -> None:
-        self.group_index = np.full(_table_size(len(self.groups)), -1, np.int32)
+        self.group_index = np.full(table_size(len(self.groups)), -1, np.int32)
         k.rebuild_group_index(self.groups, self.groups_used, self.width, self.group_index)
 
     def grow_values(self) -> None:
         """Make room for more values (those used are in `values_used` and `pool_used`)."""
-        self.values = _doubled(self.values)
+        self.values = doubled(self.values)
         self.pool = np.concatenate((self.pool, np.zeros(len(self.pool), np.uint8)))
         self._index_values()
 
     def grow_groups(self) -> None:
         """Make room for more groups."""
-        self.groups = _doubled(self.groups)
+        self.groups = doubled(self.groups)
         self._index_groups()
 
     def group(self, number: int) -> GroupKey:
@@ -153,12 +153,13 @@ class DimensionTables:
         return 0, self.pool[start:end].tobytes().decode("utf-8", "replace")
 
 
-def _table_size(entries: int) -> int:
+def table_size(entries: int) -> int:
     """Return a power of two of at least twice `entries`."""
     return 1 << max(4, (2 * entries - 1).bit_length())
 
 
-def _doubled(array: IntArray) -> IntArray:
+def doubled(array: IntArray) -> IntArray:
+    """Return a table of twice the rows that begins with those of `array`; the rest is zero."""
     grown = np.zeros((2 * len(array), array.shape[1]), np.int64)
     grown[: len(array)] = array
     return grown

@@ -25,7 +25,7 @@ from tallymark_protocol.payload import COLUMNS
 from tallymark_store.fold.cells import CELL_WORDS
 from tallymark_store.scan import kernels as k
 from tallymark_store.scan import ranking
-from tallymark_store.scan.metric import DimensionTables, ScanMetric, _doubled, _table_size
+from tallymark_store.scan.metric import DimensionTables, ScanMetric, doubled, table_size
 from tallymark_store.scan.source import RecordCursor, RecordRows, RecordSource, damaged
 
 IntArray = npt.NDArray[np.int64]
@@ -35,7 +35,7 @@ UNIQUES_MAX: Final = 3 << 20  # values held at a time; 48 bytes each
 ROWS_MAX: Final = 16 << 20  # of a scan over all accounts; 96 bytes each
 _CELLS_PIECE: Final = 65_536
 _PASSES_MAX: Final = 4_096
-_METRIC_INDEXES: Final = 65_536
+METRIC_INDEXES: Final = 65_536  # that a metric column can name
 
 Interval = tuple[int, int, int]
 """Event times [start, end) and the number of the bucket that they count for."""
@@ -88,7 +88,6 @@ class TotalsScan:
         for (_, before, _), (start, _, _) in itertools.pairwise(intervals):
             assert before <= start, "intervals are sorted and disjoint"
         self._source = source
-        self._intervals = list(intervals)
         if rows is None:
             rows = source.rows(metric.first_offset, min(metric.end_offset, applied))
         if intervals and metric.first_offset < source.log_start:
@@ -106,7 +105,7 @@ class TotalsScan:
         self._code = np.frombuffer(metric.code.encode(), np.uint8)
         self._tables = DimensionTables(metric, filters, group_by)
         request = np.zeros(k.REQUEST_FIELDS, np.int64)
-        request[k.Q_ACCOUNT] = _bits(account or 0)
+        request[k.Q_ACCOUNT] = bits_of(account or 0)
         request[k.Q_ALL_ACCOUNTS] = request[k.Q_KEEP_ACCOUNTS] = int(account is None)
         request[k.Q_AGGREGATION] = _AGGREGATIONS[metric.agg_type]
         request[k.Q_UID] = metric.uid
@@ -115,12 +114,12 @@ class TotalsScan:
         self._state = np.zeros(k.STATE_FIELDS, np.int64)
         sets = int(rows.event_count.max(initial=0)) + 1 if len(self._tables.dims) else 1
         self._memo = np.empty(sets, np.int64)
-        self._match = np.zeros(_METRIC_INDEXES, np.uint8)
+        self._match = np.zeros(METRIC_INDEXES, np.uint8)
         self._columns = np.zeros(COLUMNS, np.int64)
         self._codes = np.zeros(limits.DIMENSIONS_MAX, np.int64)
         self._work = np.zeros(WORK_WORDS, np.uint64)
         self._rows = np.zeros((64, k.ROW_FIELDS), np.int64)
-        self._row_index = np.full(_table_size(64), -1, np.int32)
+        self._row_index = np.full(table_size(64), -1, np.int32)
         self._uniques = np.zeros(
             (1024 if metric.agg_type is AggType.COUNT_UNIQUE else 1, k.UNIQUE_FIELDS), np.int64
         )
@@ -262,8 +261,8 @@ class TotalsScan:
         if total > self._rows_max:
             raise too_many_rows(self._rows_max)
         while len(self._rows) < total:
-            self._rows = _doubled(self._rows)
-        self._row_index = np.full(_table_size(len(self._rows)), -1, np.int32)
+            self._rows = doubled(self._rows)
+        self._row_index = np.full(table_size(len(self._rows)), -1, np.int32)
         k.rebuild_row_index(self._rows, int(self._state[k.S_ROWS]), self._row_index)
 
     def _next_pass(self) -> None:
@@ -306,6 +305,6 @@ def too_many_rows(rows_max: int) -> InvalidRequestError:
     )
 
 
-def _bits(account: int) -> int:
+def bits_of(account: int) -> int:
     """Return an unsigned 64-bit number's bits as a signed one."""
     return account - 2**64 if account >= 2**63 else account

@@ -1,0 +1,13 @@
+"""The helpers lie beside the scenarios; importlib mode doesn't put them on the path. Servers run on uvloop."""
+
+import sys
+from pathlib import Path
+
+from tallymark_runtime.loops import new_event_loop
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_asyncio_loop_factories(config, item):
+    """The loop that `tallymark dev` runs on."""
+    return {"server": new_event_loop}

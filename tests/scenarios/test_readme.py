@@ -1,0 +1,134 @@
+"""Every snippet of the README runs: Python against a server, commands through the command line."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tallymark_node import dev
+from tallymark_node.config import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+CSV = "customer,at,route\n7,2026-01-31T10:00:00Z,/users\n8,2026-01-31T10:00:01Z,/jobs\n"
+
+
+async def run_python(source: str, address: str) -> None:
+    """Execute a snippet as if it stood in an async function; blocking clients get a thread."""
+    source = source.replace("localhost:7001", address)
+    code = compile(source, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    names: dict[str, Any] = {}
+    if "await" in source:
+        result = eval(code, names)  # an expression evaluates to a coroutine where the code awaits
+        if result is not None:
+            await result
+    else:
+        await asyncio.to_thread(exec, code, names)
+
+
+async def run_command(line: str, address: str, folder: Path) -> None:
+    """Run one command line as a user would."""
+    words = shlex.split(line)
+    assert words[0] == "tallymark", line
+    environment = dict(os.environ, TALLYMARK_SERVER=address)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "tallymark_node.main",
+        *words[1:],
+        env=environment,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    out, err = await process.communicate()
+    assert process.returncode == 0, f"{line}\n{out.decode()}\n{err.decode()}"
+
+
+def test_the_readme_has_snippets_of_both_kinds() -> None:
+    """The expression that finds them still fits the file."""
+    kinds = [kind for kind, _ in BLOCKS]
+    assert kinds.count("python") >= 6
+    assert kinds.count("console") >= 4
+
+
+def test_make_targets_that_the_readme_names_exist() -> None:
+    """What a newcomer is told to type is in the Makefile."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"(?:`|^)make (\w+)", README, re.MULTILINE)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_links_lead_somewhere() -> None:
+    """Every relative link of the README and of docs/ names a file."""
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+@pytest.mark.timeout(300)
+async def test_every_snippet_runs_in_order(tmp_path: Path) -> None:
+    """One server, all snippets from top to bottom; servers that snippets start are started elsewhere."""
+    (tmp_path / "usage.csv").write_text(CSV, encoding="utf-8")
+    settings = Settings(port=0, data_dir=str(tmp_path / "data"))
+    async with dev.running(settings) as node:
+        for kind, text in BLOCKS:
+            if kind == "python":
+                await run_python(text, node.address)
+            elif kind == "console":
+                for line in text.splitlines():
+                    command = line.removeprefix("$ ")
+                    if command != "tallymark dev" and " run --role " not in command:
+                        await run_command(command, node.address, tmp_path)
+
+
+@pytest.mark.timeout(300)
+async def test_roles_run_alone_as_the_readme_says(tmp_path: Path) -> None:
+    """The three commands of the operations section bring up a cluster that counts."""
+    lines = [
+        line.removeprefix("$ ") for _, text in BLOCKS for line in text.splitlines() if " run --role " in line
+    ]
+    assert [re.search(r"--role (\w+)", line).group(1) for line in lines] == ["store", "query", "ingest"]  # type: ignore[union-attr]
+    processes = []
+    store_address = ""
+    address = ""
+    try:
+        for line in lines:
+            words = shlex.split(line)
+            given = dict(word.split("=", 1) for word in words if re.match(r"TALLYMARK_\w+=", word))
+            given["TALLYMARK_PORT"] = "0"  # whichever is free, in a test
+            given["TALLYMARK_DATA_DIR"] = str(tmp_path / "data")
+            if "TALLYMARK_COORDINATOR" in given:
+                given["TALLYMARK_COORDINATOR"] = f"tcp://{store_address}"
+            command = words[words.index("tallymark") + 1 :]
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "tallymark_node.main",
+                *command,
+                env=dict(os.environ, **given),
+                stdout=subprocess.PIPE,
+            )
+            processes.append(process)
+            assert process.stdout is not None
+            ready = (await process.stdout.readline()).decode()
+            assert ready.startswith("ready"), ready
+            address = ready.split("=", 1)[1].split()[0]
+            store_address = store_address or address
+        quickstart = next(text for kind, text in BLOCKS if kind == "python")
+        await run_python(quickstart, address)
+    finally:
+        for process in reversed(processes):
+            process.terminate()
+        for process in reversed(processes):
+            assert await process.wait() == 0
