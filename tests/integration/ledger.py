@@ -485,8 +485,14 @@ class Repeater:
         with contextlib.suppress(UnavailableError):
             async with self._server.peer(self._server.address) as peer:
                 while True:
-                    self._chunks.append(self._make())
+                    self._chunks.append(self._seal(self._ledger.batch(8)))
                     await self._ask(peer, self._chunks[-1])
+
+    async def send_one(self, events: list[Event]) -> None:
+        """Send these events as a new chunk."""
+        async with self._server.peer(self._server.address) as peer:
+            self._chunks.append(self._seal([self._ledger.enter(event) for event in events]))
+            await self._ask(peer, self._chunks[-1])
 
     async def repeat(self, last: int = 60) -> None:
         """Send the last chunks again and compare the answers."""
@@ -494,8 +500,7 @@ class Repeater:
             for sent in self._chunks[-last:]:
                 await self._ask(peer, sent)
 
-    def _make(self) -> Sent:
-        entries = self._ledger.batch(8)
+    def _seal(self, entries: list[Entry]) -> Sent:
         events = [entry.event for entry in entries]
         encoded = encode_events(events, self._producer, len(self._chunks) + 1, time.time_ns())
         assert len(encoded.chunks) == 1

@@ -1,8 +1,8 @@
 """What every role knows of the cluster: metrics, leaders and nodes, followed from the coordinator.
 
 Owns the coordinator's key names and the records under them. A catalog is a cache that is never behind what
-its owner waited for (`wait_revision`), and `fetch` reads past it, so that a metric made a moment ago through
-another gateway is found.
+its owner waited for (`wait_revision`); `fetch` looks beyond it and has it catch up, so that a metric made a
+moment ago through another gateway is found, and its owner hears of that metric's end as of any other's.
 
     metrics/<code>         `schema.encode_record`; the stored uid is 0, the key's create revision is the uid
     leaders/<partition>    `Leader`, under its node's lease; the key's create revision is the epoch
@@ -142,7 +142,11 @@ class Catalog:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def wait_revision(self, revision: int) -> None:
-        """Wait until every change up to `revision` is known, asking the coordinator where that takes long."""
+        """Wait until every change up to `revision` is known, asking the coordinator where that takes long.
+
+        Raises:
+            UnavailableError: the coordinator cannot be reached, or has not seen such a revision itself.
+        """
         while self.revision < revision:
             changed = self._changed
             try:
@@ -151,6 +155,10 @@ class Catalog:
             except TimeoutError:
                 # The revision may have touched other prefixes only, of which a watch says nothing.
                 await self._list()
+                if self.revision < revision:
+                    raise UnavailableError(
+                        f"the coordinator is at revision {self.revision}, before {revision}"
+                    ) from None
 
     async def wait_change(self) -> None:
         """Wait until something was taken in."""
@@ -245,9 +253,14 @@ class MetricCatalog(Catalog):
         return [self._records[code] for code in sorted(self._records)]
 
     async def fetch(self, code: str) -> MetricRecord | None:
-        """The metric with this code as the coordinator has it now."""
+        """The metric with this code as the coordinator has it now; what is returned is known here too."""
         item = await self.coordinator.get(metric_key(code))
-        return None if item is None else metric_of(item)
+        if item is None:
+            return None
+        # Never ahead of what `on_change` has told: its deletion, told before, must not be undone by this answer,
+        # and told later, must find it known.
+        await self.wait_revision(item.mod_revision)
+        return self._records.get(code)
 
 
 class LeaderCatalog(Catalog):
@@ -300,11 +313,12 @@ async def register(
             while True:
                 await asyncio.sleep(lease_ttl_s / 3)
                 try:
-                    await coordinator.lease_keepalive(lease)
-                except NotFoundError:
-                    lease = await announce()
-                except UnavailableError:
-                    continue
+                    try:
+                        await coordinator.lease_keepalive(lease)
+                    except NotFoundError:
+                        lease = await announce()
+                except TallymarkError as error:  # it may come back, and then this node must be in it again
+                    _log.warning("the coordinator cannot be told of this node: %s", error)
         finally:
             await coordinator.lease_revoke(lease)
 

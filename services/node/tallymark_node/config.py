@@ -48,6 +48,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     coalesce_ms: float = 2.0
 
 
+_YEARS_S = 10 * 366 * 86_400
+# What a setting may be, both ends included.
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "port": (0, 65_535),
+    "partition_count": (1, 4_096),
+    "wal_segment_bytes": (1024 * 1024, 1024**4),
+    "log_bytes_max": (0, 2**62),
+    "checkpoint_interval_seconds": (0.1, _YEARS_S),
+    "checkpoint_events": (1, 2**62),
+    "dedup_window_seconds": (0, _YEARS_S),
+    "pending_bytes_max": (1, 2**62),
+    "coalesce_ms": (0.0, 10_000.0),
+}
+
+
 def _convert(name: str, text: str, kind: type) -> Any:
     try:
         return kind(text)
@@ -70,7 +85,7 @@ def load(
             values.update(tomllib.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
             raise InvalidRequestError(f"cannot read the configuration {path}: {error.strerror}") from None
-        except tomllib.TOMLDecodeError as error:
+        except ValueError as error:  # not UTF-8, or not TOML
             raise InvalidRequestError(f"the configuration {path} is not valid TOML: {error}") from None
     for name, text in environment.items():
         field = name.removeprefix(ENV_PREFIX).lower()
@@ -84,10 +99,8 @@ def load(
         settings = msgspec.convert(values, Settings)
     except msgspec.ValidationError as error:
         raise InvalidRequestError(f"bad configuration: {error}") from None
-    if not 1 <= settings.partition_count <= 4096:
-        raise InvalidRequestError(f"partition_count must be 1 to 4096, not {settings.partition_count}")
-    if settings.wal_segment_bytes < 1024 * 1024:
-        raise InvalidRequestError(
-            f"wal_segment_bytes must be at least 1 MiB, not {settings.wal_segment_bytes}"
-        )
+    for name, (least, most) in _BOUNDS.items():
+        value = getattr(settings, name)
+        if not least <= value <= most:  # also where it is not a number
+            raise InvalidRequestError(f"{name} must be {least} to {most}, not {value}")
     return settings

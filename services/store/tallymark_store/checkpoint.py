@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from tallymark_runtime.disk import Disk, DiskError, FileMissingError
 from tallymark_store import container
+from tallymark_store.dedup.index import ENTRY_DTYPE
 from tallymark_store.wal import WalStart
 
 FORMAT_VERSION = 1
@@ -111,8 +112,9 @@ def load_ids(disk: Disk, manifest: Manifest) -> list[npt.NDArray[Any]]:
     """The remembered ids, one array a file, oldest first."""
     arrays = []
     for name, _, _ in manifest.id_files:
-        entries = _read(disk, name)["entries"]
-        assert not isinstance(entries, bytes), "ids are an array"
+        entries = _read(disk, name).get("entries")
+        if not isinstance(entries, np.ndarray) or entries.dtype != ENTRY_DTYPE:
+            raise CheckpointError(f"checkpoint file {name} holds no event ids")
         arrays.append(entries)
     return arrays
 
@@ -141,6 +143,8 @@ def write(
 
     Raises:
         DiskError: when the disk refuses; the checkpoint before stays in force.
+        CheckpointError: when an id file that was to be joined is damaged; write again with `previous` None and all
+            ids.
     """
     since = previous.offset if previous else 0
     kept = [entry for entry in (previous.id_files if previous else []) if entry[2] > id_floor]
@@ -148,7 +152,10 @@ def write(
     if len(new_ids):
         if len(kept) >= ID_FILES_MAX:
             assert previous is not None
-            new_ids = np.concatenate([*load_ids(disk, previous), new_ids])
+            held = load_ids(disk, msgspec.structs.replace(previous, id_files=kept))
+            new_ids = np.concatenate([*held, new_ids])
+            # A joined file lists anew what it takes over, so what has expired must be left behind here.
+            new_ids = new_ids[new_ids["offset"] >= id_floor]
             since = kept[0][1]
             kept = []
         fresh = [(f"ids-{since:020d}-{manifest.offset:020d}", since, manifest.offset)]

@@ -98,9 +98,23 @@ class Checkpointer:
         ids = await self._gather_ids(partition, previous.offset if previous else 0, offset)
         seen = partition.log_end
         disk = self._disk.at(folder(partition.partition))
-        written = await asyncio.to_thread(
-            checkpoint.write, disk, previous, manifest=manifest, state=state, new_ids=ids, id_floor=id_floor
-        )
+        try:
+            written = await asyncio.to_thread(
+                checkpoint.write,
+                disk,
+                previous,
+                manifest=manifest,
+                state=state,
+                new_ids=ids,
+                id_floor=id_floor,
+            )
+        except checkpoint.CheckpointError as error:
+            # Found while files were joined; all that is still needed is in memory.
+            _log.warning("writing all event ids of partition %d anew: %s", partition.partition, error)
+            ids = await self._gather_ids(partition, id_floor, offset)
+            written = await asyncio.to_thread(
+                checkpoint.write, disk, None, manifest=manifest, state=state, new_ids=ids, id_floor=id_floor
+            )
         await self._store.wait_committed(partition, seen)
         await asyncio.to_thread(checkpoint.publish, disk, written)
         self._manifests[partition.partition] = written

@@ -63,7 +63,8 @@ def encode(parts: dict[str, Part]) -> list[bytes | npt.NDArray[np.uint8]]:
 def _dtype(described: Any) -> np.dtype[Any]:
     if isinstance(described, list):
         described = [tuple(tuple(x) if isinstance(x, list) else x for x in field) for field in described]
-    return np.dtype(described)
+    dtype: np.dtype[Any] = np.dtype(described)
+    return dtype
 
 
 def decode(data: npt.NDArray[np.uint8]) -> dict[str, Part]:
@@ -78,9 +79,16 @@ def decode(data: npt.NDArray[np.uint8]) -> dict[str, Part]:
     header = data[_HEAD.size : _HEAD.size + header_length].tobytes()
     if magic != _MAGIC or len(header) != header_length or google_crc32c.value(header) != checksum:
         raise ContainerError("the file's header is damaged")
+    try:
+        entries = msgspec.msgpack.decode(header, type=list[_Entry])
+        return _parts(entries, data, _HEAD.size + header_length)
+    except (msgspec.DecodeError, ValueError, TypeError) as error:
+        raise ContainerError(f"the file's header makes no sense: {error}") from None
+
+
+def _parts(entries: list[_Entry], data: npt.NDArray[np.uint8], position: int) -> dict[str, Part]:
     parts: dict[str, Part] = {}
-    position = _HEAD.size + header_length
-    for entry in msgspec.msgpack.decode(header, type=list[_Entry]):
+    for entry in entries:
         raw = data[position : position + entry.length]
         position += entry.length
         if len(raw) != entry.length or (len(raw) and google_crc32c.value(raw) != entry.checksum):

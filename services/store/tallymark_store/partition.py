@@ -189,8 +189,8 @@ class Partition:
     ) -> Prepared:
         """Judge a validated payload. `read_verdicts(base_offset)` reads a logged batch's verdict column.
 
-        Only the dedup index remembers something already (`DedupIndex.judge` inserts as it looks up), which is
-        why the driver makes sure that the log takes the record *before* it calls this.
+        Only the dedup index remembers something already (`DedupIndex.judge` inserts as it looks up). Where the
+        record then does not get into the log, or this raises, the driver calls `back_out`.
         """
         n = int(columns[C_EVENTS])
         append_ns = self.stamp(now_ns)
@@ -295,6 +295,8 @@ class Partition:
         for c, verdict in enumerate(chunk_verdicts.tolist()):
             first = int(first_offsets[c])
             if verdict == REUSED:
+                # Rests on the chunk that is there under this sequence: of its record one offset stands for all.
+                commit_offset = max(commit_offset, min(int(judged.first_offsets[c]) + 1, base))
                 outcomes.append(ChunkOutcome(-1, [], _REUSED_ERROR))
                 continue
             if verdict == UNKNOWN:
@@ -391,7 +393,8 @@ class Partition:
         marks = np.zeros(n, dtype=np.uint8) if verdicts is None else verdicts
         low, high = time_range(payload, columns, append_ns, marks)
         relies = verdicts is not None and (
-            bool((chunk_verdicts == REPEAT).any()) or (originals is not None and len(originals) > 0)
+            bool(((chunk_verdicts == REPEAT) | (chunk_verdicts == REUSED)).any())
+            or (originals is not None and len(originals) > 0)
         )
         return Prepared(
             answer=answer,
@@ -409,9 +412,10 @@ class Partition:
             stored=accepted,
         )
 
-    def back_out(self, base: int) -> None:
+    def back_out(self, base: int, columns: Ints) -> None:
         """Forget what `prepare` remembered: the record did not get into the log, which still ends at `base`."""
-        self.dedup.truncate(base)
+        if columns[C_ID_ENCODING] == 2:  # else there is nothing, and to look for it would take long
+            self.dedup.truncate(base)
 
     def missing_codes(self, payload: Bytes, columns: Ints) -> list[str]:
         """The codes of a payload's metric table that the partition knows no living metric by."""
@@ -500,12 +504,13 @@ class Partition:
     def fold_step(self) -> tuple[int, int]:
         """Fold the next committed record; returns its events and its payload's bytes (0 for a control record)."""
         assert self.fold_behind, "only what is committed is folded"
-        item = self._queue.popleft()
+        item = self._queue[0]  # taken off only once it is in the cells: a failure never passes over a record
         if item.control is not None:
             self.fold.put_schema(item.control, item.base_offset)
         elif len(item.data):
             self.fold.apply(item.data, item.columns, item.verdicts, item.base_offset, item.append_ns)
         self.fold.advance(item.end_offset)
+        self._queue.popleft()
         return (item.end_offset - item.base_offset if len(item.data) else 0), len(item.data)
 
     def fail_waiting(self) -> None:

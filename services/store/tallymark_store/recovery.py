@@ -12,11 +12,13 @@ import logging
 from collections.abc import Callable
 
 import msgspec
+import numpy as np
 
 from tallymark_protocol.errors import ErrorCode, RemoteProtocolError, WireError
 from tallymark_runtime.disk import Disk
 from tallymark_store import checkpoint
 from tallymark_store.checkpointer import folder
+from tallymark_store.dedup.producers import ENTRY_DTYPE as WINDOW_DTYPE
 from tallymark_store.fold import Fold
 from tallymark_store.partition import Partition
 from tallymark_store.store import replay
@@ -145,7 +147,8 @@ def _restore(partition: Partition, disk: Disk, manifest: checkpoint.Manifest) ->
     # The judge's schemas go ahead of the fold's from here on; at the checkpoint they are the same.
     partition.schemas = copy.deepcopy(partition.fold.schemas)
     windows = state["windows"]
-    assert not isinstance(windows, bytes), "the windows are an array"
+    if not isinstance(windows, np.ndarray) or windows.dtype != WINDOW_DTYPE:
+        raise checkpoint.CheckpointError("the state file holds no producer windows")
     partition.windows.load(windows)
     for entries in checkpoint.load_ids(disk, manifest):
         partition.dedup.reserve(len(entries))

@@ -16,15 +16,19 @@ from collections.abc import Callable
 import msgspec
 
 from tallymark_protocol import limits
-from tallymark_protocol.errors import NotFoundError, UnavailableError
+from tallymark_protocol.errors import BackpressureError, ErrorCode, NotFoundError, UnavailableError
 from tallymark_protocol.frames import Frame
 from tallymark_protocol.messages import (
     PROTOCOL_VERSION,
+    AlertsResult,
     Call,
     CoordinatorCall,
+    EventsResult,
     FrameType,
     Message,
     PartitionStatus,
+    RealtimeResult,
+    Row,
     StatusResult,
     StoreAlerts,
     StoreDigest,
@@ -32,8 +36,10 @@ from tallymark_protocol.messages import (
     StoreRealtime,
     StoreStatus,
     StoreTotals,
+    TotalsResult,
     Welcome,
 )
+from tallymark_protocol.periods import period_of
 from tallymark_runtime.catalog import (
     Cluster,
     Leader,
@@ -50,7 +56,7 @@ from tallymark_runtime.transport import FrameServer, HandlerBase, ServerConnecti
 from tallymark_store import recovery, store, warmup
 from tallymark_store.checkpointer import Checkpointer
 from tallymark_store.partition import Partition
-from tallymark_store.reads import EventsRead, Reads, TotalsRead
+from tallymark_store.reads import EventsRead, Reads, TotalsRead, empty_stats
 from tallymark_store.scan.source import WalSource
 from tallymark_store.wal import WalConfig
 
@@ -175,7 +181,10 @@ class StoreService(HandlerBase):
         self._store.start_epoch(partition, result.revision)
         await self._store.wait_committed(partition, partition.log_end)
         partition.epoch = result.revision
-        self._store.refresh_schemas(partition)
+        try:
+            self._store.refresh_schemas(partition)
+        except BackpressureError as error:  # due before the next append; reads can be answered
+            _log.warning("changes of metrics wait to be written: %s", error)
 
     async def _keep_lease(self) -> None:
         while True:
@@ -250,22 +259,44 @@ class StoreService(HandlerBase):
             return self._status(running)
         if isinstance(call, StoreTotals | StoreRealtime | StoreEvents | StoreAlerts):
             partition = running.serving(call.partition)
-            if call.partition in self._reads and isinstance(call, StoreTotals | StoreRealtime | StoreEvents):
-                await self._know_metric(running, partition, call.metric_code)
             await running.wait_applied(partition)
+            if call.metric_code is not None and partition.fold.schemas.slot_of(call.metric_code) < 0:
+                return await self._read_nothing(partition, call, call.metric_code)
             return await self._read(self._reads[call.partition], call)
         if isinstance(call, StoreDigest):
             return await self._digest(running, call)
         return await super().on_call(connection, call)
 
-    async def _know_metric(self, running: store.Store, partition: Partition, code: str | None) -> None:
-        """A metric that exists but has no events in this partition yet: its totals are zero, not unknown."""
-        if code is None or partition.schemas.slot_of(code) >= 0:
-            return
+    async def _read_nothing(
+        self,
+        partition: Partition,
+        call: StoreTotals | StoreRealtime | StoreEvents | StoreAlerts,
+        code: str,
+    ) -> Message:
+        """Answer about a metric of which this partition has no event: nothing, if there is such a metric.
+
+        A metric gets into a partition's log with its first batch; reads write nothing, also on a full disk.
+        """
         record = await self._catalog.fetch(code)
-        if record is not None and partition.schemas.slot_of(code) < 0:
-            running.append_schema(partition, record)
-            await running.wait_committed(partition, partition.log_end)
+        if record is None:
+            raise NotFoundError(f"there is no metric {code!r}", code=ErrorCode.UNKNOWN_METRIC)
+        schema = record.schema
+        as_of = partition.applied
+        empty = empty_stats(schema.agg_type)
+        match call:
+            case StoreTotals():
+                single = call.account_id is not None and len(call.buckets) == 1 and not call.group_by
+                rows = [Row(empty)] if single else []
+                return TotalsResult(rows, as_of, call.partition, record.uid)
+            case StoreRealtime():
+                at_ns = self._clock.now_ns() if call.at_ns is None else call.at_ns
+                period = period_of(at_ns, schema.period_type, schema.billing_cycle_day, record.zone)
+                return RealtimeResult(empty, period.start_ns, period.end_ns, as_of, call.partition)
+            case StoreEvents():
+                return EventsResult([], None, as_of)
+            case StoreAlerts():
+                position = max(partition.fold.alert_count, call.from_position)
+                return AlertsResult([], position, more=False)
 
     async def _read(
         self, reads: Reads, call: StoreTotals | StoreRealtime | StoreEvents | StoreAlerts
@@ -308,7 +339,9 @@ class StoreService(HandlerBase):
     async def _digest(self, running: store.Store, call: StoreDigest) -> PartitionStatus:
         """The digest of the applied state; or of a recount of the log from its first record to the same offset."""
         partition = running.serving(call.partition)
-        await running.wait_applied(partition)
+        # Of the applied offset, so nothing committed may lie beyond it, and no await comes before the digest.
+        while partition.applied < partition.high_watermark:
+            await running.wait_applied(partition)
         counted = partition
         if call.recount:
             upto = partition.applied

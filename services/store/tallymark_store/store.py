@@ -39,8 +39,8 @@ from tallymark_runtime.transport import ServerConnection
 from tallymark_store import batch
 from tallymark_store.partition import Bytes, Ints, LoggedVerdicts, Partition
 from tallymark_store.wal import (
+    DamagedError,
     Group,
-    LogFullError,
     Position,
     RecordKind,
     RecordMeta,
@@ -101,6 +101,7 @@ class Store:
 
     def on_append(self, connection: ServerConnection, frame: Frame) -> None:
         """Take an APPEND frame; it is answered once, now or after its commit."""
+        self.wal.poll_space(self.clock.monotonic_ns())
         try:
             self._append(connection, frame.request_id, frame.body, resolved=False)
         except TallymarkError as error:
@@ -131,6 +132,8 @@ class Store:
         status = validate_payload(payload, 0, len(payload), columns)
         if status != OK:
             raise explain(status, "payload")
+        if partition.schemas_stale:
+            self.refresh_schemas(partition)  # before the codes are looked up: a deleted metric takes no event
         slots = partition.schemas.slots_of(payload, columns)
         if not resolved and (header.metrics_revision > self.catalog.revision or bool((slots < 0).any())):
             self._resolve(connection, request_id, body, partition, payload, columns, header.metrics_revision)
@@ -147,28 +150,27 @@ class Store:
         columns: Ints,
         slots: Ints,
     ) -> None:
-        if partition.schemas_stale:
-            self.refresh_schemas(partition)
-        self.wal.poll_space(self.clock.monotonic_ns())
         base = partition.log_end
         read = functools.partial(self.read_verdicts, partition.partition)
-        prepared = partition.prepare(payload, columns, header.checksum, slots, self.clock.now_ns(), read)
-        if prepared.record is not None:
-            meta = RecordMeta(
-                partition.partition,
-                RecordKind.EVENTS,
-                partition.epoch,
-                base,
-                prepared.event_count,
-                prepared.append_ns,
-                prepared.min_time_ns,
-                prepared.max_time_ns,
-            )
-            try:
+        try:
+            prepared = partition.prepare(payload, columns, header.checksum, slots, self.clock.now_ns(), read)
+            if prepared.record is not None:
+                meta = RecordMeta(
+                    partition.partition,
+                    RecordKind.EVENTS,
+                    partition.epoch,
+                    base,
+                    prepared.event_count,
+                    prepared.append_ns,
+                    prepared.min_time_ns,
+                    prepared.max_time_ns,
+                )
                 self.wal.append(meta, prepared.record)
-            except TallymarkError:
-                partition.back_out(base)
-                raise
+        except BaseException:
+            # Whatever it was, the log does not hold these events: their ids must not stand for anything.
+            partition.back_out(base, columns)
+            raise
+        if prepared.record is not None:
             partition.appended(prepared)
             self._backlog_bytes += len(payload)
             self._poke()
@@ -212,7 +214,12 @@ class Store:
 
     def read_verdicts(self, partition: int, offset: int) -> LoggedVerdicts:
         """The verdict column of the batch at `offset`, to answer a repeat as it was answered first."""
-        found = self.wal.read(partition, offset)
+        try:
+            found = self.wal.read(partition, offset)
+        except DamagedError as error:
+            self.wal.mark_damaged(partition)
+            self.partitions[partition].error = to_wire(error)
+            raise
         assert found is not None, "the producer windows know only what the log holds"
         meta, body = found
         view = batch.parse(body, 0, len(body))
@@ -255,7 +262,10 @@ class Store:
             if partition.error is None and partition.epoch:
                 try:
                     self._update_schema(partition, record)
-                except LogFullError:
+                except TallymarkError as error:
+                    # No room, or the log is failing: it is due before the next append. The other partitions
+                    # must learn of the change all the same.
+                    _log.warning("a metric's change waits to be written: %s", error)
                     partition.schemas_stale = True
 
     def _update_schema(self, partition: Partition, record: MetricRecord) -> None:
@@ -270,14 +280,16 @@ class Store:
         """Bring a partition's metrics to what the catalog knows: changes made while nobody led it, or no room was.
 
         Raises:
-            LogFullError: there is no room now.
+            LogFullError, LogBusyError: there is no room now.
         """
         partition.schemas_stale = True
         current = {record.uid: record for record in self.catalog.all()}
         for slot in range(partition.schemas.count):
             known = partition.schemas.record(slot)
-            gone = msgspec.structs.replace(known, deleted=True)
-            self._update_schema(partition, current.get(known.uid, gone))
+            if known.uid in current:
+                self._update_schema(partition, current[known.uid])
+            elif known.uid <= self.catalog.revision:  # else the catalog has not heard of it yet
+                self._update_schema(partition, msgspec.structs.replace(known, deleted=True))
         partition.schemas_stale = False
 
     # ------------------------------------------------------------ sync and commit
@@ -317,6 +329,8 @@ class Store:
                 future.set_result(None)
 
     async def _wait_sync(self) -> None:
+        if self.stopped.is_set():
+            raise UnavailableError("the log has failed")
         future = self._loop.create_future()
         self._sync_waiters.append(future)
         self._threads.wake()
@@ -353,6 +367,10 @@ class Store:
             partition.error = WireError(int(ErrorCode.PARTITION_UNAVAILABLE), True, wire.message)
             partition.fail_waiting()
         self.stopped.set()
+        waiting, self._sync_waiters = self._sync_waiters, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)  # they look again, and find the log failed
 
     def _mark(self) -> None:
         self._marker = None
@@ -384,7 +402,11 @@ class Store:
             self._pause_reading(False)
 
     def _fold_one(self, partition: Partition) -> None:
-        events, size = partition.fold_step()
+        try:
+            events, size = partition.fold_step()
+        except Exception as error:
+            self._on_failed(error)  # totals that lack a record must not be told to anybody
+            raise
         self.events_folded += events
         self._backlog_bytes -= size
 
@@ -412,7 +434,7 @@ class Store:
         if self._marker is not None:
             self._marker.cancel()
         for partition in self.partitions.values():
-            while partition.fold_behind:
+            while partition.error is None and partition.fold_behind:
                 self._fold_one(partition)
 
 

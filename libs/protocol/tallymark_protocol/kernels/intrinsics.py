@@ -13,8 +13,10 @@ import numba as nb
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils as _untyped_cgutils
 from numba.extending import intrinsic
+
+cgutils: Any = _untyped_cgutils
 
 _BYTE_POINTER = ir.IntType(8).as_pointer()
 
