@@ -53,9 +53,7 @@ def _prune(parent: Path, current: str) -> None:
 
 
 def _choose_folder() -> None:
-    if (
-        _config.CACHE_DIR
-    ):  # NUMBA_CACHE_DIR: the user's choice stands above ours, but keeps digests apart
+    if _config.CACHE_DIR:  # NUMBA_CACHE_DIR: the user's choice stands above ours, but keeps digests apart
         parents = [Path(_config.CACHE_DIR)]
     else:
         parents = [Path(__file__).parent / "__pycache__", Path.home() / ".cache" / "tallymark"]

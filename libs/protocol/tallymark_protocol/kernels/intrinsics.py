@@ -81,6 +81,19 @@ def prefetch(typingctx: Any, array: Any, index: Any) -> Any:  # noqa: ARG001
     return types.void(array, types.int64), codegen
 
 
+@intrinsic
+def fold_multiply(typingctx: Any, a: Any, b: Any) -> Any:  # noqa: ARG001
+    """The two halves of the 128-bit product of two uint64, xored: a quick mixer for hash tables in memory."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
+        wide = ir.IntType(128)
+        product = builder.mul(builder.zext(args[0], wide), builder.zext(args[1], wide))
+        high = builder.trunc(builder.lshr(product, ir.Constant(wide, 64)), ir.IntType(64))
+        return builder.xor(high, builder.trunc(product, ir.IntType(64)))
+
+    return types.uint64(types.uint64, types.uint64), codegen
+
+
 @nb.njit(nogil=True, cache=True, inline="always")
 def mix64(value: Any) -> Any:
     """splitmix64's finaliser (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014)."""

@@ -31,9 +31,11 @@ from typing import Any
 
 import numpy as np
 
-from tallymark_protocol.kernels.intrinsics import mix64
+from tallymark_protocol.kernels import intrinsics
 from tallymark_store.fold.compiling import inlined, kernel, prefetch
 from tallymark_store.fold.index import CAPACITY, LOW32, SHARDS, STRIDE, U32, ZERO, home_of, shard_of, tag_of
+
+fold_multiply: Any = intrinsics.fold_multiply
 
 W_ACCOUNT = 0
 W_START = 1
@@ -71,7 +73,8 @@ def cell_key(slot: Any, combo: Any) -> Any:
 @inlined
 def cell_hash(account: Any, start: Any, key: Any, seed: Any) -> Any:
     """Hash of words 0 to 2. The seed keeps callers from choosing accounts that collide."""
-    return mix64(np.uint64(account) ^ mix64(np.uint64(start) + np.uint64(key) * _GOLDEN + np.uint64(seed)))
+    inner = fold_multiply(np.uint64(start) ^ np.uint64(seed), np.uint64(key) ^ _GOLDEN)
+    return fold_multiply(np.uint64(account) ^ inner, _GOLDEN ^ (np.uint64(seed) | np.uint64(1)))
 
 
 @kernel
@@ -123,11 +126,17 @@ def find_head(table: Any, shards: Any, cells: Any, h: Any, account: Any, start: 
             position = 0
 
 
-@kernel
-def prefetch_cell(table: Any, shards: Any, flat: Any, h: Any) -> None:
-    """Ask for the first row whose tag matches; its index entries should be in cache by now.
+@inlined
+def is_cell(cells: Any, row: Any, account: Any, start: Any, key: Any) -> Any:
+    """Whether a row is the cell with this identity."""
+    return cells[row, W_ACCOUNT] == account and cells[row, W_START] == start and cells[row, W_KEY] == key
 
-    `flat` is the array of cells as one row of words.
+
+@kernel
+def guess_cell(table: Any, shards: Any, flat: Any, h: Any) -> Any:
+    """The first row whose tag matches, most probably the cell, and ask for its cache lines; -1 if there is none.
+
+    Its index entries should be in cache by now. `flat` is the array of cells as one row of words.
     """
     shard = shard_of(h)
     capacity = shards[shard, CAPACITY]
@@ -137,12 +146,12 @@ def prefetch_cell(table: Any, shards: Any, flat: Any, h: Any) -> None:
     while True:
         entry = table[base + position]
         if entry == ZERO:
-            return
+            return np.int64(-1)
         if (entry >> U32) == tag:
             row = np.int64(entry & LOW32) - 1
             prefetch(flat, row * CELL_WORDS)
             prefetch(flat, row * CELL_WORDS + CELL_WORDS - 1)
-            return
+            return row
         position += 1
         if position == capacity:
             position = 0

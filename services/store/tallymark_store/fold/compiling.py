@@ -1,7 +1,7 @@
 """How the fold's kernels are compiled.
 
 Without reference counting: numba otherwise counts every array that an inlined function is handed up and down again,
-atomically, which made the fold three times slower. The price is that kernels allocate nothing; whoever calls them
+atomically, which made the fold about twice as slow. The price is that kernels allocate nothing; whoever calls them
 brings the arrays. What they call is compiled likewise.
 """
 

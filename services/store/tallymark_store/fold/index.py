@@ -5,7 +5,8 @@ row; whoever looks up compares it there when the tag matches, so entries stay at
 
 The table is 64 shards, chosen by the hash's top 6 bits. The next 32 bits are the tag, and the tag alone gives the
 position within a shard (`tag * capacity >> 32`), so a shard is enlarged without looking at rows, nearly in
-sequence, by a quarter at a time: loads stay between 0.6 and 0.75, and no single step moves more than a 64th.
+sequence, by a quarter at a time: loads stay between 0.4 and 0.5, so that most look-ups end at their first entry
+(a search of unforeseeable length costs more than the memory), and no single step moves more than a 64th.
 Shards lie `stride` entries apart in one reserved range, so they grow in place. Kernels don't grow them (they can't
 allocate, see `compiling`): they mark the index FULL and stop between two events. Nothing is ever deleted from an index.
 Lookup loops stand with their keys: see `cells.find_cell`.
@@ -91,13 +92,13 @@ def _fill(table: Any, base: Any, capacity: Any, entries: Any) -> None:
 def insert(table: Any, shards: Any, h: Any, row: Any) -> None:
     """Add an entry for a row that isn't in yet. Marks the index FULL when a shard is due to grow.
 
-    The caller then stops soon: a quarter of the shard is left, 16 entries at least.
+    The caller then stops soon: half of the shard is left, 32 entries at least.
     """
     shard = shard_of(h)
     capacity = shards[shard, CAPACITY]
     count = shards[shard, COUNT] + 1
     assert count < capacity
-    if 4 * count > 3 * capacity:
+    if 2 * count > capacity:
         shards[SHARDS, FULL] = 1
     shards[shard, COUNT] = count
     entry = (tag_of(h) << U32) | np.uint64(row + 1)
@@ -120,7 +121,7 @@ class Index:
 
     def __init__(self, expected: int = 0, *, reserve: bool = True) -> None:
         # Beside the even share room for a shard that gets more than its share.
-        capacity = max(_CAPACITY_FIRST, int(expected / SHARDS / 0.65) + _CAPACITY_FIRST if expected else 0)
+        capacity = max(_CAPACITY_FIRST, int(expected / SHARDS / 0.45) + _CAPACITY_FIRST if expected else 0)
         self._arena = Arena(
             np.uint64, reserve_rows=_STRIDE_RESERVED * SHARDS if reserve else 0, initial_rows=1
         )
@@ -156,7 +157,7 @@ class Index:
         moved = False
         for shard, (capacity, count) in enumerate(self.shards[:SHARDS].tolist()):
             # Shards fill alike, so small ones grow together and kernels are interrupted less often.
-            load = 0.75 if capacity > _CAPACITY_LARGE else 0.66
+            load = 0.5 if capacity > _CAPACITY_LARGE else 0.45
             if count <= load * capacity:
                 continue
             larger = capacity + capacity // 4

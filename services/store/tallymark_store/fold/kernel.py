@@ -51,9 +51,10 @@ from tallymark_store.fold.cells import (
     cell_key,
     find_cell,
     find_head,
+    guess_cell,
     head_of,
+    is_cell,
     next_of,
-    prefetch_cell,
     set_links,
 )
 from tallymark_store.fold.compiling import kernel, prefetch
@@ -91,7 +92,9 @@ _PERIOD_HASH = 6
 _DAY_HASH = 7
 _AGG = 8
 _ACCOUNT = 9
-SCRATCH_FIELDS = 10
+_PERIOD_ROW = 10  # the cells, where they were there before the block; else -1
+_DAY_ROW = 11
+SCRATCH_FIELDS = 12
 
 _COUNT = int(AggType.COUNT)
 _SUM = int(AggType.SUM)
@@ -276,11 +279,14 @@ def _plan_block(
             block[j, _DAY_HASH] = np.int64(h)
             prefetch(table, entry_position(shards, h))
     for j in range(last - first):
-        if block[j, _SLOT] < 0:
+        slot = block[j, _SLOT]
+        if slot < 0:
             continue
-        prefetch_cell(table, shards, flat, np.uint64(block[j, _PERIOD_HASH]))
-        if block[j, _COMBO] >= 0:
-            prefetch_cell(table, shards, flat, np.uint64(block[j, _DAY_HASH]))
+        h = np.uint64(block[j, _PERIOD_HASH])
+        block[j, _PERIOD_ROW] = guess_cell(table, shards, flat, h)
+        combo = block[j, _COMBO]
+        if combo >= 0:
+            block[j, _DAY_ROW] = guess_cell(table, shards, flat, np.uint64(block[j, _DAY_HASH]))
 
 
 @kernel
@@ -417,7 +423,9 @@ def fold_events(
             start = block[j, _PERIOD_START]
             h = np.uint64(block[j, _PERIOD_HASH])
             key = cell_key(slot, PERIOD)
-            cell = find_cell(table, shards, cells, h, account, start, key)
+            cell = block[j, _PERIOD_ROW]
+            if cell < 0 or not is_cell(cells, cell, account, start, key):
+                cell = find_cell(table, shards, cells, h, account, start, key)
             if cell < 0:
                 cell = _new_cell(cells, table, shards, counters, h, account, start, key)
             if agg == _COUNT_UNIQUE:
@@ -467,7 +475,9 @@ def fold_events(
             if block[j, _COMBO] >= 0:
                 h = np.uint64(block[j, _DAY_HASH])
                 key = cell_key(slot, block[j, _COMBO])
-                cell = find_cell(table, shards, cells, h, account, start, key)
+                cell = block[j, _DAY_ROW]
+                if cell < 0 or not is_cell(cells, cell, account, start, key):
+                    cell = find_cell(table, shards, cells, h, account, start, key)
             if cell < 0 and width == 0:
                 cell = _new_cell(cells, table, shards, counters, h, account, start, key)
                 set_links(cells, cell, np.int64(-1), HEAD | 1)
