@@ -260,12 +260,20 @@ class StoreService(HandlerBase):
         if isinstance(call, StoreTotals | StoreRealtime | StoreEvents | StoreAlerts):
             partition = running.serving(call.partition)
             await running.wait_applied(partition)
-            if call.metric_code is not None and partition.fold.schemas.slot_of(call.metric_code) < 0:
+            if call.metric_code is not None and not self._knows(partition, call.metric_code):
                 return await self._read_nothing(partition, call, call.metric_code)
             return await self._read(self._reads[call.partition], call)
         if isinstance(call, StoreDigest):
             return await self._digest(running, call)
         return await super().on_call(connection, call)
+
+    def _knows(self, partition: Partition, code: str) -> bool:
+        """Whether the metric that has this code now, not an older one under the same code, is in the partition."""
+        slot = partition.fold.schemas.slot_of(code)
+        if slot < 0:
+            return False
+        current = self._catalog.get(code)
+        return current is None or current.uid == partition.fold.schemas.record(slot).uid
 
     async def _read_nothing(
         self,
