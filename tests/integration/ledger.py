@@ -500,6 +500,15 @@ class Repeater:
             for sent in self._chunks[-last:]:
                 await self._ask(peer, sent)
 
+    def forget_last(self) -> None:
+        """The last chunk is to be sent as if it had never been answered."""
+        self._chunks[-1].answer = None
+        for entry in self._chunks[-1].entries:
+            entry.outcome, entry.place = Outcome.OPEN, None
+            fact = self._ledger.facts[key_of(entry.event)]
+            self._ledger.alerts = [a for a in self._ledger.alerts if (a.partition, a.event_offset) != fact.seen]
+            fact.seen = None
+
     def _seal(self, entries: list[Entry]) -> Sent:
         events = [entry.event for entry in entries]
         encoded = encode_events(events, self._producer, len(self._chunks) + 1, time.time_ns())

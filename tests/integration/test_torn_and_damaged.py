@@ -4,14 +4,10 @@ The data directory is a real server's, killed. Most of the hundreds of starts ar
 memory, by the store's own function; some are real processes.
 """
 
-import asyncio
-import contextlib
 import random
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-import google_crc32c
 import numpy as np
 import pytest
 from ledger import ACCOUNTS, ALWAYS, Ledger, Repeater, create_metrics
@@ -23,8 +19,10 @@ from tallymark_protocol.identifiers import partition_of
 from tallymark_protocol.limits import DEDUP_WINDOW_NS
 from tallymark_runtime.disk import MemoryDisk
 from tallymark_store import recovery
-from tallymark_store.wal import RECORD_HEADER_BYTES, WalConfig
+from tallymark_store.checkpoint import load_wal_start
+from tallymark_store.wal import RECORD_HEADER_BYTES, Recovery, WalConfig, open_wal
 from tallymark_store.wal.format import (
+    FLAG_MARKER,
     GROUP_HEADER_BYTES,
     SEGMENT_HEADER_BYTES,
     align,
@@ -43,6 +41,7 @@ NO_CHECKPOINTS = {
     "TALLYMARK_CHECKPOINT_EVENTS": "1000000",
     "TALLYMARK_CHECKPOINT_INTERVAL_SECONDS": "3600",
 }
+CONFIG = WalConfig(segment_bytes=64 * 1024)  # of what recovery adds
 EVERY_CHECKPOINT = {"TALLYMARK_CHECKPOINT_EVENTS": "1", "TALLYMARK_CHECKPOINT_INTERVAL_SECONDS": "0.1"}
 
 
@@ -64,31 +63,37 @@ class State(NamedTuple):
     errors: list[str | None]
 
 
-def in_memory(data: Path) -> MemoryDisk:
-    """A store's data directory, read into memory."""
-    disk = MemoryDisk()
+def files_of(data: Path) -> dict[Path, bytes]:
+    """A store's files, without the segments that hold nothing yet: a crash may come before they are made."""
     root = data / "store"
-    for path in sorted(root.rglob("*")):
-        if path.is_file():
-            folder = disk
-            for name in path.relative_to(root).parts[:-1]:
-                folder = folder.at(name)
-            file = folder.create(path.name)
-            file.write(0, [path.read_bytes()])
-            file.sync()
-            folder.sync_dir()
+    files = {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    return {path: content for path, content in files.items() if path.suffix != ".seg" or used_bytes(content)}
+
+
+def in_memory(files: dict[Path, bytes]) -> MemoryDisk:
+    """A disk with these files."""
+    disk = MemoryDisk()
+    for path, content in files.items():
+        folder = disk
+        for name in path.parts[:-1]:
+            folder = folder.at(name)
+        file = folder.create(path.name)
+        file.write(0, [content])
+        file.sync()
+        folder.sync_dir()
     return disk
 
 
-def recover(disk: MemoryDisk) -> tuple[State, recovery.Recovered]:
-    """Recover a store as a start does."""
+def recover(disk: MemoryDisk) -> tuple[State, list[str]]:
+    """Recover a store as a start does; return what it made of it, and said about it."""
+    reports: list[str] = []
     found = recovery.recover(
         disk,
         partition_count=PARTITIONS,
         dedup_window_ns=DEDUP_WINDOW_NS,
-        wal_config=WalConfig(segment_bytes=64 * 1024),
+        wal_config=CONFIG,
         new_log_id=bytes(16),
-        report=lambda text: None,
+        report=reports.append,
     )
     parts = [found.partitions[number] for number in range(PARTITIONS)]
     for part in parts:
@@ -101,13 +106,13 @@ def recover(disk: MemoryDisk) -> tuple[State, recovery.Recovered]:
         [part.error.message if part.error is not None else None for part in parts],
     )
     found.wal.close()
-    return state, found
+    return state, reports
 
 
 def last_record(data: Path) -> Last:
     """Find the last record of ACCOUNT's partition, and check that it is alone in the last group of records."""
-    _, found = recover(in_memory(data))
-    index = found.wal.partitions[PARTITION]
+    wal, _ = open_wal(in_memory(files_of(data)).at("wal"), new_log_id=bytes(16), config=CONFIG)
+    index = wal.partitions[PARTITION]
     row = index.row(len(index) - 1)
     name = segment_name(row.segment)
     content = np.frombuffer((data / "store" / "wal" / name).read_bytes(), np.uint8)
@@ -159,78 +164,187 @@ async def prepare(server: Server, *, checkpoint: bool, marker: bool) -> Prepared
         ]
     )
     if marker:
-        path = server.data / "store" / "wal"
+        wal = server.data / "store" / "wal"
 
         def marked() -> bool:
-            newest = max(path.glob("wal-*.seg"), key=lambda file: used_bytes(file))
-            return used_bytes(newest) > 0 and ends_with_marker(newest)
+            used = [content for path in wal.glob("wal-*.seg") if used_bytes(content := path.read_bytes())]
+            return ends_with_marker(max(used, key=_number))
 
         assert await wait_until(marked)
     server.kill()
     return Prepared(server, ledger, repeater, last_record(server.data))
 
 
-def used_bytes(file: Path) -> int:
-    """How much of a segment is written, by its last byte that isn't zero (its header's copy apart)."""
-    content = np.frombuffer(file.read_bytes(), np.uint8)[SEGMENT_HEADER_BYTES:-SEGMENT_HEADER_BYTES]
-    found = np.flatnonzero(content)
+def used_bytes(content: bytes) -> int:
+    """How much of a segment is written, by its last byte that isn't zero, its headers apart."""
+    found = np.flatnonzero(np.frombuffer(content, np.uint8)[SEGMENT_HEADER_BYTES:-SEGMENT_HEADER_BYTES])
     return int(found[-1]) + 1 if len(found) else 0
 
 
-def ends_with_marker(file: Path) -> bool:
+def _number(content: bytes) -> int:
+    header = parse_segment_header(np.frombuffer(content, np.uint8))
+    assert header is not None
+    return header.segment
+
+
+def ends_with_marker(content: bytes) -> bool:
     """Whether the last group of a segment is a marker."""
-    content = np.frombuffer(file.read_bytes(), np.uint8)
-    header = parse_segment_header(content)
+    data = np.frombuffer(content, np.uint8)
+    header = parse_segment_header(data)
     assert header is not None
     salt, position, marker = salt_of(header.log_id, header.segment), SEGMENT_HEADER_BYTES, False
-    while (group := parse_group_header(salt, content, position)) is not None:
-        position, marker = group.end, bool(group.flags & 1)
+    while (group := parse_group_header(salt, data, position)) is not None:
+        position, marker = group.end, bool(group.flags & FLAG_MARKER)
     return marker
 
 
-def torn(disk: MemoryDisk, last: Last, at: int, filling: bytes) -> None:
-    """Make of the log what a crash leaves that tore the last record's write at `at`."""
-    wal = disk.at("wal")
-    file = wal.open(last.file)
-    size = file.size()
-    file.write(at, [bytes(size - SEGMENT_HEADER_BYTES - at)])
-    rest = max(0, last.marker - at)
-    file.write(at, [(filling * rest)[:rest]])
-    file.sync()
+def torn(content: bytes, last: Last, at: int, filling: bytes) -> bytes:
+    """What a crash leaves of a segment when it tears the last record's write at `at`: of what follows, `filling`."""
+    rest = (filling * last.marker)[: max(0, last.marker - at)]
+    behind = content[-SEGMENT_HEADER_BYTES:]
+    return content[:at] + rest + bytes(len(content) - at - len(rest) - len(behind)) + behind
+
+
+def recover_log(disk: MemoryDisk) -> tuple[list[int], Recovery]:
+    """Recover the log alone, from the checkpoint's start if there is one; return the log ends."""
+    start = load_wal_start(disk.at("checkpoints"))
+    wal, found = open_wal(disk.at("wal"), new_log_id=bytes(16), config=CONFIG, start=start)
+    wal.close()
+    return [wal.log_end(number) for number in range(PARTITIONS)], found
+
+
+class Copies:
+    """Copies in memory of a data directory that differ in the file of the last record."""
+
+    def __init__(self, data: Path, last: Last) -> None:
+        self._files = files_of(data)
+        self._path = Path("wal") / last.file
+        self.content = self._files[self._path]
+
+    def whole(self, content: bytes) -> MemoryDisk:
+        """A copy in which that file is this."""
+        assert len(content) == len(self.content)
+        return in_memory(self._files | {self._path: content})
+
+    def log(self, content: bytes) -> MemoryDisk:
+        """A copy of what the log's own recovery reads."""
+        files = self._files | {self._path: content}
+        return in_memory({path: files[path] for path in files if path.parent.name in {"wal", "checkpoints"}})
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
 async def test_torn_at_every_byte(server, checkpoint):
     """The last record torn at each byte, the rest zeros or rubbish: it is dropped whole, and nothing else is."""
-    data, last = await _prepared_data(server, checkpoint=checkpoint)
-    whole, _ = recover(in_memory(data))
-    before = None
-    rng = random.Random(1)
+    last = (await prepare(server, checkpoint=checkpoint, marker=False)).last
+    copies = Copies(server.data, last)
+    whole = recover(copies.whole(copies.content))[0]
+    before = recover(copies.whole(torn(copies.content, last, last.group, b"\0")))[0]
+    assert before.errors == whole.errors == [None] * PARTITIONS
+    ends = list(whole.log_ends)
+    ends[PARTITION] -= 3
+    assert before.log_ends == ends
+    rubbish = random.Random(1).randbytes(997)
     for at in range(last.group, last.marker + 1):
-        for filling in (b"\0", rng.randbytes(997)):
-            disk = in_memory_copy(data, last, at)
-            torn(disk, last, at, filling)
-            state, _ = recover(disk)
-            if before is None:
-                before = state
-                assert state.log_ends[PARTITION] == whole.log_ends[PARTITION] - 3
-                assert state.errors == [None] * PARTITIONS
-            kept = at >= last.end and (at == last.marker or filling == b"\0")
-            assert state == (whole if kept else before) or _is_whole(at, last, state, whole), f"torn at {at}"
-            # What recovery has left recovers to the same.
-            if at % 16 == 0:
-                assert recover(disk)[0] == state
+        for filling in (b"\0", rubbish):
+            content = torn(copies.content, last, at, filling)
+            # Of what comes behind the payload nothing counts; and some of its bytes may be zeros anyway.
+            expected = whole if content[: last.end] == copies.content[: last.end] else before
+            log_ends, found = recover_log(copies.log(content))
+            assert not found.damages
+            assert not found.findings
+            assert log_ends == expected.log_ends, f"torn at {at}"
+            if (at - last.group) % 32 == 0 or at == last.end - 1:
+                disk = copies.whole(content)
+                assert recover(disk) == (expected, []), f"torn at {at}"
+                assert recover(disk) == (expected, []), f"torn at {at}, recovered once already"
 
 
-def _is_whole(at: int, last: Last, state: State, whole: State) -> bool:
-    """Torn in what the record's checksums don't cover, or where zeros stood anyway."""
-    return at >= last.end - 8 and state == whole
+@pytest.mark.parametrize("checkpoint", [False, True])
+async def test_damaged_at_every_byte(server, checkpoint):
+    """A bit flipped in each byte of an idle log's last record: the partition is refused, and no other."""
+    last = (await prepare(server, checkpoint=checkpoint, marker=True)).last
+    copies = Copies(server.data, last)
+    whole = recover(copies.whole(copies.content))[0]
+    for at in range(last.group, last.end):
+        content = bytearray(copies.content)
+        content[at] ^= 1 << at % 8
+        disk = copies.log(bytes(content))
+        log_ends, found = recover_log(disk)
+        if at < last.record:
+            # The group's header is only a way to the record, which proves itself.
+            assert log_ends == whole.log_ends
+            assert not found.damages
+            assert [finding.file for finding in found.findings] == [last.file]
+        else:
+            assert list(found.damages) == [PARTITION], f"flipped at {at}"
+            damage = found.damages[PARTITION]
+            assert (damage.file, damage.offset) == (last.file, whole.log_ends[PARTITION] - 3)
+            assert last.group <= damage.position <= at
+        kept = disk.at("wal").open(last.file).read(0, last.marker).tobytes()
+        assert kept == content[: last.marker], "what is damaged is evidence: it stays as it is"
+        if (at - last.record) % 32 == 0 and at >= last.record:
+            disk = copies.whole(bytes(content))
+            for _ in range(2):  # the second time what the first has left
+                state = recover(disk)[0]
+                message = state.errors[PARTITION]
+                assert message is not None
+                assert last.file in message
+                assert "Restore" in message
+                for number in range(PARTITIONS):
+                    if number != PARTITION:
+                        assert state.errors[number] is None
+                        assert state.digests[number] == whole.digests[number]
 
 
-def in_memory_copy(data: Path, last: Last, at: int) -> MemoryDisk:
-    return in_memory(data)
+async def test_torn_through_the_process(server):
+    """A start after a torn record serves, and the chunk that was torn is stored once when it is sent again."""
+    prepared = await prepare(server, checkpoint=True, marker=False)
+    ledger, last = prepared.ledger, prepared.last
+    path = server.data / "store" / "wal" / last.file
+    content = path.read_bytes()
+    for at in (last.group, last.record + 5, last.end - 1):
+        path.write_bytes(torn(content, last, at, b"\xa5"))
+        await server.start()
+        async with AsyncClient([server.address]) as client:
+            events = [event async for event in client.list_events(ACCOUNT, *ALWAYS)]
+            assert not [event for event in events if event.value in {10**6, 10**6 + 1}]
+            # Sent again it gets the place that it had, or a later one: its first answer was never given.
+            prepared.repeater.forget_last()
+            await prepared.repeater.repeat()
+            await prepared.repeater.repeat()
+            await ledger.check(client, settled=True)
+        await server.check_digests()
+        server.kill()
 
 
-async def _prepared_data(server, *, checkpoint):
-    prepared = await prepare(server, checkpoint=checkpoint, marker=False)
-    return prepared.server.data, prepared.last
+async def test_damaged_through_the_process(server):
+    """A start with a damaged record serves all but its partition, whose refusal names the file and the way out."""
+    prepared = await prepare(server, checkpoint=False, marker=True)
+    last = prepared.last
+    path = server.data / "store" / "wal" / last.file
+    content = bytearray(path.read_bytes())
+    content[last.end - 3] ^= 0x10
+    path.write_bytes(content)
+    for life in range(2):
+        await server.start()
+        async with AsyncClient([server.address]) as client:
+            with pytest.raises(UnavailableError) as refused:
+                await client.query(ACCOUNT, "used", ALWAYS, timeout=5)
+            assert refused.value.code == ErrorCode.PARTITION_DAMAGED
+            assert "Restore" in refused.value.message
+            assert last.file in refused.value.message
+            with pytest.raises(IngestError) as failed:
+                events = [Event(account_id=account, metric_code="peak") for account in (ACCOUNT, OTHER_ACCOUNT)]
+                await client.ingest(events, timeout=5)
+            assert failed.value.code == ErrorCode.PARTITION_DAMAGED
+            assert failed.value.receipt.not_stored == [0]
+            assert failed.value.receipt.n_stored == 1
+            before = (await client.query(OTHER_ACCOUNT, "peak", ALWAYS)).value
+            await client.ingest(Event(account_id=OTHER_ACCOUNT, metric_code="peak", value=life))
+            after = (await client.query(OTHER_ACCOUNT, "peak", ALWAYS)).value
+            assert after.count == before.count + 1
+        status = await server.status()
+        assert [bool(part.error) for part in status.partitions] == [n == PARTITION for n in range(PARTITIONS)]
+        server.kill()
+        # It was said that the file may be put back: the others have gone on in files of their own.
+        assert path.read_bytes() == content

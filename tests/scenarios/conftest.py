@@ -1,5 +1,6 @@
-"""The helpers lie beside the scenarios; importlib mode doesn't put them on the path. Servers run on uvloop."""
+"""The helpers lie beside the scenarios; importlib mode doesn't put them on the path."""
 
+import asyncio
 import sys
 from pathlib import Path
 
@@ -9,5 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 def pytest_asyncio_loop_factories(config, item):
-    """The loop that `tallymark dev` runs on."""
-    return {"server": new_event_loop}
+    """The loop that `tallymark dev` runs on for scenarios that start it in this process."""
+    if item.path.name == "test_exact_history.py":
+        return {"server": new_event_loop}
+    return {"asyncio": asyncio.new_event_loop}

@@ -3,6 +3,7 @@
 Invariants LOG-1, DEDUP-1, FOLD-1, FOLD-2 and READ-1, from the outside: the SDK in front, the oracle behind.
 """
 
+import functools
 import random
 
 import pytest
@@ -72,6 +73,7 @@ HISTORY_METRICS = [
 ]
 
 
+@functools.cache
 def history_facts():
     """Every change counted by every metric. Some dimensions are missing, some values aren't declared."""
     facts = []

@@ -33,7 +33,7 @@ from tallymark import (
     PeriodType,
     Receipt,
 )
-from tallymark_node import dev, history, output
+from tallymark_node import history, output
 from tallymark_node.cli.events import ALERT_COLUMNS, alert_row, all_alerts
 from tallymark_node.cli.serve import until
 from tallymark_node.cli.usage import group_text
@@ -66,9 +66,7 @@ COUNT, LINES, LARGEST, LAST, DISTINCT = (
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What to do."""
 
-    path: Path | None = (
-        None  # in the repository; None: the one that this package lies in, or the current folder
-    )
+    path: Path  # in the repository, as `repository` gives it
     port: int = 0  # 0: a free one
     data_dir: str | None = None  # None: a temporary folder
     limit: int | None = None  # only the newest changes
@@ -94,9 +92,11 @@ async def run(plan: Plan, stop: asyncio.Event, report: Callable[[str], None]) ->
     """Load, show, and with `stay` wait; return the exit status.
 
     Raises:
-        InvalidRequestError: there is no repository, or no history in it.
+        InvalidRequestError: there is no history.
     """
-    path = repository(plan.path)
+    from tallymark_node import dev  # late: what comes before needs no kernel
+
+    path = plan.path
     changes: Iterator[Change] = history.read(path)
     if plan.limit is not None:
         changes = itertools.islice(changes, plan.limit)

@@ -65,7 +65,9 @@ def table(
 
     drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     for position, heading in enumerate(columns):
-        drawn.add_column(Text(heading), justify="right" if position in numbers else "left", overflow="fold")
+        # A number that is broken over two lines is two numbers.
+        right = position in numbers
+        drawn.add_column(Text(heading), justify="right" if right else "left", overflow="fold", no_wrap=right)
     for row in rows:
         drawn.add_row(*(Text(printable(cell)) for cell in row))
     target = console() if to is None else to

@@ -102,10 +102,19 @@ def demo(
     if server is not None:
         raise click.UsageError("the demo starts a server of its own; --server isn't for it")
     from tallymark_node import demo as body
+    from tallymark_protocol.errors import TallymarkError
 
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    try:
+        repository = body.repository(path)
+    except TallymarkError as error:
+        raise failure(error) from error
     plan = body.Plan(
-        path=path, port=port, data_dir=data_dir, limit=limit, stay=interactive, timeout=options.timeout
+        path=repository,
+        port=port,
+        data_dir=data_dir,
+        limit=limit,
+        stay=sys.stdin.isatty() and sys.stdout.isatty(),
+        timeout=options.timeout,
     )
     _serve(None, lambda stop: body.run(plan, stop, _report))
 
