@@ -17,15 +17,23 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from tallymark_protocol import limits
 from tallymark_protocol.errors import ErrorCode, Reason, WireError
+from tallymark_protocol.layout import ABSENT, CHUNK_ENTRY_BYTES, PLAIN
 from tallymark_protocol.messages import Appended, ChunkOutcome
-from tallymark_protocol.payload import C_CHUNK_TABLE, C_CHUNKS, C_EVENTS, C_ID_ENCODING, metric_codes
+from tallymark_protocol.payload import (
+    C_CHUNK_TABLE,
+    C_CHUNKS,
+    C_EVENTS,
+    C_ID_ENCODING,
+    C_TIME_ENCODING,
+    metric_codes,
+)
 from tallymark_protocol.schema import MetricRecord
 from tallymark_store import batch
 from tallymark_store.dedup import NEW, REPEAT, REUSED, UNKNOWN, DedupIndex, ProducerWindows
@@ -36,17 +44,15 @@ from tallymark_store.wal import PartitionIndex
 Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
 
-ENTRY_DTYPE = np.dtype(
-    [
-        ("producer", "<u8"),
-        ("sequence", "<u8"),
-        ("first_sent", "<i8"),
-        ("checksum", "<u4"),
-        ("count", "<u4"),
-        ("flags", "<u4"),
-        ("zero", "<u4"),
-    ]
-)
+Words = npt.NDArray[np.uint64]
+
+# A chunk table entry as five words: producer, sequence, first sent, checksum | count << 32, flags (see `layout`).
+_ENTRY_WORDS = CHUNK_ENTRY_BYTES // 8
+_HIGH_WORD = np.uint64(32)
+# What the producer windows take of it: producer, sequence, checksum | count << 32, and first sent to judge by, or
+# three places of their own to remember it.
+_JUDGED_WORDS = [0, 1, 3, 2]
+_REMEMBERED_WORDS = [0, 1, 3, 0, 0, 0]
 
 _REPEAT_VERDICT = int(Reason.REPEAT)
 _ACCEPTED = int(Reason.ACCEPTED)
@@ -77,10 +83,11 @@ class Prepared(NamedTuple):
     min_time_ns: int
     max_time_ns: int
     item: FoldItem | None
-    chunks: npt.NDArray[Any] | None  # table entries, with ...
+    chunks: Words | None  # table entries, with ...
     chunk_verdicts: Bytes | None  # ... what the windows said of each
     first_offsets: Ints | None
     stored: int
+    has_old_chunks: bool = False  # some chunk is not NEW
 
 
 class JudgedChunks(NamedTuple):
@@ -121,6 +128,13 @@ def exceptions_of(
     return list(zip(at.tolist(), reasons.tolist(), related.tolist(), strict=True))
 
 
+def chunk_words(data: Bytes, columns: Ints) -> Words:
+    """The chunk table of a placed payload, a row of words an entry (a copy: payloads are not aligned)."""
+    start = int(columns[C_CHUNK_TABLE])
+    table = data[start : start + CHUNK_ENTRY_BYTES * int(columns[C_CHUNKS])].tobytes()
+    return np.frombuffer(table, dtype=np.uint64).reshape(-1, _ENTRY_WORDS)
+
+
 class Partition:
     """The leader's side of one partition. See the module for the order of calls."""
 
@@ -138,6 +152,7 @@ class Partition:
         self._indexes = indexes  # the log's; a partition is in it from its first record on
         self._no_index = PartitionIndex(partition)
         self.epoch = 0  # of this leadership; 0 while there is none
+        self.epoch_due = False  # there was no room for the epoch's first record; due before the next append
         self.error: WireError | None = None  # why the partition is not served
         self.schemas_stale = False  # a schema change could not be written; due before the next append
         # Exclusive; everything below is committed. applied <= high_watermark <= log end
@@ -195,14 +210,14 @@ class Partition:
         n = int(columns[C_EVENTS])
         append_ns = self.stamp(now_ns)
         base = self.log_end
-        table_at = int(columns[C_CHUNK_TABLE])
-        table = payload[table_at : table_at + 40 * int(columns[C_CHUNKS])].view(ENTRY_DTYPE)
-        counts = table["count"].astype(np.int64)
-        first_offsets = base + np.cumsum(counts) - counts
-        judged = self._judge_chunks(table, append_ns)
-        if judged.verdicts.any():
+        words = chunk_words(payload, columns)
+        counts = (words[:, 3] >> _HIGH_WORD).view(np.int64)
+        first_offsets = counts.cumsum()
+        first_offsets += base - counts
+        judged, new = self._judge_chunks(words, append_ns)
+        if new != len(words):
             return self._prepare_mixed(
-                payload, columns, checksum, slots, append_ns, table, first_offsets, judged, read_verdicts
+                payload, columns, checksum, slots, append_ns, words, first_offsets, judged, read_verdicts
             )
         verdicts = np.zeros(n, dtype=np.uint8)
         originals, accepted = self._judge(payload, columns, slots, append_ns, verdicts)
@@ -216,7 +231,7 @@ class Partition:
                 None,
                 None,
                 answer,
-                table,
+                words,
                 judged.verdicts,
                 first_offsets,
                 accepted,
@@ -233,30 +248,19 @@ class Partition:
             verdicts,
             originals,
             Appended(outcomes, base),
-            table,
+            words,
             judged.verdicts,
             first_offsets,
             accepted,
         )
 
-    def _judge_chunks(self, table: npt.NDArray[Any], append_ns: int) -> JudgedChunks:
-        k = len(table)
+    def _judge_chunks(self, words: Words, append_ns: int) -> tuple[JudgedChunks, int]:
+        k = len(words)
         judged = JudgedChunks(
             np.empty(k, dtype=np.uint8), np.empty(k, dtype=np.int64), np.empty(k, dtype=np.int64)
         )
-        self.windows.judge_chunks(
-            table["producer"].astype(np.uint64),
-            table["sequence"].astype(np.uint64),
-            table["checksum"].astype(np.uint32),
-            table["first_sent"].astype(np.int64),
-            table["count"].astype(np.uint32),
-            append_ns,
-            self.log_end,
-            judged.verdicts,
-            judged.first_offsets,
-            judged.record_offsets,
-        )
-        return judged
+        new = self.windows.judge_rows(words[:, _JUDGED_WORDS], append_ns, self.log_end, *judged)
+        return judged, new
 
     def _prepare_mixed(
         self,
@@ -265,7 +269,7 @@ class Partition:
         checksum: int,
         slots: Ints,
         append_ns: int,
-        table: npt.NDArray[Any],
+        words: Words,
         first_offsets: Ints,
         judged: JudgedChunks,
         read_verdicts: Callable[[int], LoggedVerdicts],
@@ -274,7 +278,7 @@ class Partition:
         n = int(columns[C_EVENTS])
         base = self.log_end
         chunk_verdicts: Bytes = judged.verdicts
-        counts = table["count"].tolist()
+        counts = (words[:, 3] >> _HIGH_WORD).tolist()
         verdicts = np.zeros(n, dtype=np.uint8)
         for c in np.flatnonzero(chunk_verdicts).tolist():
             start = int(first_offsets[c]) - base
@@ -318,7 +322,7 @@ class Partition:
             return Prepared(
                 answer, commit_offset, commit_offset > 0, None, 0, append_ns, 0, 0, None, None, None, None, 0
             )
-        return self._record(
+        prepared = self._record(
             payload,
             columns,
             checksum,
@@ -326,11 +330,12 @@ class Partition:
             verdicts,
             originals,
             answer,
-            table,
+            words,
             chunk_verdicts,
             first_offsets,
             accepted,
         )
+        return prepared._replace(has_old_chunks=True)
 
     def _judge(
         self, payload: Bytes, columns: Ints, slots: Ints, append_ns: int, verdicts: Bytes
@@ -338,13 +343,17 @@ class Partition:
         """Fill `verdicts`; returns the originals of duplicates and conflicts, in order, and how many are stored."""
         n = int(columns[C_EVENTS])
         schemas = self.schemas
-        judge_events(payload, columns, slots, schemas.agg_types, schemas.unique_types, append_ns, verdicts)
+        accepted = judge_events(
+            payload, columns, slots, schemas.agg_types, schemas.unique_types, append_ns, verdicts
+        )
+        if not schemas.has_grace and columns[C_ID_ENCODING] != PLAIN:
+            return _NO_OFFSETS, accepted
         sealed: Bytes | None = None
         if schemas.has_grace:
             sealed = np.zeros(n, dtype=np.uint8)
             sealed_events(payload, columns, slots, schemas.arrays, append_ns, verdicts, sealed)
-        originals: Ints = np.zeros(0, dtype=np.int64)
-        if columns[C_ID_ENCODING] == 2:
+        originals: Ints = _NO_OFFSETS
+        if columns[C_ID_ENCODING] == PLAIN:
             keys_lo = np.empty(n, dtype=np.uint64)
             keys_hi = np.empty(n, dtype=np.uint64)
             fingerprints = np.empty(n, dtype=np.uint64)
@@ -383,15 +392,17 @@ class Partition:
         verdicts: Bytes | None,
         originals: Ints | None,
         answer: Appended,
-        table: npt.NDArray[Any],
+        words: Words,
         chunk_verdicts: Bytes,
         first_offsets: Ints,
         accepted: int,
     ) -> Prepared:
         n = int(columns[C_EVENTS])
         base = self.log_end
-        marks = np.zeros(n, dtype=np.uint8) if verdicts is None else verdicts
-        low, high = time_range(payload, columns, append_ns, marks)
+        low = high = append_ns
+        if columns[C_TIME_ENCODING] != ABSENT:
+            marks = np.zeros(n, dtype=np.uint8) if verdicts is None else verdicts
+            low, high = time_range(payload, columns, append_ns, marks)
         relies = verdicts is not None and (
             bool(((chunk_verdicts == REPEAT) | (chunk_verdicts == REUSED)).any())
             or (originals is not None and len(originals) > 0)
@@ -406,7 +417,7 @@ class Partition:
             min_time_ns=int(low),
             max_time_ns=int(high),
             item=FoldItem(base + n, base, append_ns, payload, columns, verdicts, None),
-            chunks=table,
+            chunks=words,
             chunk_verdicts=chunk_verdicts,
             first_offsets=first_offsets,
             stored=accepted,
@@ -414,7 +425,7 @@ class Partition:
 
     def back_out(self, base: int, columns: Ints) -> None:
         """Forget what `prepare` remembered: the record did not get into the log, which still ends at `base`."""
-        if columns[C_ID_ENCODING] == 2:  # else there is nothing, and to look for it would take long
+        if columns[C_ID_ENCODING] == PLAIN:  # else there is nothing, and to look for it would take long
             self.dedup.truncate(base)
 
     def missing_codes(self, payload: Bytes, columns: Ints) -> list[str]:
@@ -427,33 +438,15 @@ class Partition:
         assert prepared.chunks is not None and prepared.chunk_verdicts is not None  # noqa: PT018
         assert prepared.first_offsets is not None
         self.last_append_ns = prepared.append_ns
-        self._remember(
-            prepared.chunks,
-            prepared.chunk_verdicts == NEW,
-            prepared.first_offsets,
-            prepared.item.base_offset,
-            prepared.append_ns,
-        )
+        words, first_offsets = prepared.chunks, prepared.first_offsets
+        if prepared.has_old_chunks:
+            new = prepared.chunk_verdicts == NEW
+            words, first_offsets = words[new], first_offsets[new]
+        self._remember(words, first_offsets, prepared.item.base_offset, prepared.append_ns)
         self._queue.append(prepared.item)
 
-    def _remember(
-        self,
-        table: npt.NDArray[Any],
-        new: npt.NDArray[np.bool_],
-        first_offsets: Ints,
-        base: int,
-        append_ns: int,
-    ) -> None:
-        entries = table[new]
-        self.windows.insert(
-            entries["producer"].astype(np.uint64),
-            entries["sequence"].astype(np.uint64),
-            entries["checksum"].astype(np.uint32),
-            entries["count"].astype(np.uint32),
-            first_offsets[new],
-            base,
-            append_ns,
-        )
+    def _remember(self, words: Words, first_offsets: Ints, base: int, append_ns: int) -> None:
+        self.windows.insert_rows(words[:, _REMEMBERED_WORDS], first_offsets, base, append_ns)
 
     def appended_schema(self, record: MetricRecord, offset: int, append_ns: int) -> None:
         """A metric schema record is in the log's buffer at `offset`."""
@@ -542,14 +535,12 @@ class Partition:
         n = int(columns[C_EVENTS])
         # A writable copy: kernels are compiled for the one kind of array that the judge hands them.
         verdicts = np.zeros(n, dtype=np.uint8) if view.verdicts is None else view.verdicts.copy()
-        table_at = int(columns[C_CHUNK_TABLE])
-        raw = view.data[table_at : table_at + 40 * int(columns[C_CHUNKS])]
-        table = np.frombuffer(raw.tobytes(), dtype=ENTRY_DTYPE)
-        counts = table["count"].astype(np.int64)
-        starts = np.cumsum(counts) - counts
+        words = chunk_words(view.data, columns)
+        counts = (words[:, 3] >> _HIGH_WORD).view(np.int64)
+        starts = counts.cumsum() - counts
         new = verdicts[starts] != _REPEAT_VERDICT
-        self._remember(table, new, base_offset + starts, base_offset, append_ns)
-        if columns[C_ID_ENCODING] == 2:
+        self._remember(words[new], base_offset + starts[new], base_offset, append_ns)
+        if columns[C_ID_ENCODING] == PLAIN:
             self._replay_ids(view.data, columns, verdicts, base_offset)
         self.last_append_ns = max(self.last_append_ns, append_ns)
         self.fold.apply(
@@ -581,6 +572,7 @@ class Partition:
             self.dedup.apply(keys_lo[chosen], keys_hi[chosen], fingerprints[chosen], base_offset + chosen)
 
 
+_NO_OFFSETS = np.zeros(0, dtype=np.int64)
 _NOTHING = np.zeros(0, dtype=np.uint8)
 _NO_COLUMNS = np.zeros(0, dtype=np.int64)
 _REUSED_ERROR = WireError(

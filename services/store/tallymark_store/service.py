@@ -165,8 +165,7 @@ class StoreService(HandlerBase):
             node_key("store", self._config.node_id), msgspec.msgpack.encode(node), lease=self._lease
         )
         for number, partition in self._store.partitions.items():
-            if partition.error is None:
-                await self._take_leadership(number, partition)
+            await self._take_leadership(number, partition)
 
     async def _take_leadership(self, number: int, partition: Partition) -> None:
         """Create the partition's leader key; its create revision is the epoch of this process life."""
@@ -178,7 +177,22 @@ class StoreService(HandlerBase):
         )
         if not result.succeeded:
             raise UnavailableError(f"partition {number} is led by another store already")
-        self._store.start_epoch(partition, result.revision)
+        if partition.error is not None:
+            return  # it serves nothing; but without a leader nobody would be told what is wrong with it
+        # Revisions only rise, so a lower one than the log has seen comes from another history: its metrics' uids
+        # would stand for other metrics than those in the log.
+        seen = max(partition.index.last_epoch(), *(int(uid) for uid in partition.schemas.uids), 0)
+        if result.revision <= seen:
+            raise UnavailableError(
+                f"partition {number}: the coordinator is at revision {result.revision}, but the log has seen {seen}: "
+                f"the coordinator's state was lost or belongs to another store; restore it",
+                retriable=False,
+            )
+        try:
+            self._store.start_epoch(partition, result.revision)
+        except BackpressureError as error:  # what is there can be read all the same
+            _log.warning("partition %d only answers reads: %s", number, error)
+            partition.epoch_due = True
         await self._store.wait_committed(partition, partition.log_end)
         partition.epoch = result.revision
         try:

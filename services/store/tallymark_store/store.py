@@ -150,6 +150,7 @@ class Store:
         columns: Ints,
         slots: Ints,
     ) -> None:
+        self._begin_epoch(partition)
         base = partition.log_end
         read = functools.partial(self.read_verdicts, partition.partition)
         try:
@@ -229,6 +230,7 @@ class Store:
 
     def append_schema(self, partition: Partition, record: MetricRecord) -> None:
         """Write a metric's schema into a partition: from here on it is judged and folded by it."""
+        self._begin_epoch(partition)
         offset = partition.log_end
         append_ns = partition.stamp(self.clock.now_ns())
         meta = RecordMeta(
@@ -255,6 +257,12 @@ class Store:
         self.wal.append(meta, [encode({"epoch": epoch})])
         partition.appended_control(offset, append_ns)
         self._poke()
+
+    def _begin_epoch(self, partition: Partition) -> None:
+        """Write the epoch's first record, if there was no room for it when the epoch began."""
+        if partition.epoch_due:
+            self.start_epoch(partition, partition.epoch)
+            partition.epoch_due = False
 
     def _on_metric_change(self, record: MetricRecord) -> None:
         """A metric was changed or deleted: every partition that knows it learns of it now."""

@@ -122,14 +122,30 @@ class ProducerWindows:
         n = len(producer)
         assert len(sequence) == len(checksum) == len(first_sent_ns) == len(count) == n
         assert len(verdict) == len(first_offset) == len(original_base) == n
-        assert now_ns >= self._committed_ns, "append time never decreases"
-        assert record_base >= self._committed_end
-        arena = self._arena
         chunks = np.empty((n, 4), dtype=np.uint64)
         chunks[:, 0] = producer
         chunks[:, 1] = sequence
         chunks[:, 2] = _pack(checksum, count)
         chunks[:, 3] = np.asarray(first_sent_ns, dtype=np.int64).view(np.uint64)
+        self.judge_rows(chunks, now_ns, record_base, verdict, first_offset, original_base)
+
+    def judge_rows(
+        self,
+        chunks: U64,
+        now_ns: int,
+        record_base: int,
+        verdict: U8,
+        first_offset: I64,
+        original_base: I64,
+    ) -> int:
+        """Judge as `judge_chunks` does; return how many are `NEW`.
+
+        `chunks` has a row of four words a chunk: producer, sequence, checksum | count << 32, first_sent_ns.
+        """
+        n = len(chunks)
+        assert now_ns >= self._committed_ns, "append time never decreases"
+        assert record_base >= self._committed_end
+        arena = self._arena
         undo = np.empty((n, 7), dtype=np.uint64)
         room = 64
         while True:
@@ -150,7 +166,7 @@ class ProducerWindows:
             )
             kernels.undo(arena.table, arena.used, undo, rows)
             if full < 0:
-                return
+                return int(rows)
             # Two slots a chunk are enough for all of them; most calls need far fewer.
             self._rebuild(int(full), room=min(room, 2 * n))
             room *= 4
@@ -172,12 +188,16 @@ class ProducerWindows:
         Raises:
             TableFullError: the reserved range is exhausted; the chunks before are remembered.
         """
-        assert record_base >= 0
-        assert append_ns >= 0
         rows = np.empty((len(producer), kernels.SLOT_WORDS), dtype=np.uint64)
         rows[:, 0] = producer
         rows[:, 1] = sequence
         rows[:, 2] = _pack(checksum, count)
+        self.insert_rows(rows, first_offset, record_base, append_ns)
+
+    def insert_rows(self, rows: U64, first_offset: I64, record_base: int, append_ns: int) -> None:
+        """Remember as `insert` does. `rows` has `SLOT_WORDS` words a chunk, of which the first three are filled in."""
+        assert record_base >= 0
+        assert append_ns >= 0
         rows[:, 3] = first_offset
         rows[:, 4] = record_base
         rows[:, 5] = append_ns

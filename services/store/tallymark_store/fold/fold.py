@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from operator import gt
 from typing import Any, NamedTuple
 
 import msgspec
@@ -37,7 +38,7 @@ from tallymark_store.fold.kernel import (
     names_unknown,
     reindex_cells,
 )
-from tallymark_store.fold.schemas import S_DIMENSIONS, S_THRESHOLDS, SchemaTable
+from tallymark_store.fold.schemas import SchemaTable
 from tallymark_store.fold.thresholds import ALERT_WORDS
 from tallymark_store.fold.uniques import MEMBER_WORDS, reindex_members
 
@@ -50,6 +51,7 @@ _CELLS_RESERVED = 1 << 30
 _MEMBERS_RESERVED = 1 << 31
 _ROWS_RESERVED = 1 << 28
 _ALERTS_RESERVED = 1 << 27
+_ROOM_AHEAD = 1 << 16  # rows
 _MEMO_MIN = 64
 _MEMO_MAX = 1 << 18
 _NO_VERDICTS: Bytes = np.zeros(0, dtype=np.uint8)
@@ -121,6 +123,7 @@ class Fold:
             np.zeros(WIDTH, dtype=np.int64),
             np.zeros(WORK_WORDS, dtype=np.uint64),
         )
+        self._room: tuple[int, ...] = (0, 0, 0, 0)  # rows of the four arenas that are sure to be there
         self._state = self._arrays()
 
     def _arrays(self) -> StateArrays:
@@ -173,11 +176,12 @@ class Fold:
             marks = verdicts.view()
             marks.setflags(write=False)
         metric_slots = self.schemas.slots_of(data, columns)
-        if metric_slots.min() < 0 and names_unknown(data, columns, marks, metric_slots):
+        per_event, widest, has_unknown = self.schemas.widths(metric_slots)
+        if has_unknown and names_unknown(data, columns, marks, metric_slots):
             raise RemoteProtocolError(
                 f"the event batch at offset {base_offset} names a metric that isn't in the log"
             )
-        scratch = self._make_room(columns, metric_slots, n)
+        scratch = self._make_room(columns, len(metric_slots), n, per_event, widest)
         position = 0
         while True:
             position = fold_events(
@@ -191,25 +195,27 @@ class Fold:
                 break
         self.applied = base_offset + n
 
-    def _make_room(self, columns: Ints, metric_slots: Ints, n: int) -> Scratch:
-        """Room in dense arrays for all that n events can add: they never run full inside the kernel."""
-        counters = self._counters
-        used = self.schemas.arrays.slots[metric_slots[metric_slots >= 0]]
-        per_event = int(used[:, S_THRESHOLDS].max(initial=0))
-        arenas = self._cells, self._members, self._rows, self._alerts
-        before = tuple(arena.rows for arena in arenas)
-        self._cells.ensure(int(counters[N_CELLS]) + 2 * n)
-        self._members.ensure(int(counters[N_MEMBERS]) + n)
-        self._rows.ensure(int(counters[N_ROWS]) + per_event * n)
-        self._alerts.ensure(int(counters[N_ALERTS]) + per_event * n)
-        if before != tuple(arena.rows for arena in arenas):
-            self._state = self._arrays()
-        self._cell_index.advise()
-        self._member_index.advise()
+    def _make_room(self, columns: Ints, metrics: int, n: int, per_event: int, widest: int) -> Scratch:
+        """Room in dense arrays for all that n events can add: they never run full inside the kernel.
+
+        `per_event` is the most thresholds of a metric in the payload, `widest` the most dimensions.
+        """
+        cells, members, rows, alerts = self._counters.tolist()
+        needed = (cells + 2 * n, members + n, rows + per_event * n, alerts + per_event * n)
+        if any(map(gt, needed, self._room)):
+            arenas = (self._cells, self._members, self._rows, self._alerts)
+            # Ahead of need, so that most batches find room: nothing is touched, let alone written, by it.
+            self._room = tuple(count + _ROOM_AHEAD for count in needed)
+            before = [arena.rows for arena in arenas]
+            for arena, count in zip(arenas, self._room, strict=True):
+                arena.ensure(count)
+            if before != [arena.rows for arena in arenas]:
+                self._state = self._arrays()
+            self._cell_index.advise()
+            self._member_index.advise()
         scratch = self._scratch
-        widest = int(used[:, S_DIMENSIONS].max(initial=0))
         if widest:
-            property_bytes = int(columns[C_ACCOUNT] - columns[C_PROPERTY_BYTES]) * len(metric_slots)
+            property_bytes = int(columns[C_ACCOUNT] - columns[C_PROPERTY_BYTES]) * metrics
             self.dimensions.ensure(
                 n, widest * n, min(property_bytes, widest * n * limits.PROPERTY_VALUE_BYTES_MAX)
             )

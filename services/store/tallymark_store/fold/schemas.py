@@ -177,6 +177,7 @@ class SchemaTable:
         self._slot_of_code: dict[str, int] = {}  # live metrics only
         self._tables: dict[tuple[Any, ...], tuple[int, int, int]] = {}  # what lies where in `bounds`
         self._resolved: dict[bytes, Ints] = {}  # metric tables of payloads, as bytes, to slots
+        self._widths: dict[bytes, tuple[int, int, bool]] = {}  # see `widths`; by slots, as bytes
 
     # ------------------------------------------------------------ writing
 
@@ -187,6 +188,7 @@ class SchemaTable:
             RemoteProtocolError: a version that no `schema.check_update` lets pass.
         """
         self._resolved.clear()
+        self._widths.clear()
         slot = self._slot_of_uid.get(record.uid, -1)
         if slot < 0:
             slot = self._add(record, offset)
@@ -338,6 +340,23 @@ class SchemaTable:
             if len(key) <= _RESOLVED_BYTES_MAX:
                 self._resolved[key] = slots
         return slots
+
+    def widths(self, metric_slots: Ints) -> tuple[int, int, bool]:
+        """Of the metrics of a payload: the most thresholds, the most dimensions, and whether one is unknown."""
+        key = metric_slots.tobytes()
+        found = self._widths.get(key)
+        if found is None:
+            used = self.arrays.slots[metric_slots[metric_slots >= 0]]
+            found = (
+                int(used[:, S_THRESHOLDS].max(initial=0)),
+                int(used[:, S_DIMENSIONS].max(initial=0)),
+                bool(metric_slots.min() < 0),
+            )
+            if len(self._widths) >= _RESOLVED_MAX:
+                self._widths.clear()
+            if len(key) <= _RESOLVED_BYTES_MAX:
+                self._widths[key] = found
+        return found
 
     def record(self, slot: int) -> MetricRecord:
         """The metric in a slot, as in force; its zone is the one its totals are kept by."""
