@@ -231,9 +231,16 @@ class Ledger:
         assert alerts[: len(self.alerts)] == self.alerts, "alert records changed"
         self.alerts = alerts
         found = {
-            (a.account_id, a.threshold_code, a.partition, a.event_offset, a.value_at_cross)
-            + (a.first_multiple, a.last_multiple)
-            for a in alerts
+            (
+                alert.account_id,
+                alert.threshold_code,
+                alert.partition,
+                alert.event_offset,
+                alert.value_at_cross,
+                alert.first_multiple,
+                alert.last_multiple,
+            )
+            for alert in alerts
         }
         assert len(found) == len(alerts), "an alert twice"
         assert found == expected_alerts(stored)
@@ -440,13 +447,13 @@ class Load:
                 try:
                     receipt = await self._call(client, entries, failure)
                 except IngestError as error:
-                    assert error.retriable, f"no way to go on: {error!r}"
-                    self.failures.append(error)
-                    self.ledger.note(entries, error.receipt)
                     failure = error
-                    await self._again.wait()
                 else:
                     break
+                assert failure.retriable, f"no way to go on: {failure!r}"
+                self.failures.append(failure)
+                self.ledger.note(entries, failure.receipt)
+                await self._again.wait()
             self.ledger.note(entries, receipt)
             self._unfinished -= 1
             self._change()
@@ -506,7 +513,9 @@ class Repeater:
         for entry in self._chunks[-1].entries:
             entry.outcome, entry.place = Outcome.OPEN, None
             fact = self._ledger.facts[key_of(entry.event)]
-            self._ledger.alerts = [a for a in self._ledger.alerts if (a.partition, a.event_offset) != fact.seen]
+            self._ledger.alerts = [
+                a for a in self._ledger.alerts if (a.partition, a.event_offset) != fact.seen
+            ]
             fact.seen = None
 
     def _seal(self, entries: list[Entry]) -> Sent:

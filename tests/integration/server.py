@@ -176,7 +176,7 @@ async def wait_until(condition, *, seconds: float = WAIT_SECONDS_MAX) -> bool:
     """Wait until `condition()` holds; whether it did within the time."""
     try:
         async with asyncio.timeout(seconds):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 - of other processes there are no events
                 await asyncio.sleep(POLL_SECONDS)
     except TimeoutError:
         return False

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 from ledger import Ledger, Load, Repeater, create_metrics
@@ -138,13 +139,10 @@ async def begin_recovery(server: Server) -> None:
 
 
 def _descriptors(pid: int) -> list[str]:
-    import os
-    from pathlib import Path
-
     links = []
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
-            links.append(os.readlink(entry))
+            links.append(str(entry.readlink()))
     return links
 
 

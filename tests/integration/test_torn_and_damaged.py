@@ -5,6 +5,7 @@ memory, by the store's own function; some are real processes.
 """
 
 import random
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,7 +119,9 @@ def last_record(data: Path) -> Last:
     content = np.frombuffer((data / "store" / "wal" / name).read_bytes(), np.uint8)
     header = parse_segment_header(content)
     assert header is not None
-    group = parse_group_header(salt_of(header.log_id, row.segment), content, row.position - GROUP_HEADER_BYTES)
+    group = parse_group_header(
+        salt_of(header.log_id, row.segment), content, row.position - GROUP_HEADER_BYTES
+    )
     assert group is not None
     assert group.entries == 1
     end = row.position + RECORD_HEADER_BYTES + row.length
@@ -245,7 +248,7 @@ async def test_torn_at_every_byte(server, checkpoint):
     assert before.log_ends == ends
     rubbish = random.Random(1).randbytes(997)
     for at in range(last.group, last.marker + 1):
-        for filling in (b"\0", rubbish):
+        for filling in (b"\0", rubbish) if at % 4 == 0 else (b"\0",):
             content = torn(copies.content, last, at, filling)
             # Of what comes behind the payload nothing counts; and some of its bytes may be zeros anyway.
             expected = whole if content[: last.end] == copies.content[: last.end] else before
@@ -253,7 +256,7 @@ async def test_torn_at_every_byte(server, checkpoint):
             assert not found.damages
             assert not found.findings
             assert log_ends == expected.log_ends, f"torn at {at}"
-            if (at - last.group) % 32 == 0 or at == last.end - 1:
+            if (at - last.group) % 64 == 0 or at == last.end - 1:
                 disk = copies.whole(content)
                 assert recover(disk) == (expected, []), f"torn at {at}"
                 assert recover(disk) == (expected, []), f"torn at {at}, recovered once already"
@@ -322,6 +325,8 @@ async def test_damaged_through_the_process(server):
     prepared = await prepare(server, checkpoint=False, marker=True)
     last = prepared.last
     path = server.data / "store" / "wal" / last.file
+    backup = server.data.with_name("backup")
+    shutil.copytree(server.data, backup)
     content = bytearray(path.read_bytes())
     content[last.end - 3] ^= 0x10
     path.write_bytes(content)
@@ -333,11 +338,11 @@ async def test_damaged_through_the_process(server):
             assert refused.value.code == ErrorCode.PARTITION_DAMAGED
             assert "Restore" in refused.value.message
             assert last.file in refused.value.message
+            events = [Event(account_id=n, metric_code="peak") for n in (ACCOUNT, OTHER_ACCOUNT)]
             with pytest.raises(IngestError) as failed:
-                events = [Event(account_id=account, metric_code="peak") for account in (ACCOUNT, OTHER_ACCOUNT)]
                 await client.ingest(events, timeout=5)
             assert failed.value.code == ErrorCode.PARTITION_DAMAGED
-            assert failed.value.receipt.not_stored == [0]
+            assert failed.value.receipt.unknown == [0]  # an earlier try of it may be in what can't be read
             assert failed.value.receipt.n_stored == 1
             before = (await client.query(OTHER_ACCOUNT, "peak", ALWAYS)).value
             await client.ingest(Event(account_id=OTHER_ACCOUNT, metric_code="peak", value=life))
@@ -346,5 +351,10 @@ async def test_damaged_through_the_process(server):
         status = await server.status()
         assert [bool(part.error) for part in status.partitions] == [n == PARTITION for n in range(PARTITIONS)]
         server.kill()
-        # It was said that the file may be put back: the others have gone on in files of their own.
-        assert path.read_bytes() == content
+        assert path.read_bytes()[: last.marker] == content[: last.marker], "it can still be put right"
+    shutil.rmtree(server.data)
+    backup.rename(server.data)
+    await server.start()
+    await prepared.repeater.repeat()
+    async with AsyncClient([server.address]) as client:
+        await prepared.ledger.check(client, settled=True)

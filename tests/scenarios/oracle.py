@@ -53,7 +53,9 @@ def read_history() -> list[Change]:
         with gzip.open(HISTORY_FILE, "rt", encoding="utf-8", newline="") as lines:
             rows = csv.reader(lines)
             assert next(rows) == list(Change._fields)
-            return [Change(r[0], int(r[1]), int(r[2]), int(r[3]), int(r[4]), r[5], r[6], int(r[7])) for r in rows]
+            return [
+                Change(r[0], int(r[1]), int(r[2]), int(r[3]), int(r[4]), r[5], r[6], int(r[7])) for r in rows
+            ]
     return synthetic_history(seed=1)
 
 
@@ -62,7 +64,18 @@ def synthetic_history(*, seed: int, rows: int = 58_000, accounts: int = 612) -> 
     rng = random.Random(seed)
     authors = [rng.getrandbits(64) for _ in range(accounts)]
     weights = [1 / (rank + 1) ** 1.6 for rank in range(accounts)]
-    areas = ["crates", "(root)", "docs", ".github", "scripts", "test", "vendor", "agents", "python", "ecosystem"]
+    areas = [
+        "crates",
+        "(root)",
+        "docs",
+        ".github",
+        "scripts",
+        "test",
+        "vendor",
+        "agents",
+        "python",
+        "ecosystem",
+    ]
     kinds = ["rs", "toml", "md", "lock", "yml", "snap", "py", "json", "(none)", "sh"]
     paths = [
         (rng.getrandbits(64), rng.choices(areas, [80, 8, 6, 3, 2, 1, 1, 1, 1, 1])[0], rng.choice(kinds))
@@ -114,7 +127,10 @@ class Calendar:
         found = self._days.get(day)
         if found is None:
             midnight = dt.datetime.combine(day, dt.time())
-            seconds = int((midnight.replace(tzinfo=dt.UTC) - _EPOCH).total_seconds()) - 15 * 3600
+            utc = int((midnight.replace(tzinfo=dt.UTC) - _EPOCH).total_seconds())
+            # The clock can't have got there before the highest offset around would have it there.
+            around = (self.clock(utc + hours * 3600).utcoffset() for hours in range(-15, 16, 3))
+            seconds = utc - int(max(offset.total_seconds() for offset in around if offset is not None))
             while self.clock(seconds).replace(tzinfo=None) < midnight:
                 seconds += _STEP
             found = self._days[day] = seconds * SECOND
@@ -236,7 +252,9 @@ class Oracle:
 
     def place(self, offsets: Sequence[int | None]) -> None:
         """Tell which events count, and in which order each account's were stored: by fact, None for not yet."""
-        columns = {"place": np.array([-1 if offset is None else offset for offset in offsets], dtype=np.int64)}
+        columns = {
+            "place": np.array([-1 if offset is None else offset for offset in offsets], dtype=np.int64)
+        }
         self._db.register("columns", columns)
         self._db.execute(
             "CREATE OR REPLACE TABLE events AS SELECT sent.*, place FROM sent POSITIONAL JOIN columns "
@@ -286,7 +304,9 @@ class Oracle:
             column = key
             if known:
                 listed = ", ".join("'" + value.replace("'", "''") + "'" for value in known)
-                column = f"CASE WHEN {key} IS NULL OR {key} IN ({listed}) THEN {key} ELSE chr(0) || 'other' END"
+                column = (
+                    f"CASE WHEN {key} IS NULL OR {key} IN ({listed}) THEN {key} ELSE chr(0) || 'other' END"
+                )
             groups.append(column)
         keys = "".join(f"{column} AS g{i}, " for i, column in enumerate(groups))
         names = [f"g{i}" for i in range(len(groups))]

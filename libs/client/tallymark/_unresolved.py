@@ -1,8 +1,9 @@
-"""Which event objects belong to chunks that are not resolved yet.
+"""Which event objects belong to calls that are not resolved yet.
 
 When an ingest call fails, the caller's natural answer is to call it again with the same events. This table knows
 events by identity (the very same object, which it keeps alive, so that no other can take its place) and gives
-the flight each was part of, so that it is resumed instead of being sent, and counted, a second time.
+the flight each was part of, so that it is resumed instead of being sent, and counted, a second time. That goes
+for the call's flights that are done, too: of them the outcome is known already.
 
 An object may stand for several events: each of its occurrences is an entry of its own, and is claimed once. The
 table is bounded in chunks, bytes and age; the oldest are forgotten first.
@@ -51,7 +52,7 @@ class UnresolvedEvents:
 
     def add(self, flight: Flight, events: Mapping[int, Event], now: float) -> None:
         """Remember events of a flight, by their positions in its chunk."""
-        if flight.state is FlightState.DONE or (flight.state is FlightState.FAILED and not flight.sent):
+        if flight.state is FlightState.FAILED and not flight.sent:
             return
         entry = self._entries.get(flight)
         if entry is None:

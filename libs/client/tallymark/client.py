@@ -380,10 +380,10 @@ class AsyncClient:
             return
         now = self._loop.time()
         for flight, indices in call.flights:
-            if flight.state is not FlightState.DONE:
-                placed = indices if isinstance(indices, Mapping) else dict(enumerate(indices))
-                by_position = {position: events[index] for position, index in placed.items()}
-                self._unresolved.add(flight, by_position, now)
+            # Those that are done as well: passed again, their events are to get the same answer, not to be sent anew.
+            placed = indices if isinstance(indices, Mapping) else dict(enumerate(indices))
+            by_position = {position: events[index] for position, index in placed.items()}
+            self._unresolved.add(flight, by_position, now)
 
     # ------------------------------------------------------------ queries
 

@@ -101,15 +101,21 @@ class QueryService(HandlerBase):
                 realtime = await self._ask(asked.partition, asked, RealtimeResult)
                 return plan.realtime_result(asked.partition, int(record.schema.agg_type), realtime)
             case QueryTotals():
-                record = await self._metric(call.metric_code)
-                question, period = plan.totals(call, record, self._clock.now_ns(), count)
-                answer = await self._ask(question.partition, question, TotalsResult)
-                return plan.totals_result(question, period, record, answer)
+                while True:
+                    record = await self._metric(call.metric_code)
+                    question, period = plan.totals(call, record, self._clock.now_ns(), count)
+                    answer = await self._ask(question.partition, question, TotalsResult)
+                    if await self._is_same_metric(record, [answer]):
+                        return plan.totals_result(question, period, record, answer)
             case QueryTop():
-                record = await self._metric(call.metric_code)
-                questions, period = plan.top(call, record, self._clock.now_ns(), count)
-                answers = await asyncio.gather(*(self._ask(q.partition, q, TotalsResult) for q in questions))
-                return plan.merge_top(call, period, record, answers)
+                while True:
+                    record = await self._metric(call.metric_code)
+                    questions, period = plan.top(call, record, self._clock.now_ns(), count)
+                    answers = await asyncio.gather(
+                        *(self._ask(q.partition, q, TotalsResult) for q in questions)
+                    )
+                    if await self._is_same_metric(record, answers):
+                        return plan.merge_top(call, period, record, answers)
             case QueryEvents():
                 if call.metric_code is not None:
                     await self._metric(call.metric_code)
@@ -133,6 +139,20 @@ class QueryService(HandlerBase):
         if record is None:
             raise NotFoundError(f"there is no metric {code!r}", code=ErrorCode.UNKNOWN_METRIC)
         return record
+
+    async def _is_same_metric(self, record: MetricRecord, answers: list[TotalsResult]) -> bool:
+        """Whether all answers are about the metric that the question was planned for.
+
+        A code that was deleted and created again is another metric. Where not, whoever was behind is given time:
+        this cache is brought up to the newest, a store learns of it by itself.
+        """
+        uids = {answer.metric_uid for answer in answers}
+        if uids <= {record.uid}:
+            return True
+        await self._metrics.wait_revision(max(uids))
+        if max(uids) <= record.uid:
+            await asyncio.sleep(RETRY_S)
+        return False
 
     async def _ask(self, partition: int, question: Call, kind: type[T]) -> T:
         """Ask the leader of a partition, again after a failure that may pass; the caller's timeout ends it."""

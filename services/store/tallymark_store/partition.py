@@ -51,8 +51,8 @@ _ENTRY_WORDS = CHUNK_ENTRY_BYTES // 8
 _HIGH_WORD = np.uint64(32)
 # What the producer windows take of it: producer, sequence, checksum | count << 32, and first sent to judge by, or
 # three places of their own to remember it.
-_JUDGED_WORDS = [0, 1, 3, 2]
-_REMEMBERED_WORDS = [0, 1, 3, 0, 0, 0]
+_JUDGED_WORDS = np.array([0, 1, 3, 2])
+_REMEMBERED_WORDS = np.array([0, 1, 3, 0, 0, 0])
 
 _REPEAT_VERDICT = int(Reason.REPEAT)
 _ACCEPTED = int(Reason.ACCEPTED)
@@ -259,7 +259,7 @@ class Partition:
         judged = JudgedChunks(
             np.empty(k, dtype=np.uint8), np.empty(k, dtype=np.int64), np.empty(k, dtype=np.int64)
         )
-        new = self.windows.judge_rows(words[:, _JUDGED_WORDS], append_ns, self.log_end, *judged)
+        new = self.windows.judge_rows(words.take(_JUDGED_WORDS, axis=1), append_ns, self.log_end, *judged)
         return judged, new
 
     def _prepare_mixed(
@@ -446,7 +446,7 @@ class Partition:
         self._queue.append(prepared.item)
 
     def _remember(self, words: Words, first_offsets: Ints, base: int, append_ns: int) -> None:
-        self.windows.insert_rows(words[:, _REMEMBERED_WORDS], first_offsets, base, append_ns)
+        self.windows.insert_rows(words.take(_REMEMBERED_WORDS, axis=1), first_offsets, base, append_ns)
 
     def appended_schema(self, record: MetricRecord, offset: int, append_ns: int) -> None:
         """A metric schema record is in the log's buffer at `offset`."""
