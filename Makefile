@@ -33,8 +33,11 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 demo: $(VENV)/.server ## meter a git repository's history, show totals, leave the server up
 	@$(BIN)/tallymark demo
 
+# Kernels are compiled once before tests start servers side by side, each of which would compile them otherwise.
 test: $(VENV)/.test ## unit, scenario and process-level tests
-	$(BIN)/python -m pytest
+	@echo "compiling the kernels"
+	@$(BIN)/python -c 'from tallymark_node.dev import warm_up; warm_up()'
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.test ## format, lint, types, layers
 	$(BIN)/ruff format --check .

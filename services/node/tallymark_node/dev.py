@@ -25,6 +25,7 @@ from tallymark_runtime.disk import RealDisk
 from tallymark_runtime.framing import join_address
 from tallymark_runtime.randomness import new_random
 from tallymark_store import service as store
+from tallymark_store import warmup
 from tallymark_store.wal import WalConfig
 
 LEASE_TTL_S = 10.0
@@ -118,6 +119,12 @@ async def end(task: asyncio.Task[None]) -> None:
     """Cancel a background task and wait for its end."""
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+def warm_up() -> None:
+    """Compile the kernels of all roles, or load them from the cache."""
+    split.warm_up()
+    warmup.warm_up()
 
 
 @contextlib.asynccontextmanager
