@@ -161,6 +161,10 @@ class Disk(Protocol):
         """
         ...
 
+    def unlock(self) -> None:
+        """Let go of what `lock` took before the process ends; nothing where nothing was taken."""
+        ...
+
 
 class RealFile:
     """A file of the operating system."""
@@ -324,6 +328,12 @@ class RealDisk:
                 raise
             self._lock_descriptor = descriptor  # closed, and so released, by the process's end
 
+    def unlock(self) -> None:
+        """Let go of the folder."""
+        if self._lock_descriptor >= 0:
+            descriptor, self._lock_descriptor = self._lock_descriptor, -1
+            os.close(descriptor)
+
 
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -478,6 +488,7 @@ class MemoryDisk:
     def __init__(self, capacity: int | None = None) -> None:
         self._memory = _Memory(capacity)
         self._folder = ""
+        self._lock = ""  # what `lock` took here
 
     @property
     def capacity(self) -> int | None:
@@ -503,6 +514,7 @@ class MemoryDisk:
         inner = MemoryDisk.__new__(MemoryDisk)
         inner._memory = self._memory
         inner._folder = f"{self._folder}{folder}/"
+        inner._lock = ""
         return inner
 
     def list(self) -> list[str]:
@@ -563,6 +575,11 @@ class MemoryDisk:
         if self._folder + name in self._memory.locks:
             _raise("lock", name, errno.EWOULDBLOCK)
         self._memory.locks.add(self._folder + name)
+        self._lock = self._folder + name
+
+    def unlock(self) -> None:
+        """Let go of the folder."""
+        self._memory.locks.discard(self._lock)
 
     def fail_next(self, operation: str, *, name: str = "", number: int = errno.EIO) -> None:
         """Make the next such operation on a file whose name contains `name` fail.

@@ -260,5 +260,3 @@ async def test_a_node_is_registered_again_after_its_lease_ran_out(coordinator: M
     assert not task.done()
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-
-

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from tallymark_runtime.disk import DiskError, DiskFullError, FileMissingError, MemoryDisk, RealDisk
+from tallymark_runtime.disk import Disk, DiskError, DiskFullError, FileMissingError, MemoryDisk, RealDisk
 
 
 @pytest.fixture(params=["real", "memory"])
@@ -241,3 +241,15 @@ def test_bits_flip_and_files_are_cut():
     assert disk.open("a").read(0, 9).tobytes() == b"\0\0\0\x04\0\0Q"
     disk.crash(random.Random(0))
     assert disk.open("a").read(0, 9).tobytes() == b"\0\0\0\x04\0\0Q"
+
+
+def test_unlocking_lets_another_in(disk: Disk) -> None:
+    """What `lock` took is free again after `unlock`, before the process ends."""
+    folder = disk.at("guarded")
+    folder.lock("LOCK")
+    with pytest.raises(DiskError):
+        disk.at("guarded").lock("LOCK")
+    folder.unlock()
+    again = disk.at("guarded")
+    again.lock("LOCK")
+    again.unlock()

@@ -111,6 +111,7 @@ class StoreService(HandlerBase):
         self._instance = f"{rng.getrandbits(64):016x}"
         self._tasks: list[asyncio.Task[None]] = []
         self._lease = 0
+        self._locked = False
         self._store: store.Store | None = None
         self._reads: dict[int, Reads] = {}
         self._checkpointer: Checkpointer | None = None
@@ -125,6 +126,8 @@ class StoreService(HandlerBase):
         wanted = Cluster(self._config.partition_count)
         cluster = await establish_cluster(self._coordinator, wanted)
         await self._catalog.start()
+        self._disk.lock("LOCK")  # recovery writes; two processes on one log would destroy it
+        self._locked = True
         found = recovery.recover(
             self._disk,
             partition_count=cluster.partition_count,
@@ -228,6 +231,8 @@ class StoreService(HandlerBase):
                 _log.info("the lease was gone already: %s", error)
         if self._store is not None:
             self._store.wal.close()
+        if self._locked:
+            self._disk.unlock()
 
     async def checkpoint(self) -> None:
         """Take a checkpoint now."""
