@@ -15,7 +15,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from typing import Any
 
 from tallymark import (
@@ -33,7 +33,7 @@ from tallymark import (
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]
 
 REQUESTS = MetricSchema(
     code="http_requests",
@@ -221,7 +221,7 @@ async def serve(app: Application, requests: list[tuple[str, str, int | None]]) -
 async def run(address: str) -> dict[tuple[str | None, str], int]:
     """Serve some requests, and return customer 7's by route (None: no route matched) and status."""
     app = RequestMetering(shop, [address], account_of=customer_of_request)
-    requests = [("GET", f"/users/{number}", 7) for number in range(700)]
+    requests: list[tuple[str, str, int | None]] = [("GET", f"/users/{number}", 7) for number in range(700)]
     requests += [("POST", "/orders", 7)] * 20 + [("GET", "/orders", 7)] * 3 + [("GET", "/favicon.ico", 7)] * 2
     requests += [("GET", "/users/1", 8)] * 5 + [("GET", "/users/1", None)] * 4
     await serve(app, requests)
@@ -229,9 +229,11 @@ async def run(address: str) -> dict[tuple[str | None, str], int]:
     async with AsyncClient([address]) as client:
         usage = await client.query(7, REQUESTS.code, current_month())
         print(f"customer 7: {usage.value.count} requests this month, {app.n_lost} lost")
-        found = {}
+        found: dict[tuple[str | None, str], int] = {}
         for row in await client.breakdown(7, REQUESTS.code, current_month(), group_by=["route", "status"]):
-            route, status = row.group["route"], row.group["status"]
+            # None where the property was missing: no route matched.
+            route = None if row.group["route"] is None else str(row.group["route"])
+            status = str(row.group["status"])
             found[route, status] = row.value.count
             print(f"  {route or '(no route)':<12} {status}  {row.value.count:>5}")
     return found

@@ -4,6 +4,8 @@ The data directory is a real server's, killed. Most of the hundreds of starts ar
 memory, by the store's own function; some are real processes.
 """
 
+import asyncio
+import itertools
 import random
 import shutil
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from ledger import ACCOUNTS, ALWAYS, Ledger, Repeater, create_metrics
-from server import PARTITIONS, Server, wait_until
+from server import PARTITIONS, POLL_SECONDS, WAIT_SECONDS_MAX, Server, wait_until
 
 from tallymark import AsyncClient, Event, IngestError, UnavailableError
 from tallymark_protocol.errors import ErrorCode
@@ -43,6 +45,7 @@ NO_CHECKPOINTS = {
     "TALLYMARK_CHECKPOINT_INTERVAL_SECONDS": "3600",
 }
 CONFIG = WalConfig(segment_bytes=64 * 1024)  # of what recovery adds
+_salts = itertools.count(1)  # each process life has another; no state may depend on it
 EVERY_CHECKPOINT = {"TALLYMARK_CHECKPOINT_EVENTS": "1", "TALLYMARK_CHECKPOINT_INTERVAL_SECONDS": "0.1"}
 
 
@@ -94,6 +97,7 @@ def recover(disk: MemoryDisk) -> tuple[State, list[str]]:
         dedup_window_ns=DEDUP_WINDOW_NS,
         wal_config=CONFIG,
         new_log_id=bytes(16),
+        salt=next(_salts),
         report=reports.append,
     )
     parts = [found.partitions[number] for number in range(PARTITIONS)]
@@ -330,6 +334,7 @@ async def test_damaged_through_the_process(server):
     content = bytearray(path.read_bytes())
     content[last.end - 3] ^= 0x10
     path.write_bytes(content)
+    server.environment |= EVERY_CHECKPOINT  # which must not make a later start forget where the damage lies
     for life in range(2):
         await server.start()
         async with AsyncClient([server.address]) as client:
@@ -348,7 +353,9 @@ async def test_damaged_through_the_process(server):
             await client.ingest(Event(account_id=OTHER_ACCOUNT, metric_code="peak", value=life))
             after = (await client.query(OTHER_ACCOUNT, "peak", ALWAYS)).value
             assert after.count == before.count + 1
-        status = await server.status()
+        async with asyncio.timeout(WAIT_SECONDS_MAX):
+            while not (status := await server.status()).details["checkpoints"]:  # noqa: ASYNC110
+                await asyncio.sleep(POLL_SECONDS)
         assert [bool(part.error) for part in status.partitions] == [n == PARTITION for n in range(PARTITIONS)]
         server.kill()
         assert path.read_bytes()[: last.marker] == content[: last.marker], "it can still be put right"

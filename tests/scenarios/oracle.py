@@ -9,6 +9,7 @@ otherwise a seeded one of the same shape.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import datetime as dt
 import functools
 import gzip
@@ -213,7 +214,8 @@ class Fact(NamedTuple):
     kind: str | None
 
 
-class Answer(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Answer:
     """The statistics of some events, those that the kind of metric doesn't have left at their defaults."""
 
     count: int = 0

@@ -83,7 +83,9 @@ def test_a_bad_variable_is_named(name: str, text: str, message: str) -> None:
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     """With the system's reason."""
-    with pytest.raises(InvalidRequestError, match=r"cannot read the configuration .*gone\.toml: No such file"):
+    with pytest.raises(
+        InvalidRequestError, match=r"cannot read the configuration .*gone\.toml: No such file"
+    ):
         load(tmp_path / "gone.toml", {})
     with pytest.raises(InvalidRequestError, match="cannot read the configuration"):
         load(tmp_path, {})

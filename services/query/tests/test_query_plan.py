@@ -274,9 +274,7 @@ def test_pages_show_every_alert_once(limit: int) -> None:
         for question in asked:
             rest = held[question.partition][question.from_position :]
             page = rest[: question.limit]
-            answers.append(
-                AlertsResult(page, question.from_position + len(page), more=len(rest) > len(page))
-            )
+            answers.append(AlertsResult(page, question.from_position + len(page), more=len(rest) > len(page)))
         page = plan.merge_alerts(request, asked, answers)
         assert len(page.alerts) <= limit
         times = [one.triggered_at_ns for one in page.alerts]
@@ -293,7 +291,7 @@ def test_pages_show_every_alert_once(limit: int) -> None:
 def test_partitions_that_were_not_asked_keep_their_position() -> None:
     """One account's page does not move the others' cursors."""
     at = partition_of(42, COUNT)
-    since = {partition: 3 for partition in range(COUNT)}
+    since = dict.fromkeys(range(COUNT), 3)
     request = QueryAlerts(account_id=42, since=since)
     asked = plan.alerts(request, COUNT)
     page = plan.merge_alerts(request, asked, [AlertsResult([], 8, more=False)])

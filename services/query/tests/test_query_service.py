@@ -59,7 +59,9 @@ class Store(HandlerBase):
         self.asked: list[Any] = []
         self.answer: Callable[[Any], Any] = self.answer_as_usual
         self.uid = 0
-        self.server = FrameServer(self, lambda: Welcome(version=PROTOCOL_VERSION, node_id="s", role="store", now_ns=0))
+        self.server = FrameServer(
+            self, lambda: Welcome(version=PROTOCOL_VERSION, node_id="s", role="store", now_ns=0)
+        )
 
     async def on_call(self, connection: Any, call: Any) -> Any:
         self.asked.append(call)
@@ -70,7 +72,9 @@ class Store(HandlerBase):
             case StoreRealtime():
                 return RealtimeResult(Stats(count=3), 5, 9, 70, call.partition)
             case StoreTotals():
-                return TotalsResult([Row(Stats(count=4), account_id=call.partition)], 71, call.partition, self.uid)
+                return TotalsResult(
+                    [Row(Stats(count=4), account_id=call.partition)], 71, call.partition, self.uid
+                )
             case StoreEvents():
                 return EventsResult([], 80 if call.from_offset < 80 else None, 72)
             case StoreAlerts():
@@ -107,9 +111,7 @@ class World:
         return await self.coordinator.put(metric_key("m"), encode_record(make_record(0, schema)))
 
     async def lead(self, partition: int, address: str) -> None:
-        await self.coordinator.put(
-            leader_key(partition), msgspec.msgpack.encode(Leader("s", address, "i"))
-        )
+        await self.coordinator.put(leader_key(partition), msgspec.msgpack.encode(Leader("s", address, "i")))
 
     async def ask(self, call: Any, timeout_s: float = 20) -> Any:
         kinds = {

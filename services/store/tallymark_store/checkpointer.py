@@ -83,9 +83,11 @@ class Checkpointer:
             for partition in self._store.partitions.values():
                 if partition.error is None:
                     await self._take_partition(partition)
-            start = self._store.wal.snapshot()
-            await self._store.wait_synced(start.position)
-            await asyncio.to_thread(checkpoint.write_wal_start, self._disk, start)
+            # With damage in the log, every start is to read it again from before: to say where the damage lies.
+            if all(partition.error is None for partition in self._store.partitions.values()):
+                start = self._store.wal.snapshot()
+                await self._store.wait_synced(start.position)
+                await asyncio.to_thread(checkpoint.write_wal_start, self._disk, start)
             self.count += 1
 
     async def _take_partition(self, partition: Partition) -> None:

@@ -88,8 +88,8 @@ def recover(
 
 
 _WAY_OUT = (
-    "nothing was dropped. Restore the file from a backup of the data directory, or restore this partition from a "
-    "healthy copy; until then the partition is refused"
+    "nothing was dropped. Restore the data directory as a whole from a backup, or this partition from a healthy "
+    "copy; until then the partition is refused"
 )
 
 

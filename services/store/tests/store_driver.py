@@ -106,9 +106,7 @@ class Driver:
         )
         return prepared, columns
 
-    def append(
-        self, number: int, events: list[dict[str, Any]], chunks: list[Chunk], now_ns: int
-    ) -> Prepared:
+    def append(self, number: int, events: list[dict[str, Any]], chunks: list[Chunk], now_ns: int) -> Prepared:
         """As the store does it, on this side of the sync."""
         prepared, _ = self.prepare(number, payload_of(events, chunks), now_ns)
         self.take(number, prepared)

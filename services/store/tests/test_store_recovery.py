@@ -51,8 +51,12 @@ def check_repeats(driver: Driver, number: int) -> None:
     for sequence, n in ((0, 40), (1, 30)):
         repeat = send(driver, number, sequence, n)
         assert repeat.record is None
-        again = [event(i % 3, "sum", value=i, id=encode_event_id(1_000 * sequence + i)) for i in range(1, n, 2)]
-        prepared = driver.append(number, again, [(8, sequence, BASE + SECOND, len(again), 1)], BASE + 2 * SECOND)
+        again = [
+            event(i % 3, "sum", value=i, id=encode_event_id(1_000 * sequence + i)) for i in range(1, n, 2)
+        ]
+        prepared = driver.append(
+            number, again, [(8, sequence, BASE + SECOND, len(again), 1)], BASE + 2 * SECOND
+        )
         assert prepared.stored == 0
     driver.sync()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tallymark_protocol import layout, payload
+from tallymark_protocol.errors import Reason
 from tallymark_protocol.model import AggType, AlertThreshold, DimensionFilter, MetricSchema
 from tallymark_protocol.schema import MetricRecord
 from tallymark_protocol.zones import UTC
@@ -38,6 +39,10 @@ def warm_up() -> None:
     assert status == payload.OK
     fold.apply(data, columns, None, 1, 0)
     fold.apply(data, columns, np.zeros(1, dtype=np.uint8), 2, 0)
+    other = np.frombuffer(_payload(b"u"), dtype=np.uint8)
+    status = payload.place_payload(other, 0, len(other), columns)
+    assert status == payload.OK
+    fold.apply(other, columns, np.full(1, int(Reason.UNKNOWN_METRIC), dtype=np.uint8), 3, 0)
     slot = fold.schemas.slot_of("m")
     start, end = fold.schemas.day_of(slot, 0)
     fold.period_stats(1, slot, 0)

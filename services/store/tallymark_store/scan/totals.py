@@ -234,6 +234,7 @@ class TotalsScan:
         cells = np.zeros((1, CELL_WORDS), np.int64)
         index = np.full(16, -1, np.int32)
         ranking.add_cells(cells, none, none, rows, index, np.zeros(k.STATE_FIELDS, np.int64))
+        k.rebuild_row_index(rows, 0, index)
 
     def add_cells(self, cells: IntArray, found: IntArray, skipped_days: IntArray) -> None:
         """Begin with day cells, of a scan over all accounts.
