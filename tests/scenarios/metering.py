@@ -376,6 +376,7 @@ class Check:
             code = self._rng.choice((None, schema.code))
             start, end = self._range(schema)
             start = max(start, 0)  # the period that holds 1970 may begin before
+            end = max(end, start)
             expected = sorted(
                 (offset, event.id, event.metric_code, event.value, event.timestamp, event.properties,
                  event.operation_type)

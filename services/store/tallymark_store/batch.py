@@ -55,6 +55,11 @@ def encode_prefix(
     return head + verdicts.tobytes() + tail
 
 
+def encoded_bytes_max(payload_bytes: int, event_count: int) -> int:
+    """How long the body of a batch with such a payload can be, whatever its verdicts."""
+    return PREFIX_BYTES + 9 * event_count + payload_bytes
+
+
 def parse(data: npt.NDArray[np.uint8], base: int, length: int) -> BatchView:
     """Read the body at `data[base:base+length]`.
 

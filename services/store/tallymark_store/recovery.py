@@ -83,6 +83,10 @@ def recover(
             wal.mark_damaged(number)
             partition.error = _error(f"{error.message}; {_WAY_OUT}")
             report(partition.error.message)
+        except RemoteProtocolError as error:
+            # Bytes that are as they were written, and make no sense: of a later version, or of a defect.
+            partition.error = _error(f"partition {number} cannot be read back: {error.message}; {_WAY_OUT}")
+            report(partition.error.message)
         partition.high_watermark = partition.log_end
     return Recovered(wal, partitions, manifests, recovery, replayed)
 

@@ -31,7 +31,7 @@ from tallymark_protocol.errors import (
 )
 from tallymark_protocol.frames import Frame
 from tallymark_protocol.messages import AppendHeader, FrameType
-from tallymark_protocol.payload import COLUMNS, OK, explain, place_payload, validate_payload
+from tallymark_protocol.payload import C_EVENTS, COLUMNS, OK, explain, place_payload, validate_payload
 from tallymark_protocol.schema import MetricRecord, decode_record, encode_record
 from tallymark_runtime.catalog import MetricCatalog
 from tallymark_runtime.clock import Clock
@@ -151,6 +151,8 @@ class Store:
         slots: Ints,
     ) -> None:
         self._begin_epoch(partition)
+        # Judging first and finding no room then would mean to take every id out of the index again.
+        self.wal.check_room(batch.encoded_bytes_max(len(payload), int(columns[C_EVENTS])))
         base = partition.log_end
         read = functools.partial(self.read_verdicts, partition.partition)
         try:

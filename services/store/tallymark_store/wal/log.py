@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from tallymark_runtime.disk import BytesLike, Disk, DiskError, FileMissingError
-from tallymark_store.wal.errors import DamagedError
+from tallymark_store.wal.errors import DamagedError, LogFullError
 from tallymark_store.wal.format import (
     LOG_ID_BYTES,
     RECORD_HEADER_BYTES,
@@ -212,6 +212,16 @@ class Wal:
     def full(self) -> bool:
         """Whether there was no room for another segment: appends go on only as far as the present one goes."""
         return self._store.full
+
+    def check_room(self, payload_bytes: int) -> None:
+        """Raise LogFullError if the log is full and a record with such a payload may not fit any more.
+
+        `append` finds that out by itself; this is for callers who would do much in vain before.
+        """
+        if self._store.full:
+            with self._lock:
+                if not self._writer.fits(payload_bytes):
+                    raise LogFullError(self._store.full_reason)
 
     @property
     def total_bytes(self) -> int:

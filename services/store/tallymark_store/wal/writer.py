@@ -319,6 +319,12 @@ class WalWriter:
         self.unsynced[self._segment, position] = (meta, parts)
         return self._segment, position, length
 
+    def fits(self, payload_bytes: int) -> bool:
+        """Say whether a record with such a payload surely has room in the present segment."""
+        reserve = marker_bytes(len(self.partitions) + MARKER_SLACK)
+        start = align(self._position) + GROUP_HEADER_BYTES
+        return start + record_bytes(payload_bytes) + reserve <= self._limit
+
     def _room(self, size: int) -> Group:
         """Return the open group after making sure that a record of `size`, and then a marker, fit behind it."""
         reserve = marker_bytes(len(self.partitions) + MARKER_SLACK)
