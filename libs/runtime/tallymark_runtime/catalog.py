@@ -83,9 +83,12 @@ def metric_of(item: KeyValue) -> MetricRecord:
     """The metric under a key: its uid is the revision at which the key was created.
 
     Raises:
-        RemoteProtocolError: the value is no metric record.
+        RemoteProtocolError: the value is no record of that key's metric.
     """
-    return msgspec.structs.replace(decode_record(item.value), uid=item.create_revision)
+    record = decode_record(item.value)
+    if metric_key(record.schema.code) != item.key:
+        raise RemoteProtocolError(f"the key {item.key!r} holds the metric {record.schema.code!r}")
+    return msgspec.structs.replace(record, uid=item.create_revision)
 
 
 def decode_value(kind: type[msgspec.Struct], item: KeyValue) -> msgspec.Struct:

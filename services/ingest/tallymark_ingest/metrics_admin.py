@@ -2,7 +2,7 @@
 
 A key's value is a `schema.MetricRecord`. A metric's **uid** is its key's create revision, which is known only once
 the key is written. So the stored record carries uid 0 and whoever reads it completes it from the key
-(`read_record`): one transaction creates a metric, and there is no moment at which it has no uid or a wrong one.
+(`catalog.metric_of`): one transaction creates a metric, and there is no moment at which it has no uid or a wrong one.
 
 Every change is conditional on what was read, so two administrators never overwrite each other: a creation on the
 key's absence, an update and a deletion on its last revision. A transaction that lost is judged again by what is
@@ -22,7 +22,6 @@ from tallymark_protocol.errors import (
     AlreadyExistsError,
     ErrorCode,
     NotFoundError,
-    RemoteProtocolError,
     UnavailableError,
 )
 from tallymark_protocol.messages import (
@@ -34,30 +33,13 @@ from tallymark_protocol.messages import (
     MetricUpdate,
 )
 from tallymark_protocol.model import MetricSchema
+from tallymark_runtime.catalog import METRICS, metric_key, metric_of
 from tallymark_runtime.coordinator.port import Coordinator, Delete, Get, KeyValue, Put, absent, unchanged
 
-METRICS_PREFIX: Final = b"metrics/"
 _ATTEMPTS_MAX: Final = 8  # of a change that others keep getting in the way of
 _NEAR_MAX: Final = 3  # similar codes that an error names
 
 MetricCall = MetricCreate | MetricUpdate | MetricDelete | MetricList
-
-
-def metric_key(code: str) -> bytes:
-    """The key of a metric. The code must be a valid one."""
-    return METRICS_PREFIX + code.encode("ascii")
-
-
-def read_record(item: KeyValue) -> rules.MetricRecord:
-    """The metric that a key holds, completed with its uid.
-
-    Raises:
-        RemoteProtocolError: the value is no record of that key's metric.
-    """
-    record = rules.decode_record(item.value)
-    if metric_key(record.schema.code) != item.key:
-        raise RemoteProtocolError(f"the key {item.key!r} holds the metric {record.schema.code!r}")
-    return msgspec.structs.replace(record, uid=item.create_revision)
 
 
 def _stored(record: rules.MetricRecord) -> bytes:
@@ -98,7 +80,7 @@ class MetricsAdmin:
             self.revision = max(self.revision, result.revision)
             return msgspec.structs.replace(record, uid=result.revision)
         (existing,) = result.results[0]
-        identical = rules.canonical(read_record(existing).schema) == rules.canonical(schema)
+        identical = rules.canonical(metric_of(existing).schema) == rules.canonical(schema)
         raise AlreadyExistsError(
             f"the metric {schema.code!r} exists already"
             + (", with this very schema" if identical else ", with another schema"),
@@ -117,7 +99,7 @@ class MetricsAdmin:
         key = metric_key(schema.code)
         for _ in range(_ATTEMPTS_MAX):
             item = await self._find(schema.code)
-            old = read_record(item)
+            old = metric_of(item)
             if rules.canonical(old.schema) == rules.canonical(schema):
                 return old
             record = rules.update_record(old, schema)
@@ -141,20 +123,20 @@ class MetricsAdmin:
             result = await self._coordinator.txn([unchanged(item)], [Delete(item.key)])
             if result.succeeded:
                 self.revision = max(self.revision, result.revision)
-                return msgspec.structs.replace(read_record(item), deleted=True)
+                return msgspec.structs.replace(metric_of(item), deleted=True)
         raise _contended(code)
 
     async def list(self) -> list[rules.MetricRecord]:
         """All metrics, by code."""
-        listed = await self._coordinator.range(METRICS_PREFIX)
-        return [read_record(item) for item in listed.items]
+        listed = await self._coordinator.range(METRICS)
+        return [metric_of(item) for item in listed.items]
 
     async def _find(self, code: str) -> KeyValue:
         item = await self._coordinator.get(metric_key(code))
         if item is not None:
             return item
-        listed = await self._coordinator.range(METRICS_PREFIX)
-        codes = [other.key[len(METRICS_PREFIX) :].decode("ascii", "replace") for other in listed.items]
+        listed = await self._coordinator.range(METRICS)
+        codes = [other.key[len(METRICS) :].decode("ascii", "replace") for other in listed.items]
         near = difflib.get_close_matches(code, codes, n=_NEAR_MAX)
         hint = f"; did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
         raise NotFoundError(

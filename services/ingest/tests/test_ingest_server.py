@@ -10,7 +10,6 @@ import msgspec
 import pytest
 
 from tallymark_ingest import GatewayConfig, ServerConfig, serve
-from tallymark_ingest.metrics_admin import read_record
 from tallymark_protocol.codec import decode, decode_receipt, encode
 from tallymark_protocol.errors import (
     AlreadyExistsError,
@@ -37,6 +36,7 @@ from tallymark_protocol.messages import (
     Welcome,
 )
 from tallymark_protocol.model import AggType, AlertThreshold, MetricSchema
+from tallymark_runtime.catalog import metric_of
 from tallymark_runtime.clock import RealClock
 from tallymark_runtime.coordinator import MemoryCoordinator
 from tallymark_runtime.peer import PeerClient
@@ -383,7 +383,7 @@ async def test_metrics_through_the_gateway(cluster):
     assert created.version == 1
     item = await cluster.coordinator.get(b"metrics/api_calls")
     assert created.uid == item.create_revision > 0
-    assert read_record(item).uid == created.uid
+    assert metric_of(item).uid == created.uid
     with pytest.raises(AlreadyExistsError) as caught:
         await call(MetricCreate(schema))
     assert caught.value.identical
