@@ -241,6 +241,10 @@ class Gateways:
 
     async def _call_link(self, deadline: float, attempt: int, *, query: bool) -> Link:
         known = self.topology.query if self.topology is not None else []
+        if query and not known and attempt > 0:
+            # No query node had registered when the gateway told us of the cluster; by now one may have.
+            self.topology = await self.call(GetTopology(), Topology, deadline)
+            known = self.topology.query
         if not query or not known:
             await self.wait_up(deadline)
             link = self.link

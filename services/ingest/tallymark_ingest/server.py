@@ -41,6 +41,11 @@ from tallymark_protocol.messages import (
     MetricDelete,
     MetricList,
     MetricUpdate,
+    QueryAlerts,
+    QueryEvents,
+    QueryRealtime,
+    QueryTop,
+    QueryTotals,
     Topology,
     Welcome,
 )
@@ -141,6 +146,8 @@ class GatewayServer(HandlerBase):
             # What its caller sends next is to be judged by the metric as it now is.
             self.core.metrics_revision = self._admin.revision
             return answer
+        if isinstance(call, QueryTotals | QueryRealtime | QueryTop | QueryEvents | QueryAlerts):
+            raise UnavailableError("queries go to a query node, and none has registered with the cluster yet")
         return await super().on_call(connection, call)
 
     # ------------------------------------------------------------ driving the core

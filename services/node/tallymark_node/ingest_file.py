@@ -7,8 +7,11 @@ streams; it prints nothing.
 **Running again is safe.** Every event carries an id. Where the file has none, it is a hash of the row's content and
 the row's number among those of the same content: the second of two identical rows is `…:2`. So a file that is loaded
 again, from the start, after an interruption, after it has grown or was put into another order, stores only what is
-missing, for as long as the server remembers ids (35 days unless set otherwise). What follows from it: the same row in two *different*
-files counts once, unless the files are told apart by a source name or the rows by an id column.
+missing, for as long as the server remembers ids (35 days unless set otherwise). The columns that a file of rejected
+rows adds take no part in the hash, so that such a file can be corrected and loaded itself: rows that weren't touched
+keep their ids. What follows from it: the same row in two *different* files counts once, unless the files are told
+apart by a source name or the rows by an id column. That holds for a corrected row that has become the same as
+another one, too.
 
 **Order.** Rows of a batch are stored in their order, batches in flight may overtake each other. That matters only to
 LATEST and COUNT_UNIQUE metrics, and there only to rows of the same time; for those, load with one batch in flight.
@@ -27,6 +30,7 @@ import sqlite3
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
+from pathlib import Path
 from typing import IO, Any, BinaryIO, Final, NamedTuple, cast
 
 import msgspec
@@ -49,6 +53,8 @@ from tallymark_node.cli import parse
 LINE_BYTES_MAX: Final = 1024 * 1024
 RETRIES_MAX: Final = 5  # of a batch, each for as long as the client's timeout
 COUNTED_ROWS_MAX: Final = 1_000_000  # distinct rows whose number is kept in memory; then they go to a file
+
+REJECTED_COLUMNS: Final = ("rejected_line", "rejected_reason")  # what a file of rejected rows adds in front
 
 TIME_UNITS: Final = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
 OPERATIONS: Final = {
@@ -89,7 +95,7 @@ class Row(NamedTuple):
     line: int  # its first line, from 1
     cells: Sequence[Any]  # in the order of `Columns.names()`; None where there is none
     content: bytes  # what its derived id is made of
-    raw: Sequence[str]  # for the file of rejected rows: a CSV row's fields, or the one line of a JSON row
+    raw: Sequence[str]  # for the file of rejected rows, in the order of its reader's `header`
     problem: str = ""  # why it can't be read, when it can't
 
 
@@ -132,8 +138,11 @@ def _lines(stream: BinaryIO) -> Iterator[bytes]:
 class CsvReader:
     """Rows of a CSV file with a header line.
 
+    Columns named as in `REJECTED_COLUMNS` come from an earlier run: they are part neither of what a row is known by
+    nor of what is written when it is rejected again.
+
     Attributes:
-        header: the columns' names.
+        header: the columns' names, those left out.
 
     Raises:
         InvalidRequestError: there is no header, or it lacks a column that is asked for.
@@ -144,23 +153,32 @@ class CsvReader:
         decoded = (line.decode("utf-8", "surrogateescape") for line in _lines(stream))
         self._reader = csv.reader(decoded, delimiter=delimiter, strict=True)
         try:
-            self.header = [name.strip() for name in next(self._reader, [])]
+            self._names = [name.strip() for name in next(self._reader, [])]
         except csv.Error as error:
             raise InvalidRequestError(f"the header line can't be read: {error}") from None
-        if not any(self.header):
+        if not any(self._names):
             raise InvalidRequestError("the file is empty: a CSV file starts with a line of column names")
+        added = {number for number, name in enumerate(self._names) if name in REJECTED_COLUMNS}
+        self._added = frozenset(added)
+        self.header = self._own(self._names)
         self._positions = [None if name is None else self._position(name) for name in columns.names()]
 
     def _position(self, name: str) -> int:
-        found = self.header.count(name)
+        found = self._names.count(name)
         if found == 1:
-            return self.header.index(name)
+            return self._names.index(name)
         if found:
             raise InvalidRequestError(f"the file has {found} columns named {name!r:.80}")
         raise InvalidRequestError(f"the file has no column {name!r:.80}{parse.closest(name, self.header)}")
 
+    def _own(self, fields: list[str]) -> list[str]:
+        """Leave out what an earlier run added."""
+        if not self._added:
+            return fields
+        return [field for number, field in enumerate(fields) if number not in self._added]
+
     def __iter__(self) -> Iterator[Row]:
-        reader, positions, width = self._reader, self._positions, len(self.header)
+        reader, positions, width = self._reader, self._positions, len(self._names)
         while True:
             line = reader.line_num + 1
             try:
@@ -173,17 +191,18 @@ class CsvReader:
                 return
             if not fields:
                 continue  # an empty line
+            own = self._own(fields)
             if len(fields) != width:
-                yield Row(line, (), b"", fields, f"it has {len(fields)} fields, the header has {width}")
+                yield Row(line, (), b"", own, f"it has {len(fields)} fields, the header has {width}")
                 continue
             try:
                 # The fields and where they end: quoting and line ends don't make another row.
-                content = msgspec.json.encode(fields)
+                content = msgspec.json.encode(own)
             except UnicodeEncodeError:
-                yield Row(line, (), b"", fields, "it isn't UTF-8 text")
+                yield Row(line, (), b"", own, "it isn't UTF-8 text")
                 continue
             cells = [None if position is None else fields[position] for position in positions]
-            yield Row(line, cells, content, fields)
+            yield Row(line, cells, content, own)
 
 
 class JsonReader:
@@ -331,7 +350,7 @@ class Converter:
             raise RowError(f"{name} is empty")
         scaled = self._columns.scaled and (schema is None or schema.agg_type is not AggType.COUNT_UNIQUE)
         if not scaled:
-            return _whole(cell, name, "; with --scale it may have decimals")
+            return _whole(cell, name, "; with --scaled it may have decimals")
         if isinstance(cell, bool) or not isinstance(cell, str | int | Decimal):
             raise RowError(f"{name} {cell!r:.60} is no number")
         try:
@@ -432,7 +451,7 @@ def _bounded_time(time_ns: int, name: str, text: str) -> int:
 
 
 class Rejects:
-    """The file of rejected rows: CSV, with line and reason before the row's own fields. Made when the first comes.
+    """The file of rejected rows: CSV, with `REJECTED_COLUMNS` before the row's own. Made when the first comes.
 
     Attributes:
         path: where it is, or would be.
@@ -463,7 +482,7 @@ class Rejects:
                     self.path, "w", encoding="utf-8", errors="backslashreplace", newline=""
                 )
                 self._writer = csv.writer(self._file)
-                self._writer.writerow(["line", "reason", *self._header])
+                self._writer.writerow([*REJECTED_COLUMNS, *self._header])
             self._writer.writerow([row.line, reason, *row.raw])
         except OSError as error:
             raise InvalidRequestError(
@@ -475,6 +494,22 @@ class Rejects:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def remove_stale(self) -> None:
+        """After a run that rejected nothing: remove the file of an earlier one, which would seem to be of this one.
+
+        A file that doesn't begin as ours do is left alone.
+        """
+        assert self.count == 0, "the file is of this run"
+        path = Path(self.path)
+        begin = ",".join(REJECTED_COLUMNS).encode()
+        # A file that can't be looked at or removed is no reason for a run that stored everything to fail.
+        with contextlib.suppress(OSError):
+            if path.is_file():
+                with path.open("rb") as file:
+                    head = file.read(len(begin) + 1)
+                if head.startswith(begin) and head[len(begin) :] in {b",", b"\r", b"\n"}:
+                    path.unlink()
 
 
 _FIRST_REJECTS = 5

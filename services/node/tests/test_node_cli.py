@@ -321,12 +321,36 @@ def test_ingest_writes_rejected_rows(tally, tmp_path):
     result = tally("ingest", path, *mapping, status=1)
     assert "line 2: no metric has this code (no_such)" in result.stdout
     lines = (tmp_path / "calls.rejects.csv").read_text().splitlines()
-    assert [line.split(",")[0] for line in lines] == ["line", "2", "3", "4", "5"]
+    assert [line.split(",")[0] for line in lines] == ["rejected_line", "2", "3", "4", "5"]
     assert "other content" in lines[3]
     assert "--time-unit" in lines[4]
     counts = document(tally("ingest", path, *mapping, "--json", "--rejects", tmp_path / "r.csv", status=1))
     assert (counts["stored"], counts["duplicates"], counts["rejected"]) == (0, 1, 4)
     assert document(tally("usage", 5, "calls", "--period", "all", "--json"))["total"] == 1
+
+
+def test_a_corrected_rejects_file_counts_nothing_twice(tally, tmp_path):
+    """Rejected and conflicting rows, one corrected: only that one is new; the file is gone once nothing is rejected."""
+    tally("metrics", "create", "again", "--agg", "sum", "-d", "region")
+    path = tmp_path / "usage.csv"
+    path.write_text("account_id,n,at,region\n6,1.5,1767225600,eu\n6,x,1767225600,eu\n6,2,99999999999,eu\n")
+    mapping = ("--metric", "again", "--value", "n", "--time", "at", "--scaled", "--json")
+    first = document(tally("ingest", path, *mapping, status=1))
+    assert (first["stored"], first["rejected"]) == (1, 2)
+    # The same rows under another mapping are other events of the same ids.
+    second = document(tally("ingest", path, *mapping, "-p", "region", status=1))
+    assert (second["stored"], second["rejected"]) == (0, 3)
+    rejects = tmp_path / "usage.rejects.csv"
+    assert second["rejects_file"] == str(rejects)
+    rejects.write_text(rejects.read_text().replace(",6,x,", ",6,4,"))
+    third = document(tally("ingest", rejects, *mapping, status=1))
+    assert (third["stored"], third["duplicates"], third["rejected"]) == (1, 1, 1)
+    assert document(tally("usage", 6, "again", "--period", "all", "--json"))["total"] == 5_500_000
+    path.write_text("account_id,n,at,region\n6,1.5,1767225600,eu\n6,4,1767225600,eu\n")
+    last = document(tally("ingest", path, *mapping[:-2], "--scale", "--json"))
+    assert (last["stored"], last["duplicates"]) == (0, 2)
+    assert not rejects.exists()
+    assert "usage.rejects.csv for usage.csv" in " ".join(tally("ingest", "--help").stdout.split())
 
 
 @pytest.mark.parametrize(

@@ -292,10 +292,41 @@ def test_rejects_file(tmp_path):
         rejects.add(row, "because, so")
     rejects.close()
     with path.open(newline="") as file:
-        assert list(csv.reader(file)) == [["line", "reason", "a", "v"], ["2", "because, so", "1", "x\ny"]]
+        assert list(csv.reader(file)) == [["rejected_line", "rejected_reason", "a", "v"], ["2", "because, so", "1", "x\ny"]]
     assert rejects.first == [(2, "because, so")]
     with pytest.raises(InvalidRequestError, match="can't write"):
         Rejects(str(tmp_path / "no" / "x"), ["a"]).add(row, "because")
+
+
+def test_rejects_columns_are_no_content():
+    """A row that comes from a file of rejected rows keeps its id, and is written again without nesting."""
+    plain = [event.id for event in from_csv("a,v\n1,2\n1,2\n")]
+    added = "rejected_line,rejected_reason,a,v\n7,because,1,2\n9,other,1,2\n"
+    assert [event.id for event in from_csv(added)] == plain
+    moved = "a,rejected_reason,v,rejected_line\n1,x,2,7\n1,,2,\n"
+    assert [event.id for event in from_csv(moved)] == plain
+    assert [event.id for event in from_csv("a,v,line,reason\n1,2,7,x\n1,2,9,y\n")] != plain
+    columns = Columns(account="a", value="v", metric="m")
+    reader = CsvReader(stream(added + "1,short\n1,\xff,3,4\n".replace("\xff", "é")), columns)
+    assert reader.header == ["a", "v"]
+    assert [list(row.raw) for row in reader] == [["1", "2"], ["1", "2"], [], ["3", "4"]]
+
+
+def test_a_stale_rejects_file_is_removed(tmp_path):
+    """Only a file that begins as ours; anything else of that name stays."""
+    path = tmp_path / "r.csv"
+    rejects = Rejects(str(path), ["a"])
+    rejects.remove_stale()
+    for text, stays in (
+        ("rejected_line,rejected_reason,a\r\n2,x,1\r\n", False),
+        ("rejected_line,rejected_reasons,a\n", True),
+        ("a,rejected_line,rejected_reason\n", True),
+        ("", True),
+    ):
+        path.write_text(text)
+        rejects.remove_stale()
+        assert path.exists() is stays
+    Rejects(str(tmp_path), ["a"]).remove_stale()
 
 
 def test_reasons_lose_the_position_in_the_request():
@@ -402,6 +433,29 @@ async def test_load_again_counts_nothing_twice(tmp_path):
     assert (again.stored, again.duplicates) == (0, 3)
     assert (grown.stored, grown.duplicates) == (1, 3)
     assert len(client.stored) == 4
+
+
+async def test_a_corrected_rejects_file_is_loaded_itself(tmp_path):
+    """Of a file of rejected rows, only those that were corrected are new."""
+    client = FakeClient()
+    path = tmp_path / "r.csv"
+    first, _ = await run_load(client, "a,v\n1,2\n3,4\nx,6\ny,8\n", path)
+    assert (first.stored, first.rejected) == (2, 2)
+    # Rows 1 and 2 come back under their ids with other content: a conflict, whose rows are stored all the same.
+    for event_id, event in list(client.stored.items()):
+        client.stored[event_id] = SimpleNamespace(value=event.value + 1)
+    second, _ = await run_load(client, "a,v\n1,2\n3,4\nx,6\ny,8\n", path)
+    assert (second.stored, second.rejected) == (0, 4)
+    corrected = path.read_text().replace(",x,6", ",5,6")
+    third, again = await run_load(client, corrected, tmp_path / "r2.csv")
+    assert (third.stored, third.duplicates, third.rejected) == (1, 0, 3)
+    assert len(client.stored) == 3
+    with (tmp_path / "r2.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["rejected_line", "rejected_reason", "a", "v"]
+    assert [row[2:] for row in rows[1:]] == [["1", "2"], ["3", "4"], ["y", "8"]]
+    fixed, _ = await run_load(client, "a,v\n5,6\n", path)
+    assert (fixed.stored, fixed.duplicates) == (0, 1)
 
 
 async def test_load_retries_under_the_same_identity(tmp_path):

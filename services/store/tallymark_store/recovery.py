@@ -21,7 +21,7 @@ from tallymark_store.checkpointer import folder
 from tallymark_store.dedup.producers import ENTRY_DTYPE as WINDOW_DTYPE
 from tallymark_store.fold import Fold
 from tallymark_store.partition import Partition
-from tallymark_store.store import replay
+from tallymark_store.store import WAY_OUT, replay
 from tallymark_store.wal import DamagedError, Recovery, Wal, WalConfig, open_wal
 
 _log = logging.getLogger(__name__)
@@ -81,20 +81,14 @@ def recover(
             replayed += replay(wal, partition)
         except DamagedError as error:
             wal.mark_damaged(number)
-            partition.error = _error(f"{error.message}; {_WAY_OUT}")
+            partition.error = _error(f"{error.message}; {WAY_OUT}")
             report(partition.error.message)
         except RemoteProtocolError as error:
             # Bytes that are as they were written, and make no sense: of a later version, or of a defect.
-            partition.error = _error(f"partition {number} cannot be read back: {error.message}; {_WAY_OUT}")
+            partition.error = _error(f"partition {number} cannot be read back: {error.message}; {WAY_OUT}")
             report(partition.error.message)
         partition.high_watermark = partition.log_end
     return Recovered(wal, partitions, manifests, recovery, replayed)
-
-
-_WAY_OUT = (
-    "nothing was dropped. Restore the data directory as a whole from a backup, or this partition from a healthy "
-    "copy; until then the partition is refused"
-)
 
 
 def _error(message: str) -> WireError:
@@ -105,11 +99,11 @@ def _damage_error(number: int, recovery: Recovery) -> WireError:
     damage = recovery.damages.get(number)
     if damage is None:
         return _error(
-            f"partition {number} may have been in a part of the log that cannot be read any more; {_WAY_OUT}"
+            f"partition {number} may have been in a part of the log that cannot be read any more; {WAY_OUT}"
         )
     return _error(
         f"partition {number} is damaged from offset {damage.offset} on: {damage.file} at byte "
-        f"{damage.position}: {damage.sentence}; {_WAY_OUT}"
+        f"{damage.position}: {damage.sentence}; {WAY_OUT}"
     )
 
 

@@ -58,7 +58,7 @@ from tallymark_store.checkpointer import Checkpointer
 from tallymark_store.partition import Partition
 from tallymark_store.reads import EventsRead, Reads, TotalsRead, empty_stats
 from tallymark_store.scan.source import WalSource
-from tallymark_store.wal import WalConfig
+from tallymark_store.wal import DamagedError, WalConfig
 
 _log = logging.getLogger(__name__)
 
@@ -125,6 +125,11 @@ class StoreService(HandlerBase):
         self.address = self._config.advertise or bound
         wanted = Cluster(self._config.partition_count)
         cluster = await establish_cluster(self._coordinator, wanted)
+        if cluster.partition_count != wanted.partition_count:
+            self._report(
+                f"this cluster was created with {cluster.partition_count} partitions, and keeps them: the setting "
+                f"of {wanted.partition_count} is ignored"
+            )
         await self._catalog.start()
         self._disk.lock("LOCK")  # recovery writes; two processes on one log would destroy it
         self._locked = True
@@ -281,7 +286,11 @@ class StoreService(HandlerBase):
             await running.wait_applied(partition)
             if call.metric_code is not None and not self._knows(partition, call.metric_code):
                 return await self._read_nothing(partition, call, call.metric_code)
-            return await self._read(self._reads[call.partition], call)
+            try:
+                return await self._read(self._reads[call.partition], call)
+            except DamagedError as error:
+                running.refuse(partition, error)
+                raise
         if isinstance(call, StoreDigest):
             return await self._digest(running, call)
         return await super().on_call(connection, call)

@@ -51,6 +51,10 @@ from tallymark_store.wal import (
 _log = logging.getLogger(__name__)
 
 _APPENDED = int(FrameType.APPENDED)
+WAY_OUT = (
+    "nothing was dropped. Restore the data directory as a whole from a backup, or this partition from a healthy "
+    "copy; until then the partition is refused"
+)
 FOLD_SLICE_NS = 15_000_000  # of the loop's time at once
 BACKLOG_HIGH_BYTES = 192 * 1024 * 1024  # appended and not folded: above it, nothing more is read
 BACKLOG_LOW_BYTES = 96 * 1024 * 1024
@@ -220,13 +224,22 @@ class Store:
         try:
             found = self.wal.read(partition, offset)
         except DamagedError as error:
-            self.wal.mark_damaged(partition)
-            self.partitions[partition].error = to_wire(error)
+            self.refuse(self.partitions[partition], error)
             raise
         assert found is not None, "the producer windows know only what the log holds"
         meta, body = found
         view = batch.parse(body, 0, len(body))
         return LoggedVerdicts(meta.base_offset, view.verdicts, view.originals)
+
+    def refuse(self, partition: Partition, error: DamagedError) -> None:
+        """A read found damage: serve the partition no more, now and after a restart."""
+        _log.error("%s", error.message)
+        self.wal.mark_damaged(partition.partition)
+        wire = to_wire(error)
+        if partition.error is None:
+            partition.error = WireError(wire.code, False, f"{wire.message}; {WAY_OUT}", wire.details)
+        if self.wal.write_marker():
+            self._threads.wake()
 
     # ------------------------------------------------------------ control records
 

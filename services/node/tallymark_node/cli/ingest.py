@@ -40,7 +40,7 @@ EPILOG = """\b
 Examples:
   tallymark ingest usage.csv --metric api_calls --account customer --time at
   tallymark ingest usage.jsonl.gz --metric-column metric --account account_id \\
-      --value usage.seconds --scale --time ts --time-unit ms --id event_id --property region
+      --value usage.seconds --scaled --time ts --time-unit ms --id event_id --property region
 """
 
 
@@ -54,7 +54,7 @@ Examples:
 @click.option("--metric-column", metavar="COLUMN", help="The column that names each row's metric.")
 @click.option("--account", default="account_id", show_default=True, metavar="COLUMN", help="Account ids.")
 @click.option("--value", metavar="COLUMN", help="Values; without it every row's value is 1.")
-@click.option("--scale", "scaled", is_flag=True, help="Values are decimals (stored times 1,000,000).")
+@click.option("--scaled", "--scale", "scaled", is_flag=True, help="Values are decimals (stored times 1,000,000).")
 @click.option("--time", metavar="COLUMN", help="Event times; without it, the time of loading.")
 @click.option(
     "--time-unit",
@@ -73,7 +73,10 @@ Examples:
 )
 @click.option("--source", default="", help="Tells rows without an id from the same rows of other files.")
 @click.option(
-    "--rejects", "rejects_path", metavar="FILE", help="Where rejected rows go. [default: FILE.rejects.csv]"
+    "--rejects",
+    "rejects_path",
+    metavar="FILE",
+    help="Where rejected rows go. [default: beside it: usage.rejects.csv for usage.csv]",
 )
 @click.option(
     "--batch",
@@ -118,7 +121,8 @@ async def ingest(
     different files may hold the same rows. The server remembers ids for 35 days.
 
     Empty cells and nulls are missing properties. Rows that can't be stored are written to a CSV file with their
-    line and the reason; the others are stored. Exit status 0: all rows are stored; 1: some were rejected.
+    line and the reason (rejected_line, rejected_reason); the others are stored. Correct the rows in that file and
+    load it with the same options: these two columns don't count as content. Exit status 0: all rows are stored; 1: some were rejected.
     """
     from tallymark_node.ingest_file import Columns, Converter, RowIds, Tally
 
@@ -153,6 +157,8 @@ async def ingest(
         finally:
             rejects.close()
             ids.close()
+    if rejects.count == 0:
+        rejects.remove_stale()
     _report(options, tally, rejects, seconds, derived=id_column is None)
     return STATUS_REFUSED if tally.rejected else None
 
@@ -235,7 +241,7 @@ async def _schemas(client: AsyncClient, columns: Columns) -> dict[str, MetricSch
         )
     if columns.scaled and schema.agg_type in {AggType.COUNT, AggType.COUNT_UNIQUE}:
         raise click.UsageError(
-            f"metric {schema.code} is a {name}, whose values have no decimals: leave --scale out"
+            f"metric {schema.code} is a {name}, whose values have no decimals: leave --scaled out"
         )
     return {schema.code: schema}
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from tallymark_runtime.disk import FileMissingError
 from tallymark_store.wal import RECORD_HEADER_BYTES, DamagedError, RecordKind, Wal
-from tallymark_store.wal.format import salt_of
+from tallymark_store.wal.format import salt_of, segment_name
 
 ByteArray = npt.NDArray[np.uint8]
 IntArray = npt.NDArray[np.int64]
@@ -290,7 +290,7 @@ def damaged(
 ) -> DamagedError:
     """Make the error for a record that can't be read."""
     return DamagedError(
-        f"partition {partition}: the event batch at position {position} of segment {segment} is damaged: {why}",
+        f"partition {partition}: the event batch at byte {position} of {segment_name(segment)} is damaged: {why}",
         partition=partition,
         segment=segment,
         position=position,
