@@ -5,7 +5,6 @@ allowed; elsewhere that test, too, makes do with the limit.
 """
 
 import asyncio
-import contextlib
 import subprocess
 
 import pytest
@@ -19,6 +18,7 @@ from tallymark import (
     Event,
     MetricSchema,
     PeriodType,
+    UnavailableError,
 )
 from tallymark_protocol.errors import ErrorCode
 
@@ -73,12 +73,16 @@ class Filler:
         """Call again with the very same events, as callers do, until everything is stored."""
         async with asyncio.timeout(WAIT_SECONDS_MAX):
             while self.open:
-                with contextlib.suppress(BackpressureError):
-                    events, before = self.open[0]
+                events, before = self.open[0]
+                try:
                     receipt = await self._client.ingest(events, timeout=CALL_SECONDS)
-                    assert receipt.n_stored == ACCOUNTS
-                    self.stored += ACCOUNTS - before
-                    self.open.pop(0)
+                except (BackpressureError, UnavailableError) as error:
+                    # No room yet; or, after a restart, no connection yet: the client was backing off.
+                    assert error.retriable
+                    continue
+                assert receipt.n_stored == ACCOUNTS
+                self.stored += ACCOUNTS - before
+                self.open.pop(0)
 
 
 async def create_metric(client: AsyncClient) -> None:

@@ -1,4 +1,4 @@
-"""Every snippet of the README runs: Python against a server, commands through the command line."""
+"""Every snippet of the README and of docs/sdk.md runs: Python on a server, commands through the command line."""
 
 from __future__ import annotations
 
@@ -14,12 +14,22 @@ from typing import Any
 
 import pytest
 
+import tallymark
 from tallymark_node import dev
 from tallymark_node.config import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+SDK = (ROOT / "docs" / "sdk.md").read_text(encoding="utf-8")
+
+
+def blocks_of(page: str) -> list[tuple[str, str]]:
+    """The kind and the text of every fenced block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+
+
+BLOCKS = blocks_of(README)
+SDK_BLOCKS = blocks_of(SDK)
 CSV = "customer,at,route\n7,2026-01-31T10:00:00Z,/users\n8,2026-01-31T10:00:01Z,/jobs\n"
 
 
@@ -60,6 +70,13 @@ def test_the_readme_has_snippets_of_both_kinds() -> None:
     kinds = [kind for kind, _ in BLOCKS]
     assert kinds.count("python") >= 6
     assert kinds.count("console") >= 4
+    assert [kind for kind, _ in SDK_BLOCKS].count("python") >= 7
+
+
+def test_the_sdk_page_names_everything_that_is_exported() -> None:
+    """What can be imported from `tallymark` is on the page; an entry for it is the author's to write."""
+    words = set(re.findall(r"\w+", SDK))
+    assert sorted(set(tallymark.__all__) - words) == []
 
 
 def test_make_targets_that_the_readme_names_exist() -> None:
@@ -77,12 +94,13 @@ def test_links_lead_somewhere() -> None:
 
 
 @pytest.mark.timeout(300)
-async def test_every_snippet_runs_in_order(tmp_path: Path) -> None:
-    """One server, all snippets from top to bottom; servers that snippets start are started elsewhere."""
+@pytest.mark.parametrize("blocks", [BLOCKS, SDK_BLOCKS], ids=["readme", "sdk"])
+async def test_every_snippet_runs_in_order(blocks: list[tuple[str, str]], tmp_path: Path) -> None:
+    """A server for a page, all snippets from top to bottom; servers that snippets start are started elsewhere."""
     (tmp_path / "usage.csv").write_text(CSV, encoding="utf-8")
     settings = Settings(port=0, data_dir=str(tmp_path / "data"))
     async with dev.running(settings) as node:
-        for kind, text in BLOCKS:
+        for kind, text in blocks:
             if kind == "python":
                 await run_python(text, node.address)
             elif kind == "console":

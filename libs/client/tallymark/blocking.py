@@ -32,6 +32,7 @@ from tallymark_protocol.model import DeliveryMode, Event, MetricSchema
 from tallymark_protocol.periods import Period
 
 T = TypeVar("T")
+_HOW_TO_CONNECT = "use `with`, or call connect()"
 
 
 class _LoopThread:
@@ -106,7 +107,7 @@ class Client:
     """
 
     def __init__(self, addresses: Sequence[str] | str, *, timeout: float = TIMEOUT_SECONDS) -> None:
-        self._client = AsyncClient(addresses, timeout=timeout)
+        self._client = AsyncClient(addresses, timeout=timeout, _how_to_connect=_HOW_TO_CONNECT)
         self._lock = threading.Lock()  # over the two fields below
         self._thread: _LoopThread | None = None  # None before connect and after close
         self._closed = False
@@ -150,7 +151,7 @@ class Client:
             if self._closed:
                 raise UnavailableError("the client is closed", code=ErrorCode.CLOSED, retriable=False)
             if self._thread is None and not start:
-                raise InvalidRequestError("the client isn't connected: use `with`, or call connect()")
+                raise InvalidRequestError(f"the client isn't connected: {_HOW_TO_CONNECT}")
             if self._thread is None or self._thread.process_id != os.getpid():
                 self._thread = _LoopThread()
             return self._thread

@@ -98,9 +98,11 @@ class AsyncClient:
         *,
         timeout: float = TIMEOUT_SECONDS,
         _rng: random.Random | None = None,
+        _how_to_connect: str = "use `async with`, or await connect()",
     ) -> None:
         self._addresses = [addresses] if isinstance(addresses, str) else list(addresses)
         self._timeout = timeout
+        self._how_to_connect = _how_to_connect
         self._rng = _rng if _rng is not None else random.SystemRandom()
         self._loop: asyncio.AbstractEventLoop | None = None  # None before connect, and after a fork
         self._gateways: Gateways
@@ -179,7 +181,7 @@ class AsyncClient:
             raise _closed()
         if self._loop is None:
             if not self._forked:
-                raise InvalidRequestError("the client isn't connected: use `async with`, or await connect()")
+                raise InvalidRequestError(f"the client isn't connected: {self._how_to_connect}")
             await self.connect()
         self._check_loop()
         assert self._loop is not None, "a connected client has a loop"

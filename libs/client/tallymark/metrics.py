@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from tallymark._gateways import details_repeated
+from tallymark_protocol import schema as rules
 from tallymark_protocol.errors import AlreadyExistsError, InvalidRequestError, NotFoundError
 from tallymark_protocol.messages import (
     Message,
@@ -87,6 +88,8 @@ class AsyncMetrics:
 def _check_schema(schema: MetricSchema) -> None:
     if not isinstance(schema, MetricSchema):
         raise InvalidRequestError(f"a metric is created from a MetricSchema, not {type(schema).__name__}")
+    # What can't be encoded has to be said here; the zone's data is the server's.
+    rules.validate(schema, check_zone=False)
 
 
 def _single(result: MetricsResult, sent: MetricSchema) -> MetricSchema:

@@ -108,10 +108,14 @@ class Receipt:
         )
 
     def __repr__(self) -> str:
-        return (
-            f"Receipt(n_stored={self.n_stored}, n_duplicates={self.n_duplicates}, "
-            f"n_conflicts={self.n_conflicts}, n_rejected={self.n_rejected}, n_unknown={len(self.unknown)})"
+        counts = (
+            f"n_events={self.n_events}, n_stored={self.n_stored}, n_duplicates={self.n_duplicates}, "
+            f"n_conflicts={self.n_conflicts}, n_rejected={self.n_rejected}, "
+            f"n_unknown={len(self.unknown)}, n_not_stored={len(self.not_stored)}"
         )
+        rejected = self.rejected
+        first = f", first rejected: {rejected[0].message!r}" if rejected else ""
+        return f"<Receipt {counts}{first}>"
 
     @property
     def n_stored(self) -> int:

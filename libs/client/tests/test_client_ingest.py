@@ -83,6 +83,16 @@ async def test_bad_events_do_not_fail_the_rest(client, gateway):
     assert (only_bad.n_stored, only_bad.n_rejected) == (0, 1)
 
 
+async def test_a_receipt_prints_what_is_wrong(client):
+    """Counts, and the first rejection's sentence."""
+    assert repr(await client.ingest(events(1, 2))).startswith("<Receipt n_events=2, n_stored=2, ")
+    receipt = await client.ingest([Event(1, "m"), Event(1, "m", 1.5), Event(-1, "m")])
+    assert "n_stored=1" in repr(receipt)
+    assert "n_rejected=2" in repr(receipt)
+    assert receipt.rejected[0].message in repr(receipt)
+    assert receipt.rejected[1].message not in repr(receipt)
+
+
 async def test_duplicates_name_the_original(client, gateway):
     """An id that is known is a duplicate, with where the first event lies."""
     first = await client.ingest(events(1, id="job-1"))

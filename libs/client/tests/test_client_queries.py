@@ -229,6 +229,26 @@ async def test_metrics(client, gateway):
         await client.metrics.create("m")
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"thresholds": [AlertThreshold(code="a", value=2**63)]}, r"thresholds\[0\].*2\^63-1"),
+        ({"thresholds": [AlertThreshold(code="a", value=2**200)]}, r"thresholds\[0\].*2\^63-1"),
+        ({"thresholds": [AlertThreshold(code="a", value=1.5)]}, r"thresholds\[0\].value"),
+        ({"agg_type": "SUM"}, "agg_type"),
+        ({"filters": ["region"]}, "filters"),
+        ({"billing_cycle_day": 5}, "billing_cycle_day"),
+    ],
+)
+async def test_bad_schemas_are_not_sent(client, gateway, fields, words):
+    """What can't be a schema is said here, by field, before anything is encoded."""
+    schema = MetricSchema(**{"code": "m", **fields})
+    for call in (client.metrics.create, client.metrics.update):
+        with pytest.raises(InvalidRequestError, match=words):
+            await call(schema)
+    assert gateway.calls == []
+
+
 async def test_create_tells_equal_from_different(client, gateway):
     """AlreadyExistsError says whether the schema is the same."""
     gateway.answers[m.MetricCreate] = WireError(

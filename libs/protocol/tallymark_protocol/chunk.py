@@ -16,6 +16,7 @@ first that isn't; only then is each looked at on its own. What is too large for 
 
 from __future__ import annotations
 
+import datetime as dt
 import struct
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -64,6 +65,7 @@ _SINGLE = struct.Struct("<Qq")  # account and value of a lone event
 _SINGLE_DEFAULT = lay.CONSTANT << 4 * lay.COLUMN_ACCOUNT
 _SINGLE_VALUE = _SINGLE_DEFAULT | lay.CONSTANT << 4 * lay.COLUMN_VALUE
 _FIRST = range(1)
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 
 class BadEvent(msgspec.Struct, frozen=True):
@@ -286,14 +288,19 @@ def _explain(index: int, reason: Reason, value: Any, error: Exception) -> BadEve
             return BadEvent(index, reason, f"event {index}: {message}")
     elif reason == Reason.INVALID_PROPERTY and isinstance(error, OverflowError):
         reason = Reason.PROPERTIES_TOO_LARGE
-    elif (
-        reason == Reason.INVALID_TIMESTAMP
-        and isinstance(value, int)
-        and not isinstance(value, bool)
-        and value < 0
-    ):
+    elif reason == Reason.INVALID_TIMESTAMP and _before_epoch(value):
         reason = Reason.TIME_BEFORE_EPOCH
     return BadEvent(index, reason, sentence(reason, index=index, detail=detail))
+
+
+def _before_epoch(value: Any) -> bool:
+    """Whether a time that was refused is an instant, and before 1970."""
+    if isinstance(value, dt.datetime):
+        try:
+            return value.utcoffset() is not None and value < _EPOCH
+        except GIVE_UP:  # a zone that can't say where it is at that time
+            return False
+    return isinstance(value, int) and not isinstance(value, bool) and value < 0
 
 
 def _shown(value: object) -> str:

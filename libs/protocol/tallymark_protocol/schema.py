@@ -209,7 +209,7 @@ def _check_thresholds(thresholds: list[AlertThreshold]) -> None:
         name = f"thresholds[{index}]"
         _check_text(threshold.code, f"{name}.code", limits.THRESHOLD_CODE_BYTES_MAX)
         if not 1 <= threshold.value <= limits.THRESHOLD_VALUE_MAX:
-            raise _invalid(f"{name} ({threshold.code!r}): its value must be from 1 to 2^127-1")
+            raise _invalid(f"{name} ({threshold.code!r}): its value must be from 1 to 2^63-1")
     _check_unique((threshold.code for threshold in thresholds), "thresholds: the code")
 
 

@@ -163,6 +163,12 @@ BAD = [
     (Event(1, "m", 1, lay.TIME_ABSENT), Reason.TIME_BEFORE_EPOCH),
     (Event(1, "m", 1, 2**63), Reason.INVALID_TIMESTAMP),
     (Event(1, "m", 1, 1.5), Reason.INVALID_TIMESTAMP),
+    (Event(1, "m", 1, dt.datetime(1969, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)), Reason.TIME_BEFORE_EPOCH),
+    (
+        Event(1, "m", 1, dt.datetime(1970, 1, 1, tzinfo=dt.timezone(dt.timedelta(hours=1)))),
+        Reason.TIME_BEFORE_EPOCH,
+    ),
+    (Event(1, "m", 1, dt.datetime(2262, 4, 12, tzinfo=UTC)), Reason.INVALID_TIMESTAMP),
     (Event(1, "m", 1, True), Reason.INVALID_TIMESTAMP),
     (Event(1, "m", 1, None, {"k": 1}), Reason.INVALID_PROPERTY),
     (Event(1, "m", 1, None, {1: "v"}), Reason.INVALID_PROPERTY),
