@@ -11,6 +11,7 @@ Run it against a server (`tallymark dev`): python examples/prepaid_credits.py [h
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 from decimal import Decimal
 
@@ -34,7 +35,6 @@ USED = MetricSchema(
     # Recorded at every further hundred: the moment to remind a customer of topping up.
     thresholds=[AlertThreshold(code="every_hundred", value=scale(100), recurring=True)],
 )
-CUSTOMER = 77
 
 
 class NotEnoughCreditsError(Exception):
@@ -86,7 +86,9 @@ def main(address: str) -> dict[str, Decimal | int]:
             except AlreadyExistsError as error:
                 if not error.identical:
                     raise
-        account = Credits(client, CUSTOMER)
+        # A new customer, so that another run starts from nothing, too: ids of events are per account.
+        customer = secrets.randbits(63)
+        account = Credits(client, customer)
         account.buy(Decimal(250), "payment-1")
         account.buy(Decimal(250), "payment-1")  # the provider's webhook came twice
         print(f"bought:          {account.balance()}")
@@ -104,7 +106,7 @@ def main(address: str) -> dict[str, Decimal | int]:
         account.buy(Decimal(100), "payment-2")
         left = account.use(Decimal(40), "job-3")
         print(f"after topping up: {left}")
-        reminders = client.list_alerts(CUSTOMER, metric_code=USED.code)
+        reminders = client.list_alerts(customer, metric_code=USED.code)
         for alert in reminders:
             passed = unscale(alert.threshold_value * alert.last_multiple)
             print(f"reminder:        passed {passed} used credits, at {unscale(alert.value_at_cross)}")

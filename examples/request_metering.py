@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
@@ -219,18 +220,23 @@ async def serve(app: Application, requests: list[tuple[str, str, int | None]]) -
 
 
 async def run(address: str) -> dict[tuple[str | None, str], int]:
-    """Serve some requests, and return customer 7's by route (None: no route matched) and status."""
+    """Serve some requests, and return one customer's by route (None: no route matched) and status."""
+    # New customers, so that another run starts from nothing, too.
+    customer, another = secrets.randbits(63), secrets.randbits(63)
     app = RequestMetering(shop, [address], account_of=customer_of_request)
-    requests: list[tuple[str, str, int | None]] = [("GET", f"/users/{number}", 7) for number in range(700)]
-    requests += [("POST", "/orders", 7)] * 20 + [("GET", "/orders", 7)] * 3 + [("GET", "/favicon.ico", 7)] * 2
-    requests += [("GET", "/users/1", 8)] * 5 + [("GET", "/users/1", None)] * 4
+    requests: list[tuple[str, str, int | None]] = [("GET", f"/users/{n}", customer) for n in range(700)]
+    requests += [("POST", "/orders", customer)] * 20 + [("GET", "/orders", customer)] * 3
+    requests += [("GET", "/favicon.ico", customer)] * 2
+    requests += [("GET", "/users/1", another)] * 5 + [("GET", "/users/1", None)] * 4
     await serve(app, requests)
 
     async with AsyncClient([address]) as client:
-        usage = await client.query(7, REQUESTS.code, current_month())
-        print(f"customer 7: {usage.value.count} requests this month, {app.n_lost} lost")
+        usage = await client.query(customer, REQUESTS.code, current_month())
+        print(f"customer {customer}: {usage.value.count} requests this month, {app.n_lost} lost")
         found: dict[tuple[str | None, str], int] = {}
-        for row in await client.breakdown(7, REQUESTS.code, current_month(), group_by=["route", "status"]):
+        for row in await client.breakdown(
+            customer, REQUESTS.code, current_month(), group_by=["route", "status"]
+        ):
             # None where the property was missing: no route matched.
             route = None if row.group["route"] is None else str(row.group["route"])
             status = str(row.group["status"])

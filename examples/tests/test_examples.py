@@ -29,7 +29,7 @@ EXPECTED = {
     "prepaid_credits": {"left": Decimal("89.500001"), "refused": 1, "reminders": 1},
 }
 PRINTED = {
-    "request_metering": "customer 7: 725 requests this month, 0 lost",
+    "request_metering": ": 725 requests this month, 0 lost",
     "infrastructure": "March: 1584.750000 hours",
     "seats": "seats taken now:              3",
     "queue_consumer": "second consumer: 600 stored, 100 known already",
@@ -68,6 +68,14 @@ async def test_example_counts_what_it_says(name, tmp_path, capsys):
     assert found == EXPECTED[name]
     assert PRINTED[name] in printed
     assert complaints == ""
+
+
+@pytest.mark.parametrize("name", ["prepaid_credits", "request_metering"])
+async def test_example_runs_again(name, tmp_path):
+    """A second run against the same server shows the same numbers: each has customers of its own."""
+    async with dev.running(settings(tmp_path)) as node:
+        for _ in range(2):
+            assert await asyncio.to_thread(load(name).main, node.address) == EXPECTED[name]
 
 
 @pytest.mark.parametrize("by_argument", [True, False])

@@ -116,6 +116,19 @@ def test_life(gateway):
         client.connect()
 
 
+async def test_not_connected_after_a_failed_connect():
+    """What to do about it is said for code without an event loop."""
+    address = FakeGateway()
+    await address.start()
+    await address.stop()
+    client = Client(address.address)
+    with pytest.raises(UnavailableError):
+        client.connect(timeout=0.01)
+    with pytest.raises(InvalidRequestError, match=r"use `with`, or call connect\(\)"):
+        client.ingest(Event(1, "m"))
+    client.close()
+
+
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_fork(client, gateway):
     """A child uses its copy with a connection, a thread and an identity of its own."""

@@ -9,6 +9,7 @@ from fake_gateway import FakeGateway, until
 
 from tallymark import (
     OTHER,
+    AlertThreshold,
     AlreadyExistsError,
     AsyncClient,
     InvalidRequestError,

@@ -19,6 +19,7 @@ PROPERTY_VALUE_BYTES_MAX = 1_024
 EVENT_ID_BYTES_MAX = 256  # encoded, with its type tag
 VALUE_TEXT_BYTES_MAX = 1_024  # a COUNT_UNIQUE STRING value, encoded, with its tag
 
+PARTITIONS_MAX = 256  # of a cluster
 REQUEST_EVENTS_MAX = 100_000
 REQUEST_BYTES_MAX = 16 * 1024 * 1024
 CHUNK_METRICS_MAX = 1_024  # distinct metric codes in one chunk

@@ -108,7 +108,7 @@ def test_valid_schemas_pass(schema):
             "9 entries, more than 8",
         ),
         (changed(thresholds=threshold(1) + threshold(2)), "the code 't' is given twice"),
-        (changed(thresholds=threshold(0)), "from 1 to 2\\^127-1"),
+        (changed(thresholds=threshold(0)), "from 1 to 2\\^63-1"),
         (changed(thresholds=threshold(-5)), "from 1 to"),
         (changed(thresholds=threshold(2**127)), "from 1 to"),
         (changed(thresholds=threshold(1.5)), r"\$.thresholds\[0\].value"),

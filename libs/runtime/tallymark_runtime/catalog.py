@@ -18,7 +18,14 @@ from collections.abc import Callable
 
 import msgspec
 
-from tallymark_protocol.errors import NotFoundError, RemoteProtocolError, TallymarkError, UnavailableError
+from tallymark_protocol import limits
+from tallymark_protocol.errors import (
+    InvalidRequestError,
+    NotFoundError,
+    RemoteProtocolError,
+    TallymarkError,
+    UnavailableError,
+)
 from tallymark_protocol.schema import MetricRecord, decode_record
 from tallymark_runtime.coordinator import (
     Coordinator,
@@ -62,6 +69,9 @@ class Cluster(msgspec.Struct, frozen=True):
 
     partition_count: int
     format_version: int = FORMAT_VERSION
+    cluster_id: str = (
+        ""  # random; data directories carry it, so that they never meet another coordinator's state
+    )
 
 
 def metric_key(code: str) -> bytes:
@@ -107,8 +117,13 @@ async def establish_cluster(coordinator: Coordinator, wanted: Cluster) -> Cluste
     """Create the cluster's constants, or read those that are there already.
 
     Raises:
+        InvalidRequestError: what is wanted is outside the limits.
         RemoteProtocolError: they were written by a version that this one does not know.
     """
+    if not 1 <= wanted.partition_count <= limits.PARTITIONS_MAX:
+        raise InvalidRequestError(
+            f"a cluster has 1 to {limits.PARTITIONS_MAX} partitions, not {wanted.partition_count}"
+        )
     await coordinator.txn([absent(CLUSTER)], [Put(CLUSTER, msgspec.msgpack.encode(wanted))])
     item = await coordinator.get(CLUSTER)
     if item is None:
@@ -132,6 +147,8 @@ class Catalog:
         self._items: dict[bytes, KeyValue] = {}
         self._changed = asyncio.Event()  # set, and replaced, whenever something was taken in
         self._task: asyncio.Task[None] | None = None
+        self._question: asyncio.Task[None] | None = None  # not asked yet: see `catch_up`
+        self._asking = asyncio.Lock()
 
     async def start(self) -> None:
         """Begin to follow; returns when the first picture is there."""
@@ -162,6 +179,22 @@ class Catalog:
                     raise UnavailableError(
                         f"the coordinator is at revision {self.revision}, before {revision}"
                     ) from None
+
+    async def catch_up(self) -> None:
+        """Know everything that the coordinator knew when this was called; callers at one time share one question.
+
+        Raises:
+            UnavailableError: the coordinator cannot be reached.
+        """
+        if self._question is None:
+            self._question = asyncio.get_running_loop().create_task(self._ask())
+        await asyncio.shield(self._question)
+
+    async def _ask(self) -> None:
+        async with self._asking:
+            self._question = None  # whoever comes from now on needs an answer of a later moment
+            now = await self.coordinator.txn([], [])
+        await self.wait_revision(now.revision)
 
     async def wait_change(self) -> None:
         """Wait until something was taken in."""
@@ -257,12 +290,7 @@ class MetricCatalog(Catalog):
 
     async def fetch(self, code: str) -> MetricRecord | None:
         """The metric with this code as the coordinator has it now; what is returned is known here too."""
-        item = await self.coordinator.get(metric_key(code))
-        if item is None:
-            return None
-        # Never ahead of what `on_change` has told: its deletion, told before, must not be undone by this answer,
-        # and told later, must find it known.
-        await self.wait_revision(item.mod_revision)
+        await self.catch_up()
         return self._records.get(code)
 
 

@@ -149,17 +149,40 @@ async def test_fetch_does_not_bring_back_what_has_ended(coordinator: MemoryCoord
     deaf = Deaf(coordinator)
     metrics = MetricCatalog(deaf)  # type: ignore[arg-type]
     await metrics.start()
-    item = await coordinator.get(metric_key("a"))
+    asked = deaf.txn
 
-    async def get(_: bytes) -> Any:
+    async def txn(*arguments: Any) -> Any:
+        answer = await asked(*arguments)
         await coordinator.delete(metric_key("a"))
         await metrics.wait_revision(coordinator.revision)
-        return item
+        return answer
 
-    deaf.get = get  # type: ignore[attr-defined]
-    assert item is not None
-    assert item.create_revision == uid
+    deaf.txn = txn  # type: ignore[attr-defined]
+    known = metrics.get("a")
+    assert known is not None
+    assert known.uid == uid
     assert await metrics.fetch("a") is None
+    await metrics.close()
+
+
+async def test_callers_at_one_time_share_a_question(coordinator: MemoryCoordinator) -> None:
+    """Each knows what was there when it asked, and a hundred of them ask twice at most."""
+    deaf = Deaf(coordinator)
+    metrics = MetricCatalog(deaf)  # type: ignore[arg-type]
+    await metrics.start()
+    await put(coordinator, "late")
+    asked = deaf.txn
+    questions = 0
+
+    async def txn(*arguments: Any) -> Any:
+        nonlocal questions
+        questions += 1
+        return await asked(*arguments)
+
+    deaf.txn = txn  # type: ignore[attr-defined]
+    await asyncio.gather(*(metrics.catch_up() for _ in range(100)))
+    assert metrics.get("late") is not None
+    assert 1 <= questions <= 2
     await metrics.close()
 
 

@@ -7,7 +7,7 @@ import signal
 import pytest
 import uvloop
 
-from tallymark_runtime.clock import ManualClock, RealClock
+from tallymark_runtime.clock import ManualClock, RealClock, SteadyClock
 from tallymark_runtime.loops import new_event_loop, run
 from tallymark_runtime.randomness import new_random
 
@@ -70,3 +70,27 @@ def test_a_second_signal_cancels_main():
     with pytest.raises(asyncio.CancelledError):
         run(main)
     signal.signal(signal.SIGTERM, before)
+
+
+def test_a_steady_clock_follows_slews_and_ignores_jumps() -> None:
+    """Within ten seconds of the boot clock it is the wall clock; beyond, it goes on from where it was."""
+    behind = ManualClock()
+    reports: list[str] = []
+    clock = SteadyClock(behind, reports.append)
+    start = clock.now_ns()
+    behind.advance(5 * 10**9)
+    behind.wall_ns += 9 * 10**9  # a slew, or a correction that small
+    assert clock.now_ns() == start + 14 * 10**9
+    behind.wall_ns += 20 * 60 * 10**9
+    behind.advance(10**9)
+    assert clock.now_ns() == start + 15 * 10**9
+    behind.advance(10**9)
+    assert clock.now_ns() == start + 16 * 10**9
+    assert len(reports) == 1
+    assert "+1200.0 s" in reports[0]
+    behind.wall_ns -= 20 * 60 * 10**9
+    assert clock.now_ns() == start + 16 * 10**9
+    behind.wall_ns -= 36 * 86_400 * 10**9
+    behind.advance(10**9)
+    assert clock.now_ns() == start + 17 * 10**9
+    assert len(reports) == 2

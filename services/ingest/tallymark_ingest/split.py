@@ -23,7 +23,7 @@ from tallymark_ingest.split_kernels import split_chunks
 from tallymark_protocol import layout as lay
 from tallymark_protocol import limits
 
-PARTITIONS_MAX: Final = 256
+PARTITIONS_MAX: Final = limits.PARTITIONS_MAX
 
 # One call's bounds. At 39 bytes an event in the widest columns, the chunks' own bytes and 40 bytes a chunk, a
 # payload of several chunks stays below APPEND_BYTES_MAX; a chunk above the bounds goes alone, and grows by

@@ -52,7 +52,7 @@ _YEARS_S = 10 * 366 * 86_400
 # What a setting may be, both ends included.
 _BOUNDS: dict[str, tuple[float, float]] = {
     "port": (0, 65_535),
-    "partition_count": (1, 4_096),
+    "partition_count": (1, limits.PARTITIONS_MAX),
     "wal_segment_bytes": (1024 * 1024, 1024**4),
     "log_bytes_max": (0, 2**62),
     "checkpoint_interval_seconds": (0.001, 1e10),
@@ -63,11 +63,14 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 }
 
 
+_KINDS = {int: "whole number", float: "number", str: "text"}
+
+
 def _convert(name: str, text: str, kind: type) -> Any:
     try:
         return kind(text)
     except ValueError:
-        raise InvalidRequestError(f"{name}={text!r} is not a {kind.__name__}") from None
+        raise InvalidRequestError(f"{name}={text!r} is not a {_KINDS[kind]}") from None
 
 
 def load(

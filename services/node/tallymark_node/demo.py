@@ -114,9 +114,13 @@ async def run(plan: Plan, stop: asyncio.Event, report: Callable[[str], None]) ->
                     return 0
                 status = await _check(client, loaded, fresh=plan.data_dir is None)
                 best = await _show(client, loaded, schemas)
-            _show_commands(node.address, best)
             if not plan.stay:
+                output.line(
+                    "The server ends with the demo. For one that stays, run `tallymark demo` in a terminal, "
+                    "or `tallymark dev`."
+                )
                 return status
+            _show_commands(node.address, best)
             output.line("the server stays up until Ctrl-C")
             sys.stdout.flush()
             return await until(stop, node.failed) or status
@@ -314,13 +318,13 @@ class _Progress:
         loaded = self._loaded
         seconds = (self._clock.monotonic_ns() - self._started) / 1e9
         text = (
-            f"{loaded.changes:,} changes by {len(loaded.names):,} authors: {loaded.stored:,} events stored "
-            f"in {seconds:.1f} s"
+            f"{_many(loaded.changes, 'change')} by {_many(len(loaded.names), 'author')} "
+            f"as {loaded.events:,} events (five metrics each), stored in {seconds:.1f} s"
         )
         if loaded.duplicates:
-            text += f", {loaded.duplicates:,} were stored before"
+            text += f"; {loaded.duplicates:,} of them were stored before"
         if loaded.refused:
-            text += f", {loaded.refused:,} refused (their time is before 1970 or ahead of now)"
+            text += f"; {loaded.refused:,} of them refused (their time is before 1970 or ahead of now)"
         return text
 
 
@@ -333,7 +337,10 @@ async def _check(client: AsyncClient, loaded: Loaded, *, fresh: bool) -> int:
         return 0
     rows = await client.top_accounts(LINES, ALL_TIME, limit=RECOUNT_ACCOUNTS_MAX)
     if {row.account_id: row.value.sum for row in rows} == dict(loaded.lines):
-        output.line(f"all {len(rows):,} accounts' totals equal a recount of the history")
+        which = (
+            "the account's total equals" if len(rows) == 1 else f"all {len(rows):,} accounts' totals equal"
+        )
+        output.line(f"{which} a recount of the history")
         return 0
     output.line("ERROR: totals differ from a recount of the history")
     return 1
@@ -436,13 +443,18 @@ async def _show_alerts(client: AsyncClient, schemas: list[MetricSchema]) -> None
     # Those of the latest periods, the greatest of a period first.
     alerts.sort(key=lambda alert: (-alert.period.start_ns, -alert.value_at_cross, alert.id))
     at_least = "at least " if len(alerts) >= ALERTS_READ_MAX else ""
+    crossed = "1 threshold was crossed" if len(alerts) == 1 else f"{len(alerts):,} thresholds were crossed"
     some = "; those of the latest months" if len(alerts) > ALERTS_SHOWN else ""
     output.table(
         ALERT_COLUMNS,
         [alert_row(alert, zones) for alert in alerts[:ALERTS_SHOWN]],
-        title=f"Alerts: {at_least}{len(alerts):,} thresholds were crossed in a month{some}",
+        title=f"Alerts: {at_least}{crossed} in a month{some}",
         numbers={0, 4},
     )
+
+
+def _many(count: int, name: str) -> str:
+    return f"{count:,} {name}" if count == 1 else f"{count:,} {name}s"
 
 
 def _name(loaded: Loaded, account: int) -> str:

@@ -19,7 +19,7 @@ from tallymark_ingest.gateway import GatewayConfig
 from tallymark_node.config import Settings
 from tallymark_query import service as query
 from tallymark_runtime.catalog import Cluster, establish_cluster, register
-from tallymark_runtime.clock import RealClock
+from tallymark_runtime.clock import Clock, RealClock, SteadyClock
 from tallymark_runtime.coordinator import Coordinator, CoordinatorService, FileCoordinator
 from tallymark_runtime.disk import RealDisk
 from tallymark_runtime.framing import join_address
@@ -87,7 +87,7 @@ def gateway_config(settings: Settings, partition_count: int, listen: str) -> ing
 
 
 async def start_query(
-    settings: Settings, coordinator: Coordinator, rng: random.Random, listen: str
+    settings: Settings, coordinator: Coordinator, clock: Clock, rng: random.Random, listen: str
 ) -> tuple[query.QueryService, asyncio.Task[None]]:
     """Start a query node and register it."""
     cluster = await establish_cluster(coordinator, Cluster(settings.partition_count))
@@ -97,18 +97,18 @@ async def start_query(
         listen=listen,
         advertise=settings.advertise,
     )
-    service = await query.serve(config, coordinator, RealClock(), rng)
+    service = await query.serve(config, coordinator, clock, rng)
     task = await register(coordinator, "query", settings.node_id, service.address, LEASE_TTL_S)
     return service, task
 
 
 async def start_gateway(
-    settings: Settings, coordinator: Coordinator, rng: random.Random, listen: str
+    settings: Settings, coordinator: Coordinator, clock: Clock, rng: random.Random, listen: str
 ) -> tuple[ingest.GatewayServer, asyncio.Task[None]]:
     """Start a gateway and register it."""
     cluster = await establish_cluster(coordinator, Cluster(settings.partition_count))
     config = gateway_config(settings, cluster.partition_count, listen)
-    server = await ingest.serve(config, coordinator, RealClock(), rng)
+    server = await ingest.serve(config, coordinator, clock, rng)
     task = await register(
         coordinator, "ingest", settings.node_id, settings.advertise or server.address, LEASE_TTL_S
     )
@@ -119,6 +119,15 @@ async def end(task: asyncio.Task[None]) -> None:
     """Cancel a background task and wait for its end."""
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+def open_coordinator(settings: Settings) -> FileCoordinator:
+    """The coordinator that is embedded in a store's data directory.
+
+    Raises:
+        UnavailableError: another process has the directory.
+    """
+    return FileCoordinator(Path(settings.data_dir) / "coordinator", RealClock())
 
 
 def warm_up() -> None:
@@ -136,8 +145,9 @@ async def running(settings: Settings, report: Callable[[str], None] = lambda _: 
     """
     split.warm_up()  # the store's kernels are compiled before it takes a lease; the gateway's must be by then
     rng = new_random()
+    clock = SteadyClock(RealClock(), report)
     data = Path(settings.data_dir)
-    coordinator = FileCoordinator(data / "coordinator", RealClock())
+    coordinator = open_coordinator(settings)
     # Inner roles listen on loopback; only the gateway's address is the user's choice.
     inner = "127.0.0.1:0"
     alone = msgspec.structs.replace(settings, advertise="")
@@ -147,17 +157,17 @@ async def running(settings: Settings, report: Callable[[str], None] = lambda _: 
             store_config(alone, inner),
             RealDisk(data / "store"),
             coordinator,
-            RealClock(),
+            clock,
             rng,
             report=report,
             hosted=CoordinatorService(coordinator),
         )
         stack.push_async_callback(stores.close)
-        queries, query_task = await start_query(alone, coordinator, rng, inner)
+        queries, query_task = await start_query(alone, coordinator, clock, rng, inner)
         stack.push_async_callback(queries.close)
         stack.push_async_callback(end, query_task)
         listen = join_address(settings.host, settings.port)
-        gateway, gateway_task = await start_gateway(settings, coordinator, rng, listen)
+        gateway, gateway_task = await start_gateway(settings, coordinator, clock, rng, listen)
         stack.push_async_callback(gateway.close)
         stack.push_async_callback(end, gateway_task)
         yield Node(gateway, queries, stores)

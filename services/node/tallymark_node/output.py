@@ -161,6 +161,11 @@ def moment(time_ns: int | None, zone: str = "UTC") -> str:
     return text + (f".{fraction:09d}".rstrip("0") if fraction else "")
 
 
+def utc_offset(time_ns: int, zone: str) -> str:
+    """Write how far a zone's clocks are ahead of UTC at an instant: `+02:00`."""
+    return _local(time_ns // 10**9, zone).isoformat()[19:]
+
+
 def iso(time_ns: int | None) -> str | None:
     """Write an instant for JSON: RFC 3339 in UTC, to the nanosecond where it has any."""
     if time_ns is None:

@@ -8,14 +8,25 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from tallymark_node.config import ROLES, Settings
-from tallymark_node.dev import LEASE_TTL_S, end, start_gateway, start_query, store_config
-from tallymark_protocol.errors import InvalidRequestError
-from tallymark_runtime.clock import RealClock
-from tallymark_runtime.coordinator import Coordinator, CoordinatorService, FileCoordinator, RemoteCoordinator
+from tallymark_node.dev import (
+    LEASE_TTL_S,
+    end,
+    open_coordinator,
+    start_gateway,
+    start_query,
+    store_config,
+)
+from tallymark_protocol.errors import InvalidRequestError, UnavailableError
+from tallymark_runtime.catalog import CLUSTER
+from tallymark_runtime.clock import RealClock, SteadyClock
+from tallymark_runtime.coordinator import Coordinator, CoordinatorService, RemoteCoordinator
 from tallymark_runtime.disk import RealDisk
 from tallymark_runtime.framing import join_address
 from tallymark_runtime.randomness import new_random
 from tallymark_store import service as store
+
+START_WAIT_S = 60.0  # how long a role waits for the store that embeds the coordinator
+START_RETRY_S = 0.2
 
 __all__ = ["LEASE_TTL_S", "Role", "running"]
 
@@ -45,6 +56,7 @@ async def running(
     if role not in ROLES:
         raise InvalidRequestError(f"there is no role {role!r}; there are: {', '.join(ROLES)}")
     rng = new_random()
+    clock = SteadyClock(RealClock(), report)
     listen = join_address(settings.host, settings.port)
     async with contextlib.AsyncExitStack() as stack:
         if role == "store":
@@ -54,7 +66,7 @@ async def running(
                 store_config(settings, listen),
                 RealDisk(Path(settings.data_dir) / "store"),
                 coordinator,
-                RealClock(),
+                clock,
                 rng,
                 report=report,
                 hosted=hosted,
@@ -64,22 +76,49 @@ async def running(
             return
         coordinator = _remote(settings)
         stack.push_async_callback(coordinator.close)
+        await _wait_coordinator(coordinator, settings, report)
         if role == "query":
-            queries, task = await start_query(settings, coordinator, rng, listen)
+            queries, task = await start_query(settings, coordinator, clock, rng, listen)
             stack.push_async_callback(queries.close)
             address = queries.address
         else:
-            gateway, task = await start_gateway(settings, coordinator, rng, listen)
+            gateway, task = await start_gateway(settings, coordinator, clock, rng, listen)
             stack.push_async_callback(gateway.close)
             address = gateway.address
         stack.push_async_callback(end, task)
         yield Role(address, asyncio.Event())
 
 
+async def _wait_coordinator(
+    coordinator: RemoteCoordinator, settings: Settings, report: Callable[[str], None]
+) -> None:
+    """Wait for the process that hosts the coordinator, which may be starting, too.
+
+    Raises:
+        UnavailableError: it did not answer within START_WAIT_S.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + START_WAIT_S
+    told = False
+    while True:
+        try:
+            if await coordinator.get(CLUSTER) is not None:  # its store makes the cluster, nobody else
+                return
+            error = UnavailableError(f"the store at {settings.coordinator} has not made its cluster yet")
+        except UnavailableError as problem:
+            error = problem
+        if loop.time() > deadline:
+            raise error
+        if not told:
+            report(f"waiting for the coordinator at {settings.coordinator}: {error.message}")
+            told = True
+        await asyncio.sleep(START_RETRY_S)
+
+
 def _store_coordinator(settings: Settings) -> tuple[Coordinator, CoordinatorService | None]:
     if settings.coordinator != "embedded":
         return _remote(settings), None
-    coordinator = FileCoordinator(Path(settings.data_dir) / "coordinator", RealClock())
+    coordinator = open_coordinator(settings)
     return coordinator, CoordinatorService(coordinator)
 
 

@@ -3,16 +3,19 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 
+import numba
 import pytest
 from click.testing import CliRunner
 
 from tallymark_node import dev
+from tallymark_node.cli import serve
 from tallymark_node.config import Settings
 from tallymark_node.main import cli
 
@@ -160,7 +163,11 @@ def test_bad_dates_are_quoted(tally):
     """A bad date is named as typed."""
     assert "'yesterday' is no date" in tally("usage", 1, "x", "--from", "yesterday", status=2).stderr
     assert "'2026-02-30' is no date" in tally("events", 1, "--to", "2026-02-30", status=2).stderr
+    assert "'1969-12-31' is before 1970" in tally("events", 1, "--from", "1969-12-31", status=2).stderr
     assert "no account id" in tally("usage", "me", "x", status=2).stderr
+    for command in (("usage", 1, "x"), ("top", "x"), ("events", 1)):
+        reversed_range = tally(*command, "--from", "2026-02-01", "--to", "2026-01-01T10:00", status=2).stderr
+        assert "--to 2026-01-01 10:00 lies before --from 2026-02-01 00:00 (both UTC)" in reversed_range
 
 
 def test_no_server():
@@ -246,6 +253,9 @@ def test_usage_filtered_grouped_and_in_time(tally, usage_file):
     shown = tally(*everything[:-1], "--by", "provider").stdout
     assert "(other)" in shown
     assert "(missing)" in shown
+    assert re.search(r"\(total\) +8 +4$", shown, re.MULTILINE)
+    one = tally(*everything[:-1], "--by", "provider", "-f", "provider=aws").stdout
+    assert re.search(r"\(total\) +1\.5 +1$", one, re.MULTILINE)
     months = document(tally(*everything, "--unit", "month"))["rows"]
     assert [(row["start"], row["total"]) for row in months] == [
         ("2026-01-01T00:00:00Z", "3.75"),
@@ -257,6 +267,36 @@ def test_usage_filtered_grouped_and_in_time(tally, usage_file):
     assert hours.count("2026-02-01 0") == 3
     assert "no usage" in tally("usage", 7, "seconds", "--period", "all", "--unit", "day").stdout
     assert "no usage" in tally("usage", 7, "seconds", "--period", "all", "--by", "provider").stdout
+
+
+def test_hours_that_come_twice_are_told_apart(tally, tmp_path):
+    """Where clocks are set back, both hours show their offset; all others are as they were."""
+    tally("metrics", "create", "berlin", "--zone", "Europe/Berlin")
+    path = tmp_path / "hours.csv"
+    path.write_text("account_id,at\n9,2025-10-26T00:30Z\n9,2025-10-26T01:30Z\n9,2025-10-26T02:30Z\n")
+    tally("ingest", path, "--metric", "berlin", "--time", "at")
+    range_ = ("--from", "2025-10-26T00:00Z", "--to", "2025-10-26T03:00Z")
+    shown = tally("usage", 9, "berlin", "--unit", "hour", *range_).stdout
+    assert re.findall(r"^2025-10-26 (.*?) {2,}", shown, re.MULTILINE) == [
+        "02:00 +02:00",
+        "02:00 +01:00",
+        "03:00",
+    ]
+
+
+@pytest.mark.parametrize("agg", ["max", "latest", "count_unique", "count"])
+def test_a_breakdowns_total_is_the_metrics(tally, tmp_path, agg):
+    """The last line is the total of the same question without groups, also where groups don't add up."""
+    code = f"all_{agg}"
+    tally("metrics", "create", code, "--agg", agg, "-d", "region")
+    path = tmp_path / "regions.csv"
+    path.write_text(
+        "account_id,n,at,region\n1,7,2026-01-01,eu\n1,7,2026-01-02,us\n1,3,2026-01-03,eu\n2,9,2026-01-04,eu\n"
+    )
+    tally("ingest", path, "--metric", code, "--value", "n", "--time", "at", "-p", "region")
+    shown = tally("usage", 1, code, "--period", "all", "--by", "region").stdout
+    total = {"max": 7, "latest": 3, "count_unique": 2, "count": 3}[agg]
+    assert re.search(rf"^\(total\) +{total} +3$", shown, re.MULTILINE)
 
 
 def test_usage_now(tally, usage_file):
@@ -283,6 +323,7 @@ def test_events(tally, usage_file):
     assert lines[0]["properties"] == {"provider": "aws"}
     assert lines[0]["id"].endswith(":1")
     few = tally("events", 1, "--metric", "seconds", "--limit", 2).stdout
+    assert few.splitlines()[0].split()[-2:] == ["id", "offset"]
     assert "more than these 2" in few
     assert "more than" not in tally("events", 1, "--metric", "seconds", "--limit", 4).stdout
     assert "no events" in tally("events", 77).stdout
@@ -420,12 +461,13 @@ def test_demo_of_a_small_repository(tmp_path):
         text=True,
         check=True,
     ).stdout
-    assert "6 changes by 1 authors: 30 events stored" in shown
-    assert "all 1 accounts' totals equal a recount of the history" in shown
+    assert "6 changes by 1 author as 30 events (five metrics each), stored in" in shown
+    assert "the account's total equals a recount of the history" in shown
     assert "Ada: the last 3 months with changes" in shown
     assert "first_10_lines (10)" in shown
     assert "(root)" in shown
-    assert "lines_added --period all --unit month" in shown
+    assert "--server" not in shown
+    assert "run `tallymark demo` in a terminal, or `tallymark dev`" in shown
 
 
 def test_demo_without_a_repository(tmp_path):
@@ -461,11 +503,39 @@ def test_dev_says_ready_and_stops_on_sigterm(tmp_path):
             )
             assert second.returncode == 1
             assert f"{address} is in use" in second.stderr
+            same = subprocess.run(
+                [*command, str(tmp_path / "one"), "--port", "0"], capture_output=True, text=True
+            )
+            assert same.returncode == 1, same.stderr
+            assert str(tmp_path / "one") in same.stderr
         finally:
             first.send_signal(signal.SIGTERM)
             rest, errors = first.communicate()
     assert first.returncode == 0, errors
     assert rest == ""
+
+
+def test_bench_help_names_the_command():
+    """Its usage line is what one types."""
+    shown = subprocess.run(
+        [sys.executable, "-m", "tallymark_node.main", "bench", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert shown.startswith("Usage: tallymark bench ")
+
+
+def test_a_first_start_says_that_it_compiles(tmp_path, monkeypatch, capsys):
+    """Said at once where no compiled kernel of these sources is kept, and not where one is."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    (tmp_path / ".writable").touch()
+    serve._compile("query")
+    assert capsys.readouterr().err == serve.PREPARE_NOTICE + "\n"
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "kernel.nbi").touch()
+    serve._compile("query")
+    assert capsys.readouterr().err == ""
 
 
 def test_bad_settings(tmp_path):

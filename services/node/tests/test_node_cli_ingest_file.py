@@ -292,7 +292,10 @@ def test_rejects_file(tmp_path):
         rejects.add(row, "because, so")
     rejects.close()
     with path.open(newline="") as file:
-        assert list(csv.reader(file)) == [["rejected_line", "rejected_reason", "a", "v"], ["2", "because, so", "1", "x\ny"]]
+        assert list(csv.reader(file)) == [
+            ["rejected_line", "rejected_reason", "a", "v"],
+            ["2", "because, so", "1", "x\ny"],
+        ]
     assert rejects.first == [(2, "because, so")]
     with pytest.raises(InvalidRequestError, match="can't write"):
         Rejects(str(tmp_path / "no" / "x"), ["a"]).add(row, "because")
@@ -447,7 +450,7 @@ async def test_a_corrected_rejects_file_is_loaded_itself(tmp_path):
     second, _ = await run_load(client, "a,v\n1,2\n3,4\nx,6\ny,8\n", path)
     assert (second.stored, second.rejected) == (0, 4)
     corrected = path.read_text().replace(",x,6", ",5,6")
-    third, again = await run_load(client, corrected, tmp_path / "r2.csv")
+    third, _ = await run_load(client, corrected, tmp_path / "r2.csv")
     assert (third.stored, third.duplicates, third.rejected) == (1, 0, 3)
     assert len(client.stored) == 3
     with (tmp_path / "r2.csv").open(newline="") as file:

@@ -1,5 +1,7 @@
 """What people type, as values; and values as what is printed."""
 
+import re
+
 import pytest
 
 from tallymark import AggType, AlertThreshold, DimensionFilter, InvalidRequestError, Totals
@@ -45,7 +47,6 @@ def test_instants(text, time_ns):
         "2026-1-1",
         "31.01.2026",
         "2026-01-31T25:00",
-        "1969-12-31",
         "2026",
     ],
 )
@@ -55,6 +56,22 @@ def test_bad_instants_are_quoted_with_an_example(text):
         parse.instant_ns(text)
     assert repr(text) in caught.value.message
     assert "2026-01-31" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("1969-12-31", "is before 1970"),
+        ("0001-01-01", "is before 1970"),
+        ("1970-01-01T00:30+01:00", "is before 1970"),
+        ("2262-04-12", "is after 2262-04-11"),
+        ("9999-12-31T23:59:59-12:00", "is after 2262-04-11"),
+    ],
+)
+def test_dates_out_of_range(text, words):
+    """What is a date, but none that an event can have, isn't called no date."""
+    with pytest.raises(InvalidRequestError, match=f"^{re.escape(repr(text))} {words}"):
+        parse.instant_ns(text)
 
 
 def test_accounts():
@@ -192,6 +209,8 @@ def test_times():
     assert output.moment(10**9) == "1970-01-01 00:00:01"
     assert output.moment(1_500_000_000) == "1970-01-01 00:00:01.5"
     assert output.moment(0, "Asia/Kolkata") == "1970-01-01 05:30"
+    assert output.utc_offset(0, "Asia/Kolkata") == "+05:30"
+    assert output.utc_offset(0, "UTC") == "+00:00"
     assert output.iso(1) == "1970-01-01T00:00:00.000000001Z"
     assert output.span(0, DAY_NS) == "1970-01-01 to 1970-01-02 (UTC)"
     assert output.span(0, 60 * 10**9) == "1970-01-01 00:00 to 1970-01-01 00:01 (UTC)"

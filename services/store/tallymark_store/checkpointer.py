@@ -70,6 +70,11 @@ class Checkpointer:
                 except DiskError as error:
                     _log.warning("no checkpoint could be written: %s", error)
                     await asyncio.sleep(RETRY_S)
+                except (
+                    Exception
+                ):  # without checkpoints starts grow longer and longer; never end them in silence
+                    _log.exception("no checkpoint could be taken")
+                    await asyncio.sleep(RETRY_S)
 
     async def take(self) -> None:
         """Take a checkpoint of every partition and of the log's state.

@@ -160,7 +160,7 @@ class Partition:
         self.schemas = SchemaTable()  # as of the log's end
         self.dedup = DedupIndex(salt=salt)  # likewise, uncommitted suffix included
         self.windows = ProducerWindows(salt=salt)  # likewise
-        self.fold = Fold(partition)  # as of `fold.applied`
+        self.fold = Fold(partition, hash_seed=salt)  # as of `fold.applied`
         self.last_append_ns = 0  # of the last record below the log's end, as far as it has been replayed
         self._queue: deque[FoldItem] = deque()  # appended, not folded
         self._waiting: deque[tuple[int, Callable[[], None]]] = deque()  # (commit offset, send), in log order

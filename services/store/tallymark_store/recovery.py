@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from tallymark_protocol.errors import ErrorCode, RemoteProtocolError, WireError
-from tallymark_runtime.disk import Disk
+from tallymark_runtime.disk import Disk, DiskError
 from tallymark_store import checkpoint
 from tallymark_store.checkpointer import folder
 from tallymark_store.dedup.producers import ENTRY_DTYPE as WINDOW_DTYPE
@@ -128,20 +128,27 @@ def _load(
                 f"it held everything below {manifest.offset}",
                 partition=number,
             )
-        _restore(partition, disk, manifest)
-    except (checkpoint.CheckpointError, RemoteProtocolError, KeyError) as error:
-        report(f"partition {number}: the checkpoint cannot be used, folding the log again: {error}")
+        _restore(partition, disk, manifest, salt)
+    except (DamagedError, DiskError, MemoryError):
+        raise
+    except Exception as error:
+        # Whatever is wrong with it, or with the code that reads it: the log has everything.
+        sentence = str(error)
+        if not isinstance(error, (checkpoint.CheckpointError, RemoteProtocolError)):
+            _log.exception("partition %d: restoring the checkpoint failed", number)
+            sentence = f"{type(error).__name__} {error}".strip()
+        report(f"partition {number}: the checkpoint cannot be used, folding the log again: {sentence}")
         checkpoint.discard(disk)
         return Partition(number, dedup_window_ns=dedup_window_ns, indexes=wal.partitions, salt=salt), None
     return partition, manifest
 
 
-def _restore(partition: Partition, disk: Disk, manifest: checkpoint.Manifest) -> None:
+def _restore(partition: Partition, disk: Disk, manifest: checkpoint.Manifest, salt: int) -> None:
     state = checkpoint.load_state(disk, manifest)
     fold_parts = {
         name.removeprefix("fold."): part for name, part in state.items() if name.startswith("fold.")
     }
-    partition.fold = Fold.restore(partition.partition, fold_parts)
+    partition.fold = Fold.restore(partition.partition, fold_parts, hash_seed=salt)
     # The judge's schemas go ahead of the fold's from here on; at the checkpoint they are the same.
     partition.schemas = copy.deepcopy(partition.fold.schemas)
     windows = state["windows"]

@@ -16,7 +16,13 @@ from collections.abc import Callable
 import msgspec
 
 from tallymark_protocol import limits
-from tallymark_protocol.errors import BackpressureError, ErrorCode, NotFoundError, UnavailableError
+from tallymark_protocol.errors import (
+    BackpressureError,
+    ErrorCode,
+    InvalidRequestError,
+    NotFoundError,
+    UnavailableError,
+)
 from tallymark_protocol.frames import Frame
 from tallymark_protocol.messages import (
     PROTOCOL_VERSION,
@@ -63,6 +69,7 @@ from tallymark_store.wal import DamagedError, WalConfig
 _log = logging.getLogger(__name__)
 
 _APPEND = int(FrameType.APPEND)
+_CLUSTER_FILE = "CLUSTER"  # in the store's folder: the id of the cluster that its data belongs to
 
 
 class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,16 +130,17 @@ class StoreService(HandlerBase):
         warmup.warm_up()  # before anything has a deadline: the first time it compiles for a minute
         bound = await self._server.start(self._config.listen)
         self.address = self._config.advertise or bound
-        wanted = Cluster(self._config.partition_count)
+        wanted = Cluster(self._config.partition_count, cluster_id=f"{self._rng.getrandbits(128):032x}")
         cluster = await establish_cluster(self._coordinator, wanted)
+        self._disk.lock("LOCK")  # recovery writes; two processes on one log would destroy it
+        self._locked = True
+        self._check_cluster(cluster)
         if cluster.partition_count != wanted.partition_count:
             self._report(
                 f"this cluster was created with {cluster.partition_count} partitions, and keeps them: the setting "
                 f"of {wanted.partition_count} is ignored"
             )
         await self._catalog.start()
-        self._disk.lock("LOCK")  # recovery writes; two processes on one log would destroy it
-        self._locked = True
         found = recovery.recover(
             self._disk,
             partition_count=cluster.partition_count,
@@ -164,6 +172,34 @@ class StoreService(HandlerBase):
         )
         loop = asyncio.get_running_loop()
         self._tasks += [loop.create_task(self._checkpointer.run()), loop.create_task(self._keep_lease())]
+
+    def _check_cluster(self, cluster: Cluster) -> None:
+        """Refuse a data directory of another cluster, or one whose coordinator's state is gone, before any write.
+
+        Metrics' uids and epochs are revisions of one coordinator; under another one they would stand for others.
+        """
+        mark = cluster.cluster_id.encode()
+        if _CLUSTER_FILE not in self._disk.list():
+            if self._disk.at("wal").list():
+                raise UnavailableError(
+                    f"the store's data has no file {_CLUSTER_FILE}; restore it", retriable=False
+                )
+            temporary = _CLUSTER_FILE + ".new"
+            file = self._disk.create(temporary)
+            file.write_sync(0, [mark])
+            file.close()
+            self._disk.rename(temporary, _CLUSTER_FILE)
+            self._disk.sync_dir()
+            return
+        file = self._disk.open(_CLUSTER_FILE)
+        found = file.read(0, file.size()).tobytes()
+        file.close()
+        if found != mark:
+            raise UnavailableError(
+                "the store's data belongs to another cluster than the coordinator's state: one of the two was lost or "
+                "replaced. Restore both from one backup; nothing was changed",
+                retriable=False,
+            )
 
     async def _lead(self) -> None:
         assert self._store is not None
@@ -287,7 +323,14 @@ class StoreService(HandlerBase):
             if call.metric_code is not None and not self._knows(partition, call.metric_code):
                 return await self._read_nothing(partition, call, call.metric_code)
             try:
-                return await self._read(self._reads[call.partition], call)
+                try:
+                    return await self._read(self._reads[call.partition], call)
+                except InvalidRequestError:
+                    # It may name what was declared a moment ago, at another node: look again, once.
+                    await self._catalog.catch_up()
+                    await running.wait_committed(partition, partition.log_end)
+                    await running.wait_applied(partition)
+                    return await self._read(self._reads[call.partition], call)
             except DamagedError as error:
                 running.refuse(partition, error)
                 raise

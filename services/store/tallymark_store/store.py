@@ -110,6 +110,11 @@ class Store:
             self._append(connection, frame.request_id, frame.body, resolved=False)
         except TallymarkError as error:
             connection.respond_error(frame.request_id, error)
+        except (
+            Exception
+        ) as error:  # whatever it is, it must not keep the frames behind this one from their answers
+            _log.exception("an append failed")
+            connection.respond_error(frame.request_id, error)
 
     def serving(self, number: int) -> Partition:
         """The partition, if this process leads it.
@@ -204,8 +209,9 @@ class Store:
         async def resolve() -> None:
             try:
                 await self.catalog.wait_revision(revision)
+                await self.catalog.catch_up()
                 for code in partition.missing_codes(payload, columns):
-                    record = await self.catalog.fetch(code)
+                    record = self.catalog.get(code)
                     if record is not None and partition.schemas.slot_of(code) < 0:
                         self.append_schema(self.serving(partition.partition), record)
                 self._append(connection, request_id, body, resolved=True)

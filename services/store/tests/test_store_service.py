@@ -485,9 +485,10 @@ async def test_another_coordinators_history_is_refused(world: World) -> None:
             await life.append(ids(1, i), (1, i))
     fresh = MemoryCoordinator(world.clock)
     kept, world.coordinator = world.coordinator, fresh
-    with pytest.raises(UnavailableError, match="the log has seen"):
-        async with world.life():
-            pass
+    for _ in range(8):  # a supervisor starts it again and again, and every start moves the revision on
+        with pytest.raises(UnavailableError, match="belongs to another cluster"):
+            async with world.life():
+                pass
     await fresh.close()
     world.coordinator = kept
     async with world.life() as life:

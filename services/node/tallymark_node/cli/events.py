@@ -37,13 +37,11 @@ async def events(
     With --json, one document a line.
     """
     from tallymark_node import output
-    from tallymark_protocol.errors import InvalidRequestError
     from tallymark_protocol.zones import TIME_END_NS
 
     start = 0 if start_ns is None else start_ns
     end = TIME_END_NS if end_ns is None else end_ns
-    if end < start:
-        raise InvalidRequestError("--to lies before --from")
+    parse.check_range(start, end)
     async with connected(options) as client:
         if code is not None:
             await metric(client, code)
@@ -65,7 +63,7 @@ async def events(
     if not rows:
         output.line(f"account {account} has no events there")
         return None
-    output.table(("time (UTC)", "metric", "value", "properties", "id", "at"), rows, numbers={2})
+    output.table(("time (UTC)", "metric", "value", "properties", "id", "offset"), rows, numbers={2})
     if more:
         output.line(f"there are more than these {count:,}: see --limit, --from and --to")
     return None

@@ -54,7 +54,9 @@ Examples:
 @click.option("--metric-column", metavar="COLUMN", help="The column that names each row's metric.")
 @click.option("--account", default="account_id", show_default=True, metavar="COLUMN", help="Account ids.")
 @click.option("--value", metavar="COLUMN", help="Values; without it every row's value is 1.")
-@click.option("--scaled", "--scale", "scaled", is_flag=True, help="Values are decimals (stored times 1,000,000).")
+@click.option(
+    "--scaled", "--scale", "scaled", is_flag=True, help="Values are decimals (stored times 1,000,000)."
+)
 @click.option("--time", metavar="COLUMN", help="Event times; without it, the time of loading.")
 @click.option(
     "--time-unit",

@@ -57,8 +57,25 @@ def instant_ns(text: str) -> int:
     try:
         return to_ns(f"{match['date']}T{clock}{zone}")
     except InvalidRequestError as error:
+        if error.message.endswith("is outside 1970-01-01 to 2262-04-11"):
+            side = "before 1970 (UTC)" if match["date"] < "1971" else "after 2262-04-11"
+            raise _invalid(f"{text!r:.60} is {side}: times go from 1970-01-01 to 2262-04-11") from None
         reason = error.message.rpartition(": ")[2] if ": " in error.message else error.message
         raise _invalid(f"{text!r:.60} is no date: {reason}; write {INSTANT_HELP}") from None
+
+
+def check_range(start_ns: int, end_ns: int) -> None:
+    """Check that a range doesn't end before it starts.
+
+    Raises:
+        InvalidRequestError: it does; both ends are given as dates.
+    """
+    if end_ns < start_ns:
+        from tallymark_node import output
+
+        raise _invalid(
+            f"--to {output.moment(end_ns)} lies before --from {output.moment(start_ns)} (both UTC)"
+        )
 
 
 def whole(text: str) -> int:

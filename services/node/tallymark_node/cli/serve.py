@@ -16,14 +16,26 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from tallymark_node.cli.common import STATUS_REFUSED, Failure, current_options, failure, global_options
+from tallymark_node.cli.common import (
+    STATUS_REFUSED,
+    STATUS_UNAVAILABLE,
+    Failure,
+    current_options,
+    failure,
+    global_options,
+)
+from tallymark_protocol.limits import PARTITIONS_MAX
 
 if TYPE_CHECKING:
     import asyncio
 
     from tallymark_node.config import Settings
 
-COMPILE_NOTICE_SECONDS = 2.0  # a start from the cache is done by then
+PREPARE_NOTICE_SECONDS = 5.0  # a start from the cache is done by then
+PREPARE_NOTICE = (
+    "preparing the kernels: the first start compiles them, which takes a minute or two; "
+    "later ones load them from a cache"
+)
 
 
 @click.command()
@@ -35,7 +47,7 @@ COMPILE_NOTICE_SECONDS = 2.0  # a start from the cache is done by then
 @click.option(
     "--partitions",
     "partition_count",
-    type=click.IntRange(1, 4096),
+    type=click.IntRange(1, PARTITIONS_MAX),
     help="Fixed at the first start. [default: 4]",
 )
 @click.option(
@@ -125,7 +137,9 @@ def bench(arguments: tuple[str, ...]) -> None:
     """Measure throughput and latency on this machine. See `tallymark bench --help`."""
     import importlib
 
-    sys.exit(importlib.import_module("tallymark_node.bench").main(list(arguments)))
+    sys.exit(
+        importlib.import_module("tallymark_node.bench").main(list(arguments), prog_name="tallymark bench")
+    )
 
 
 def _report(text: str) -> None:
@@ -166,7 +180,11 @@ def _serve(
         _compile(role)
         status = run_loop(main)
     except TallymarkError as error:
-        raise failure(error) from error
+        problem = failure(error)
+        if problem.exit_code == STATUS_UNAVAILABLE and not error.retriable:
+            # The status of a client that found no server: here it is this one that can't be, its folder in use.
+            problem.exit_code = STATUS_REFUSED
+        raise problem from error
     except (DiskError, OSError) as error:
         raise Failure(_start_problem(error, settings), STATUS_REFUSED) from error
     except asyncio.CancelledError:
@@ -176,18 +194,15 @@ def _serve(
 
 def _compile(role: str | None) -> None:
     """Compile a role's kernels, or load them from the cache; say so when it takes long."""
-    # Before there is an event loop, so that Ctrl-C works in the minute that a first start may need for it.
+    # Before there is an event loop, so that Ctrl-C works in the minutes that a first start may need for it.
     import threading
 
-    notice = threading.Timer(
-        COMPILE_NOTICE_SECONDS,
-        _report,
-        (
-            "compiling the kernels: up to a minute, at the first start only; later ones load them from a cache",
-        ),
-    )
+    notice = threading.Timer(PREPARE_NOTICE_SECONDS, _report, (PREPARE_NOTICE,))
     notice.daemon = True
-    notice.start()
+    if _kernels_cached():
+        notice.start()
+    else:
+        _report(PREPARE_NOTICE)
     try:
         if role in {None, "store"}:
             from tallymark_store import warmup
@@ -199,6 +214,16 @@ def _compile(role: str | None) -> None:
             split.warm_up()
     finally:
         notice.cancel()
+
+
+def _kernels_cached() -> bool:
+    """Whether an earlier start has left compiled kernels of these very sources."""
+    import numba
+
+    import tallymark_protocol.kernels  # noqa: F401  # sets the folder
+
+    folder: Any = numba.config.CACHE_DIR  # type: ignore[attr-defined]
+    return any(Path(folder).rglob("*.nbi"))
 
 
 def _stop_early() -> None:

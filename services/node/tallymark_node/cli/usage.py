@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from tallymark_node.cli import parse
 from tallymark_node.cli.common import ACCOUNT, INSTANT, Options, client_command, connected, metric
 
 if TYPE_CHECKING:
-    from tallymark import AsyncClient, MetricSchema, Period
+    from tallymark import MetricSchema, Period
     from tallymark_protocol.periods import PeriodSpec
 
 PERIODS = ("current", "last", "month", "last-month", "all")
@@ -97,7 +98,7 @@ async def usage(
         show = _Shown(options, schema, account, scaled=scaled)
         if group_by:
             rows = await client.breakdown(account, code, bounds, group_by=list(group_by), filters=wanted)
-            show.breakdown(rows, list(group_by), await _used_bounds(client, account, code, bounds))
+            show.breakdown(rows, list(group_by), await client.query(account, code, bounds, filters=wanted))
         elif unit:
             series = await client.series(account, code, bounds, unit=unit, filters=wanted)
             show.series(series, unit, trim=period == "all" or start_ns is None or end_ns is None)
@@ -197,8 +198,8 @@ def choose_period(
         return named[period or "current"]()
     if period is not None and period != "all":
         raise InvalidRequestError("--period and --from/--to don't go together: give one or the other")
-    if start_ns is not None and end_ns is not None and end_ns < start_ns:
-        raise InvalidRequestError("--to lies before --from")
+    if start_ns is not None and end_ns is not None:
+        parse.check_range(start_ns, end_ns)
     from tallymark_protocol.zones import TIME_END_NS
 
     end = end_ns
@@ -219,15 +220,6 @@ def _check_dimensions(schema: MetricSchema, keys: Sequence[str]) -> None:
         if key not in declared:
             hint = parse.closest(key, declared) if declared else "; it declares none"
             raise InvalidRequestError(f"metric {schema.code} has no dimension {key!r:.80}{hint}")
-
-
-async def _used_bounds(client: AsyncClient, account: int, code: str, bounds: Any) -> Period:
-    # A breakdown doesn't say which instants a period by name came to; the total does.
-    from tallymark import Period
-
-    if isinstance(bounds, Period):
-        return bounds
-    return (await client.query(account, code, bounds)).period
 
 
 class _Shown:
@@ -272,9 +264,16 @@ class _Shown:
             facts.append(("thresholds crossed", ", ".join(crossed)))
         output.facts(facts)
 
-    def breakdown(self, rows: list[Any], keys: list[str], bounds: Period) -> None:
-        """Print a row for each group, the greatest first."""
-        output = self._output
+    def breakdown(self, rows: list[Any], keys: list[str], whole: Any) -> None:
+        """Print a row for each group, the greatest first, and their total.
+
+        Args:
+            rows: the groups.
+            keys: the dimensions.
+            whole: the answer to the same question without groups. A breakdown doesn't say which instants a period
+                by name came to, and not every aggregation's total follows from the groups' ones.
+        """
+        output, bounds = self._output, whole.period
         if self._as_json:
             groups = [
                 {
@@ -299,10 +298,25 @@ class _Shown:
                     output.number(row.value.count),
                 )
                 for row in ordered
-            ],
+            ]
+            + [self._all_groups(rows, keys, whole.value)],
             title=title,
             numbers={len(keys), len(keys) + 1},
         )
+
+    def _all_groups(self, rows: list[Any], keys: list[str], whole: Any) -> tuple[str, ...]:
+        from tallymark import AggType
+
+        # From the rows where that is possible: events that came between the two questions must not show as a gap.
+        values = [value for row in rows if (value := self._value(row.value)) is not None]
+        if self._agg in {AggType.COUNT, AggType.SUM}:
+            total: int | None = sum(values)
+        elif self._agg is AggType.MAX:
+            total = max(values, default=None)
+        else:
+            total = self._value(whole)
+        events = self._output.number(sum(row.value.count for row in rows))
+        return ("(total)", *[""] * (len(keys) - 1), self._number(total), events)
 
     def series(self, series: list[tuple[Any, Any]], unit: str, *, trim: bool) -> None:
         """Print a row for each bucket; with `trim` without the empty ones at both ends."""
@@ -323,6 +337,13 @@ class _Shown:
             )
             return
         title = f"account {self._account}, {self._schema.code} by {unit} ({self._zone})"
+        labels = [_bucket(output.moment(bounds.start_ns, self._zone), unit) for bounds, _ in series]
+        # Where clocks are set back, an hour comes twice.
+        twice = {label for label, count in Counter(labels).items() if count > 1}
+        labels = [
+            f"{label} {output.utc_offset(bounds.start_ns, self._zone)}" if label in twice else label
+            for label, (bounds, _) in zip(labels, series, strict=True)
+        ]
         if not series:
             output.line(f"{title}: no usage")
             return
@@ -330,11 +351,11 @@ class _Shown:
             (unit, self._schema.code, "events"),
             [
                 (
-                    _bucket(output.moment(bounds.start_ns, self._zone), unit),
+                    label,
                     self._number(self._value(stats)),
                     output.number(stats.count),
                 )
-                for bounds, stats in series
+                for label, (_, stats) in zip(labels, series, strict=True)
             ],
             title=title,
             numbers={1, 2},

@@ -35,8 +35,10 @@ from tallymark_store.fold.arena import Arena
 from tallymark_store.fold.compiling import kernel
 from tallymark_store.fold.index import (
     CAPACITY,
+    FULL,
     LOW32,
     SHARDS,
+    STEP_MAX,
     STRIDE,
     U32,
     ZERO,
@@ -55,6 +57,7 @@ OTHER = 1
 VALUES = 2
 
 WIDTH = limits.DIMENSIONS_MAX
+assert WIDTH <= STEP_MAX  # values that an event may add
 
 # Columns of a combination: its slot, then one code per dimension (MISSING beyond the last).
 C_SLOT = 0
@@ -95,11 +98,14 @@ class DimensionArrays(NamedTuple):
     value_shards: Ints
     pool: npt.NDArray[np.uint8]
     counters: Ints
+    seed: np.uint64  # of the hashes
 
 
 @kernel
-def _value_hash(data: Any, start: Any, end: Any, owner: Any) -> Any:
-    return mix64(hash_bytes(data, start, end, np.uint64(owner) * np.uint64(0x9E3779B97F4A7C15)))
+def value_hash(data: Any, start: Any, end: Any, owner: Any, seed: Any) -> Any:
+    """Hash of a value of a dimension. The seed keeps callers from choosing values that collide."""
+    keyed = mix64(np.uint64(seed)) ^ (np.uint64(owner) * np.uint64(0x9E3779B97F4A7C15))
+    return mix64(hash_bytes(data, start, end, keyed))
 
 
 @kernel
@@ -131,13 +137,13 @@ def _find_value(a: Any, data: Any, start: Any, end: Any, owner: Any, h: Any) -> 
 @kernel
 def find_value(a: Any, data: Any, start: Any, end: Any, owner: Any) -> Any:
     """The number of a value, -1 if it has none."""
-    return _find_value(a, data, start, end, owner, _value_hash(data, start, end, owner))
+    return _find_value(a, data, start, end, owner, value_hash(data, start, end, owner, a.seed))
 
 
 @kernel
 def intern_value(a: Any, data: Any, start: Any, end: Any, owner: Any, since: Any) -> Any:
     """The number of a value, giving it one if it has none."""
-    h = _value_hash(data, start, end, owner)
+    h = value_hash(data, start, end, owner, a.seed)
     row = _find_value(a, data, start, end, owner, h)
     if row >= 0:
         return row
@@ -155,8 +161,9 @@ def intern_value(a: Any, data: Any, start: Any, end: Any, owner: Any, since: Any
 
 
 @kernel
-def _combo_hash(slot: Any, codes: Any) -> Any:
-    h = np.uint64(slot)
+def combo_hash(slot: Any, codes: Any, seed: Any) -> Any:
+    """Hash of a combination. The seed keeps callers from choosing values whose combinations collide."""
+    h = mix64(np.uint64(seed)) ^ np.uint64(slot)
     for d in range(WIDTH):
         h = mix64(h ^ np.uint64(codes[d])) + np.uint64(0x9E3779B97F4A7C15)
     return mix64(h)
@@ -214,7 +221,7 @@ def resolve_set(
             if a.dimensions[owner, D_ANY] != 0 and intern:
                 codes[d] = VALUES + intern_value(a, data, value, position, owner, np.int64(0))
                 break
-            h = _value_hash(data, value, position, owner)
+            h = value_hash(data, value, position, owner, a.seed)
             row = _find_value(a, data, value, position, owner, h)
             if row >= 0 and a.values[row, V_SINCE] <= offset:
                 codes[d] = VALUES + row
@@ -225,7 +232,7 @@ def resolve_set(
             break
     if not known:
         return np.int64(_NONE)
-    h = _combo_hash(slot, codes)
+    h = combo_hash(slot, codes, a.seed)
     combo = _find_combo(a, slot, codes, h)
     if combo >= 0 or not intern:
         return combo
@@ -256,20 +263,37 @@ def selected(combos: Any, combo: Any, selection: Any) -> bool:
 
 
 @kernel
-def _reindex(a: Any, codes: Any) -> None:
-    for combo in range(1, a.counters[N_COMBOS]):
+def _reindex_combos(a: Any, first: Any, codes: Any) -> Any:
+    """Add the combinations from row `first` on to their index. Returns the row to go on with; at the end, their number."""
+    for combo in range(first, a.counters[N_COMBOS]):
+        if a.combo_shards[SHARDS, FULL] != 0:
+            return np.int64(combo)
         for d in range(WIDTH):
             codes[d] = a.combos[combo, C_CODES + d]
-        insert(a.combo_table, a.combo_shards, _combo_hash(np.int64(a.combos[combo, C_SLOT]), codes), combo)
-    for row in range(a.counters[N_VALUES]):
-        h = _value_hash(a.pool, a.values[row, V_START], a.values[row, V_END], a.values[row, V_OWNER])
+        h = combo_hash(np.int64(a.combos[combo, C_SLOT]), codes, a.seed)
+        insert(a.combo_table, a.combo_shards, h, combo)
+    return a.counters[N_COMBOS]
+
+
+@kernel
+def _reindex_values(a: Any, first: Any) -> Any:
+    """Add the values from row `first` on to their index. Returns the row to go on with; at the end, their number."""
+    for row in range(first, a.counters[N_VALUES]):
+        if a.value_shards[SHARDS, FULL] != 0:
+            return np.int64(row)
+        h = value_hash(a.pool, a.values[row, V_START], a.values[row, V_END], a.values[row, V_OWNER], a.seed)
         insert(a.value_table, a.value_shards, h, row)
+    return a.counters[N_VALUES]
 
 
 class Dimensions:
-    """The interned values and combinations of one partition. See the module."""
+    """The interned values and combinations of one partition. See the module.
 
-    def __init__(self) -> None:
+    `seed` decides where entries lie in the hash tables, nothing else.
+    """
+
+    def __init__(self, *, seed: int = 0) -> None:
+        self._seed = np.uint64(seed)
         self._combos = Arena(np.int32, columns=COMBO_FIELDS, reserve_rows=1 << 29, initial_rows=1_024)
         self._values = Arena(np.int64, columns=VALUE_FIELDS, reserve_rows=1 << 28, initial_rows=1_024)
         self._pool = Arena(np.uint8, reserve_rows=1 << 36, initial_rows=64 * 1_024)
@@ -292,6 +316,7 @@ class Dimensions:
             self._value_index.shards,
             self._pool.array,
             self.counters,
+            self._seed,
         )
 
     @property
@@ -440,9 +465,9 @@ class Dimensions:
         }
 
     @classmethod
-    def restore(cls, parts: dict[str, npt.NDArray[Any]]) -> Dimensions:
+    def restore(cls, parts: dict[str, npt.NDArray[Any]], *, seed: int = 0) -> Dimensions:
         """Make one of a snapshot."""
-        self = cls()
+        self = cls(seed=seed)
         combos, values, pool = parts["combos"], parts["dimension_values"], parts["dimension_pool"]
         self.ensure(len(combos), len(values), len(pool))
         self._dimensions = np.array(parts["dimension_keys"], dtype=np.int64).reshape(-1, D_FIELDS)
@@ -453,9 +478,20 @@ class Dimensions:
         self._combo_index = Index(len(combos))
         self._value_index = Index(len(values))
         self.ensure(0, 0, 0)
-        _reindex(self.arrays, np.zeros(WIDTH, dtype=np.int64))
+        self._reindex()
         self.ensure(0, 0, 0)
         return self
+
+    def _reindex(self) -> None:
+        """Fill the empty indexes; whenever a shard is due to grow, make room and go on."""
+        codes = np.zeros(WIDTH, dtype=np.int64)
+        combo, value = 1, 0  # combination 0 has no entry
+        while combo < self.combo_count:
+            combo = int(_reindex_combos(self.arrays, combo, codes))
+            self.make_room()
+        while value < int(self.counters[N_VALUES]):
+            value = int(_reindex_values(self.arrays, value))
+            self.make_room()
 
 
 @kernel

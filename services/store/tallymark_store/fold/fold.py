@@ -106,8 +106,8 @@ class Fold:
         self.partition = partition
         self.applied = 0  # exclusive: everything below this offset is in
         self.schemas = SchemaTable()  # as of `applied`
-        self.dimensions = Dimensions()
         # Layout of hash tables only, nothing logical: lets a process be unpredictable to who chooses accounts.
+        self.dimensions = Dimensions(seed=hash_seed)
         self._seed = np.uint64(hash_seed)
         self._cells = Arena(np.int64, columns=CELL_WORDS, reserve_rows=_CELLS_RESERVED)
         self._members = Arena(np.int64, columns=MEMBER_WORDS, reserve_rows=_MEMBERS_RESERVED)
@@ -445,7 +445,7 @@ class Fold:
             self = cls(partition, hash_seed=hash_seed)
             for offset, encoded in history:
                 self.schemas.put(decode_record(encoded), offset)
-            self.dimensions = Dimensions.restore(parts)
+            self.dimensions = Dimensions.restore(parts, seed=hash_seed)
         except (KeyError, ValueError, TypeError, IndexError, msgspec.DecodeError) as error:
             raise RemoteProtocolError(f"malformed snapshot of partition {partition}: {error}") from error
         self._history = history
@@ -459,15 +459,25 @@ class Fold:
         self._member_index = Index(len(tables[1]))
         self._state = self._arrays()
         self._check_references(partition)
-        reindex_cells(self._state, self._seed)
-        reindex_members(
-            self._state.member_table,
-            self._state.member_shards,
-            self._state.members,
-            self.member_count,
-            self._seed,
-        )
+        self._reindex()
         return self
+
+    def _reindex(self) -> None:
+        """Fill the empty indexes; whenever a shard is due to grow, make room and go on."""
+        cell, member = 0, 0
+        while cell < self.cell_count:
+            cell = int(reindex_cells(self._state, cell, self._seed))
+            if self._cell_index.make_room():
+                self._state = self._arrays()
+        while member < self.member_count:
+            state = self._state
+            member = int(
+                reindex_members(
+                    state.member_table, state.member_shards, state.members, member, self.member_count, self._seed
+                )
+            )
+            if self._member_index.make_room():
+                self._state = self._arrays()
 
     def _check_references(self, partition: int) -> None:
         """Refuse numbers that would send a kernel outside its arrays."""

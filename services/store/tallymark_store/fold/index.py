@@ -8,7 +8,11 @@ position within a shard (`tag * capacity >> 32`), so a shard is enlarged without
 sequence, by a quarter at a time: loads stay between 0.4 and 0.5, so that most look-ups end at their first entry
 (a search of unforeseeable length costs more than the memory), and no single step moves more than a 64th.
 Shards lie `stride` entries apart in one reserved range, so they grow in place. Kernels don't grow them (they can't
-allocate, see `compiling`): they mark the index FULL and stop between two events. Nothing is ever deleted from an index.
+allocate, see `compiling`): they mark the index FULL and stop between two events, or two rows where an index is filled
+anew; the caller makes room and goes on. Nothing is ever deleted from an index.
+
+However keys fall, a shard never runs full: it is at most half full before each event, as a shard due to grow becomes
+larger by a quarter, at least by twice STEP_MAX, and one event adds at most STEP_MAX entries.
 Lookup loops stand with their keys: see `cells.find_cell`.
 """
 
@@ -25,7 +29,8 @@ from tallymark_store.fold.compiling import inlined, kernel
 SHARD_BITS = 6
 SHARDS = 1 << SHARD_BITS
 ROWS_MAX = 2**32 - 2  # row numbers are 32 bits, plus one
-_CAPACITY_FIRST = 64
+STEP_MAX = 8  # entries that a kernel may add between two looks at FULL
+_CAPACITY_FIRST = 8 * STEP_MAX  # so that a quarter is room for two steps
 _CAPACITY_LARGE = 1 << 16
 _STRIDE_RESERVED = 1 << 25  # entries a shard may have where addresses could be reserved: 1.4 G rows in all
 _STRIDE_FIRST = 1_024
@@ -92,7 +97,7 @@ def _fill(table: Any, base: Any, capacity: Any, entries: Any) -> None:
 def insert(table: Any, shards: Any, h: Any, row: Any) -> None:
     """Add an entry for a row that isn't in yet. Marks the index FULL when a shard is due to grow.
 
-    The caller then stops soon: half of the shard is left, 32 entries at least.
+    The caller then stops within STEP_MAX entries; half of the shard is left, four times as much at least.
     """
     shard = shard_of(h)
     capacity = shards[shard, CAPACITY]
@@ -116,7 +121,7 @@ def _move(old_table: Any, old_stride: Any, table: Any, shards: Any) -> None:
 class Index:
     """The table of an index, for kernels: `table` uint64[], `shards` int64[SHARDS + 1, 2].
 
-    `expected` is how many entries will be added before `make_room` is next called.
+    `expected` is how many entries there will be soon, evenly spread: no more than a guess that spares growing.
     """
 
     def __init__(self, expected: int = 0, *, reserve: bool = True) -> None:

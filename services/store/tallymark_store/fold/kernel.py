@@ -510,12 +510,17 @@ def fold_events(
 
 
 @kernel
-def reindex_cells(state: Any, seed: Any) -> None:
-    """Fill the cells' empty index. The heads' own entries follow from who is head of a chain with combinations."""
+def reindex_cells(state: Any, first: Any, seed: Any) -> Any:
+    """Add the cells from row `first` on to their index. Returns the row to go on with; at the end, their number.
+
+    The heads' own entries follow from who is head of a chain with combinations.
+    """
     cells = state.cells
     table = state.table
     shards = state.shards
-    for row in range(state.counters[N_CELLS]):
+    for row in range(first, state.counters[N_CELLS]):
+        if shards[SHARDS, FULL] != 0:
+            return np.int64(row)
         account = cells[row, W_ACCOUNT]
         start = cells[row, W_START]
         key = cells[row, W_KEY]
@@ -524,3 +529,4 @@ def reindex_cells(state: Any, seed: Any) -> None:
         if combo != PERIOD and combo != NO_COMBO and head_of(cells, row) & HEAD != 0:
             h = cell_hash(account, start, cell_key(key & 0xFFFFFFFF, HEAD_KEY), seed)
             insert(table, shards, h, row)
+    return state.counters[N_CELLS]

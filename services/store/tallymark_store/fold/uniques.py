@@ -34,6 +34,7 @@ from tallymark_protocol.payload import (
 from tallymark_store.fold.compiling import inlined, kernel
 from tallymark_store.fold.index import (
     CAPACITY,
+    FULL,
     LOW32,
     SHARDS,
     STRIDE,
@@ -129,8 +130,11 @@ def apply_operation(
 
 
 @kernel
-def reindex_members(table: Any, shards: Any, members: Any, count: Any, seed: Any) -> None:
-    """Fill an empty index from the entries."""
-    for e in range(count):
+def reindex_members(table: Any, shards: Any, members: Any, first: Any, count: Any, seed: Any) -> Any:
+    """Add the entries from row `first` on to their index. Returns the row to go on with; at the end, `count`."""
+    for e in range(first, count):
+        if shards[SHARDS, FULL] != 0:
+            return np.int64(e)
         h = member_hash(members[e, M_OWNER] & _MASK32, members[e, M_LO], members[e, M_HI], seed)
         insert(table, shards, h, e)
+    return count

@@ -4,6 +4,9 @@ Nothing of what was synced is changed here. In this order, each step durable bef
 may not be durable are written again where they are (their bytes may be in the page cache only, and are about
 to be relied upon), files behind the log's end are removed, a torn tail is overwritten with zeros. A crash at
 any point leaves a log that recovers to the same state.
+
+Nothing is removed or overwritten on the word of files that may belong to another log: a `WalStart` counts only
+where the segments bear its log's id, and where they bear several, or none can be read, what isn't understood stays.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from collections import Counter
 import msgspec
 import numpy as np
 
+from tallymark_protocol.errors import ServerError
 from tallymark_runtime.disk import Disk, File
 from tallymark_store.wal.errors import LogVersionError
 from tallymark_store.wal.format import (
@@ -30,6 +34,10 @@ from tallymark_store.wal.replay import Damage, Replay
 from tallymark_store.wal.scan import Scan, ScanEnd, end_of_nonzero
 
 _ZEROS = bytes(1024 * 1024)
+
+
+class MixedLogError(ServerError):
+    """The folder holds segments of more than one log, and opening one could cost the other. Nothing was changed."""
 
 
 class WalStart(msgspec.Struct):
@@ -126,12 +134,18 @@ def recover(disk: Disk, *, new_log_id: bytes, start: WalStart | None = None) -> 
     """Read the log in `disk`, make it ready to go on, and say what was found.
 
     `new_log_id` is the id of the log if there is none yet. `start`, from a checkpoint, is taken over; the log is
-    read from there on, and has to have everything that `start` refers to. Raises DiskError when the disk fails.
+    read from there on, and has to have everything that `start` refers to. A `start` of another log is ignored.
+    Raises DiskError when the disk fails, LogVersionError, and MixedLogError.
     """
     segments = _list(disk)
-    log_id = _log_id(segments, start)
-    fresh = log_id is None
-    log_id = new_log_id if log_id is None else log_id
+    ids = _log_ids(segments)
+    foreign = start is not None and bool(ids) and start.log_id not in ids
+    if foreign:
+        start = None
+    log_id = start.log_id if start is not None else max(ids, key=ids.__getitem__, default=new_log_id)
+    # Whose files these are is not sure: some bear another id, or may.
+    mixed = len(ids) > 1 or (foreign and any(segment.header is None for segment in segments.values()))
+    unnamed = bool(segments) and not ids
     for segment in segments.values():
         segment.front = _own(segment.front, segment.number, log_id)
         segment.back = _own(segment.back, segment.number, log_id)
@@ -143,10 +157,16 @@ def recover(disk: Disk, *, new_log_id: bytes, start: WalStart | None = None) -> 
         place, number = start.position, start.number
         _check_rows(replay, limits)
     end = Scan(disk, log_id, limits, place, number, replay).run()
-    if fresh and end.dirty:
+    if unnamed and not end.damaged and (end.dirty or start is not None):
         # Not one header can be read: what lies there may be a whole log. Leave it, and trust nothing.
         replay.gap(place, "no segment's header is readable")
+        replay.finish()
         end = msgspec.structs.replace(end, damaged=True)
+    if mixed and not end.damaged:
+        _refuse_to_remove(segments, log_id, end)
+    if foreign:
+        where = Position(min(segments), 0)
+        replay.finding(where, "the kept start of the log is another log's; the whole log was read instead")
     for segment in segments.values():
         broken = segment.number < end.end.segment or (
             segment.number == end.end.segment
@@ -179,10 +199,8 @@ def _list(disk: Disk) -> dict[int, _Segment]:
     return segments
 
 
-def _log_id(segments: dict[int, _Segment], start: WalStart | None) -> bytes | None:
-    """Return the id that most of the segments bear; None if none can be read."""
-    if start is not None:
-        return start.log_id
+def _log_ids(segments: dict[int, _Segment]) -> Counter[bytes]:
+    """Return the logs' ids that the segments bear, and how many bear each."""
     votes: Counter[bytes] = Counter()
     for segment in segments.values():
         header = segment.header
@@ -190,7 +208,20 @@ def _log_id(segments: dict[int, _Segment], start: WalStart | None) -> bytes | No
             if header.version != VERSION:
                 raise LogVersionError(f"the log is of version {header.version}, this is version {VERSION}")
             votes[header.log_id] += 1
-    return votes.most_common(1)[0][0] if votes else None
+    return votes
+
+
+def _refuse_to_remove(segments: dict[int, _Segment], log_id: bytes, end: ScanEnd) -> None:
+    """Raise MixedLogError if what lies behind the log's end, to be removed or overwritten, may be another log's."""
+    # Headers that aren't this log's have been taken out (`_own`).
+    strange = [number for number, segment in segments.items() if segment.header is None]
+    if end.dirty or any(number >= end.end.segment for number in strange):
+        names = ", ".join(segment_name(number) for number in sorted(strange)[:10])
+        raise MixedLogError(
+            f"the folder of the log {log_id.hex()} holds segments of another log, or such that cannot be told: "
+            f"{names or 'none of them whole'}; nothing was changed: move those that do not belong here elsewhere, "
+            "and start again"
+        )
 
 
 def _own(header: SegmentHeader | None, number: int, log_id: bytes) -> SegmentHeader | None:
