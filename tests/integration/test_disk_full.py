@@ -18,6 +18,7 @@ from tallymark import (
     Event,
     MetricSchema,
     PeriodType,
+    TallymarkError,
     UnavailableError,
 )
 from tallymark_protocol.errors import ErrorCode
@@ -74,11 +75,14 @@ class Filler:
         async with asyncio.timeout(WAIT_SECONDS_MAX):
             while self.open:
                 events, before = self.open[0]
+                refusal: TallymarkError | None = None
                 try:
                     receipt = await self._client.ingest(events, timeout=CALL_SECONDS)
                 except (BackpressureError, UnavailableError) as error:
+                    refusal = error
+                if refusal is not None:
                     # No room yet; or, after a restart, no connection yet: the client was backing off.
-                    assert error.retriable
+                    assert refusal.retriable
                     continue
                 assert receipt.n_stored == ACCOUNTS
                 self.stored += ACCOUNTS - before

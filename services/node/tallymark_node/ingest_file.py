@@ -206,18 +206,27 @@ class CsvReader:
 
 
 class JsonReader:
-    """Rows of a file with one JSON object a line. A column may be a path into nested objects: `usage.tokens`."""
+    """Rows of a file with one JSON object a line. A column may be a path into nested objects: `usage.tokens`.
+
+    Args:
+        stream: the file.
+        columns: which member holds what.
+        rejected: it is a file of rejected rows (`is_rejected_json`), which has the objects in a column of a CSV file.
+    """
 
     header: Final = ["row"]
 
-    def __init__(self, stream: BinaryIO, columns: Columns) -> None:
-        self._lines = _lines(stream)
+    def __init__(self, stream: BinaryIO, columns: Columns, *, rejected: bool = False) -> None:
+        self._lines = _rejected_lines(stream) if rejected else enumerate(_lines(stream), 1)
         self._names = columns.names()
         # Decimals keep every digit; a float would not.
         self._decoder = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal)
 
     def __iter__(self) -> Iterator[Row]:
-        for number, line in enumerate(self._lines, 1):
+        for number, line in self._lines:
+            if isinstance(line, Row):
+                yield line
+                continue
             content = line.strip()
             if not content:
                 continue
@@ -229,6 +238,28 @@ class JsonReader:
                 continue
             cells = [None if name is None else _member(document, name) for name in self._names]
             yield Row(number, cells, content, raw)
+
+
+_REJECTED_JSON: Final = ",".join((*REJECTED_COLUMNS, *JsonReader.header)).encode()
+
+
+def is_rejects_file(stream: BinaryIO) -> bool:
+    """Whether a file begins as `Rejects` writes it, with commas whatever the first file had; nothing of it is read."""
+    begin = ",".join(REJECTED_COLUMNS).encode() + b","
+    head = cast("io.BufferedReader", stream).peek(len(begin) + 3)
+    return head.removeprefix(b"\xef\xbb\xbf").startswith(begin)
+
+
+def is_rejected_json(stream: BinaryIO, columns: Columns) -> bool:
+    """Whether a file begins as one of rejected JSON rows does; nothing of it is read."""
+    head = cast("io.BufferedReader", stream).peek(len(_REJECTED_JSON) + 4).removeprefix(b"\xef\xbb\xbf")
+    names_it = JsonReader.header[0] in columns.names()  # then it was a CSV file with a column of that name
+    return not names_it and re.match(re.escape(_REJECTED_JSON) + rb"\r?\n", head) is not None
+
+
+def _rejected_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | Row]]:
+    for row in CsvReader(stream, Columns(account=JsonReader.header[0])):
+        yield row.line, row if row.problem else cast("str", row.cells[0]).encode()
 
 
 def _member(document: Mapping[str, Any], name: str) -> Any:

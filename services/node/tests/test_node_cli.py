@@ -394,6 +394,45 @@ def test_a_corrected_rejects_file_counts_nothing_twice(tally, tmp_path):
     assert "usage.rejects.csv for usage.csv" in " ".join(tally("ingest", "--help").stdout.split())
 
 
+def test_a_rejects_file_loads_with_another_delimiter_given(tally, tmp_path):
+    """It has commas whatever the first file had, and the same options do."""
+    tally("metrics", "create", "semicolons", "--agg", "sum")
+    path = tmp_path / "usage.csv"
+    path.write_text("account_id;n\n6;1\n6;x\n")
+    mapping = ("--metric", "semicolons", "--value", "n", "--delimiter", ";", "--json")
+    tally("ingest", path, *mapping, status=1)
+    rejects = tmp_path / "usage.rejects.csv"
+    rejects.write_text(rejects.read_text().replace(",6,x", ",6,2"))
+    assert document(tally("ingest", rejects, *mapping))["stored"] == 1
+    path.write_text("account_id;n\n6;1\n6;2\n")
+    assert document(tally("ingest", path, *mapping))["duplicates"] == 2
+
+
+def test_a_corrected_rejects_file_of_json_rows(tally, tmp_path):
+    """The file is CSV with the objects in a column, and is loaded with the options of the JSON file."""
+    tally("metrics", "create", "json_again", "--agg", "sum")
+    path = tmp_path / "usage.jsonl"
+    path.write_text(
+        '{"account_id": 6, "n": 1, "name": "a, \\"b\\""}\n{"account_id": 6, "n": "x"}\n{"account_id": 6, "n": "y"}\n'
+    )
+    mapping = ("--metric", "json_again", "--value", "n", "--json")
+    assert document(tally("ingest", path, *mapping, status=1))["rejected"] == 2
+    rejects = tmp_path / "usage.rejects.csv"
+    rejects.write_text(rejects.read_text().replace('""x""', "4"))
+    found = document(tally("ingest", rejects, *mapping, status=1))
+    assert (found["stored"], found["duplicates"], found["rejected"]) == (1, 0, 1)
+    nested = (tmp_path / "usage.rejects.rejects.csv").read_text().splitlines()
+    assert nested[0] == "rejected_line,rejected_reason,row"
+    assert nested[1].startswith("3,")
+    assert "rejected" not in nested[1]
+    path.write_text(
+        '{"account_id": 6, "n": 1, "name": "a, \\"b\\""}\n{"account_id": 6, "n": 4}\n{"account_id": 6, "n": 5}\n'
+    )
+    last = document(tally("ingest", path, *mapping))
+    assert (last["stored"], last["duplicates"]) == (1, 2)
+    assert document(tally("usage", 6, "json_again", "--json"))["total"] == 10
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -52,6 +52,7 @@ def recover(
     Raises:
         DiskError: the disk cannot be read or written.
         LogVersionError: the log is of another version.
+        MixedLogError: the log's folder holds segments of several logs.
     """
     checkpoints = disk.at("checkpoints")
     try:
@@ -74,7 +75,9 @@ def recover(
             continue
         partitions[number] = partition
         try:
-            partition, manifest = _load(checkpoints, partition, report, wal, dedup_window_ns, salt)
+            partition, manifest = _load(
+                checkpoints, partition, report, wal, dedup_window_ns, salt, foreign=recovery.start_ignored
+            )
             partitions[number] = partition
             if manifest is not None:
                 manifests[number] = manifest
@@ -114,6 +117,8 @@ def _load(
     wal: Wal,
     dedup_window_ns: int,
     salt: int,
+    *,
+    foreign: bool,
 ) -> tuple[Partition, checkpoint.Manifest | None]:
     number = partition.partition
     disk = checkpoints.at(folder(number))
@@ -121,6 +126,9 @@ def _load(
         manifest = checkpoint.load_manifest(disk)
         if manifest is None:
             return partition, None
+        if foreign:
+            # It most probably came along with it; a wrong total that goes unnoticed is the worst that can happen.
+            raise checkpoint.CheckpointError("the start of the log that is kept beside it is another log's")
         if manifest.offset > partition.log_end:
             # A checkpoint is published only of what is durable, so the log has lost acknowledged records.
             raise DamagedError(

@@ -15,11 +15,17 @@ from tallymark_protocol.model import AggType, AlertThreshold, DimensionFilter, M
 from tallymark_protocol.periods import day_of, period_of
 from tallymark_protocol.schema import MetricRecord, make_record, update_record
 from tallymark_protocol.zones import UTC, ZoneTable
+from tallymark_runtime.disk import DiskError
 from tallymark_store.fold import Fold, SchemaTable
 from tallymark_store.fold.arena import Arena
+from tallymark_store.fold.cells import HEAD_KEY, PERIOD, cell_hash
+from tallymark_store.fold.dimensions import VALUES, WIDTH, combo_hash, intern_value, value_hash
+from tallymark_store.fold.index import CAPACITY, COUNT, FULL, SHARDS
 from tallymark_store.fold.thresholds import divide
+from tallymark_store.fold.uniques import member_hash
 
 from .payload_builder import build_payload, event, place
+from .store_driver import Driver, metric
 from .test_store_fold import BASE, DAY, random_log, run
 
 BIG = 2**63 - 1
@@ -310,3 +316,284 @@ def test_driver_moves_the_applied_offset_over_control_records() -> None:
     assert fold.applied == 9
     with pytest.raises(AssertionError):
         fold.advance(8)
+
+
+def members_hashed_to_shard(seed: int, n: int, *, cell: int = 0) -> list[int]:
+    """Values of a COUNT_UNIQUE metric that all fall into shard 0 of the members' index."""
+    return _search(lambda i: member_hash(cell, i, 0, np.uint64(seed)), n)
+
+
+def accounts_hashed_to_shard(seed: int, n: int, start: int, combo: int) -> list[int]:
+    """Accounts of which the cells of slot 0 that start then fall into shard 0 of the cells' index."""
+    key = (combo << 32) - 2**64 if combo >= 2**31 else combo << 32
+    return _search(lambda i: cell_hash(i, start, key, np.uint64(seed)), n)
+
+
+def values_hashed_to_shard(seed: int, n: int, owner: int = 0) -> list[str]:
+    """Values of a dimension that all fall into shard 0 of the values' index."""
+
+    def hash_of(i: int) -> Any:
+        text = f"v{i}".encode()
+        return value_hash(np.frombuffer(text, dtype=np.uint8), 0, len(text), owner, np.uint64(seed))
+
+    return [f"v{i}" for i in _search(hash_of, n)]
+
+
+def _search(hash_of: Any, n: int) -> list[int]:
+    found: list[int] = []
+    i = 0
+    while len(found) < n:
+        i += 1
+        if int(hash_of(i)) >> 58 == 0:
+            found.append(i)
+    return found
+
+
+def check_shard(index: Any, least: int) -> None:
+    """Shard 0 holds at least so many entries, and no shard is more than half full."""
+    assert index.shards[0, COUNT] >= least
+    assert (2 * index.shards[:SHARDS, COUNT] <= index.shards[:SHARDS, CAPACITY]).all()
+    assert index.shards[SHARDS, FULL] == 0
+
+
+RESTORE_SEEDS = (0, 2**63 + 5)
+
+
+@pytest.mark.parametrize("seed", RESTORE_SEEDS)
+@pytest.mark.parametrize("reserved", [True, False])
+def test_values_of_one_shard_are_restored(seed: int, reserved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 values in one shard of their index: folded, restored by the same seed and by another, and folded on."""
+    if not reserved:
+        monkeypatch.setattr(Arena, "_reserve", lambda self, rows: False)
+    values = values_hashed_to_shard(seed, 300)
+    schema = MetricSchema(code="m", agg_type=AggType.COUNT, filters=[DimensionFilter(key="k")])
+    log: list[tuple[Any, ...]] = [
+        ("schema", 0, make_record(1, schema)),
+        ("batch", 1, [event(1, time=BASE, properties={"k": v}) for v in values], None, BASE),
+    ]
+    fold = run(Fold(0, hash_seed=seed), log)
+    check_shard(fold.dimensions._value_index, 300)
+    for other in (seed, 77):
+        restored = Fold.restore(0, fold.snapshot(), hash_seed=other)
+        assert restored.digest() == fold.digest()
+        again = [event(1, time=BASE, properties={"k": v}) for v in [*values, "new"]]
+        run(restored, [("batch", 301, again, None, BASE)])
+        rows = restored.day_rows(1, 0, *restored.schemas.day_of(0, BASE), group_by=[0]).rows
+        counts = {row.group[0].value: row.stats.count for row in rows}
+        assert counts == {**dict.fromkeys(values, 2), "new": 1}
+        if other == seed:
+            check_shard(restored.dimensions._value_index, 300)
+
+
+@pytest.mark.parametrize("seed", RESTORE_SEEDS)
+def test_combinations_of_one_shard_are_restored(seed: int) -> None:
+    """Combinations are numbered by their codes: 300 in one shard of their index, made by choosing values."""
+    codes = np.zeros(WIDTH, dtype=np.int64)
+    values: list[int] = []
+    # The value interned as number v has the code VALUES + v, and only some of the combinations matter.
+    for value in range(40_000):
+        codes[0] = VALUES + value
+        if int(combo_hash(np.int64(0), codes, np.uint64(seed))) >> 58 == 0:
+            values.append(value)
+        if len(values) == 300:
+            break
+    assert len(values) == 300
+    names = [str(i) for i in range(values[-1] + 1)]
+    schema = MetricSchema(code="m", filters=[DimensionFilter(key="k")])
+    fold = run(Fold(0, hash_seed=seed), [("schema", 0, make_record(1, schema))])
+    # Numbers without combinations.
+    dimensions = fold.dimensions
+    for name in names:
+        data = np.frombuffer(name.encode(), dtype=np.uint8)
+        dimensions.ensure(0, 1, len(data))
+        intern_value(dimensions.arrays, data, 0, len(data), 0, 0)
+    events = [event(1, time=BASE, properties={"k": names[v]}) for v in values]
+    run(fold, [("batch", 1, events, None, BASE)])
+    check_shard(dimensions._combo_index, 300)
+    restored = Fold.restore(0, fold.snapshot(), hash_seed=seed)
+    check_shard(restored.dimensions._combo_index, 300)
+    run(restored, [("batch", 301, events, None, BASE)])
+    assert restored.dimensions.combo_count == fold.dimensions.combo_count == 301
+    rows = restored.day_rows(1, 0, *restored.schemas.day_of(0, BASE), group_by=[0]).rows
+    assert [row.stats.count for row in rows] == [2] * 300
+
+
+@pytest.mark.parametrize("seed", RESTORE_SEEDS)
+@pytest.mark.parametrize("reserved", [True, False])
+def test_unique_values_of_one_shard_are_restored(
+    seed: int, reserved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """300 members of one set in one shard of their index."""
+    if not reserved:
+        monkeypatch.setattr(Arena, "_reserve", lambda self, rows: False)
+    members = members_hashed_to_shard(seed, 300)
+    schema = MetricSchema(code="m", agg_type=AggType.COUNT_UNIQUE)
+    log: list[tuple[Any, ...]] = [
+        ("schema", 0, make_record(1, schema)),
+        ("batch", 1, [event(1, value=v, time=BASE) for v in members], None, BASE),
+    ]
+    fold = run(Fold(0, hash_seed=seed), log)
+    check_shard(fold._member_index, 300)
+    for other in (seed, 77):
+        restored = Fold.restore(0, fold.snapshot(), hash_seed=other)
+        assert restored.digest() == fold.digest()
+        run(restored, [("batch", 301, [event(1, value=v, time=BASE) for v in members], None, BASE)])
+        assert restored.period_stats(1, 0, BASE)[0].unique == 300  # type: ignore[union-attr]
+        if other == seed:
+            check_shard(restored._member_index, 300)
+
+
+@pytest.mark.parametrize("seed", RESTORE_SEEDS)
+@pytest.mark.parametrize("reserved", [True, False])
+@pytest.mark.parametrize("kind", ["period", "day", "head"])
+def test_accounts_of_one_shard_are_restored(
+    seed: int, reserved: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """300 accounts of which the period's cells, the day's, or the days' heads lie in one shard of the index."""
+    if not reserved:
+        monkeypatch.setattr(Arena, "_reserve", lambda self, rows: False)
+    schema = MetricSchema(
+        code="m", agg_type=AggType.COUNT, filters=[DimensionFilter(key="k")], period_type=PeriodType.CALENDAR
+    )
+    probe = Fold(0)
+    probe.put_schema(make_record(1, schema), 0)
+    start = (probe.schemas.period_of if kind == "period" else probe.schemas.day_of)(0, BASE)[0]
+    combo = {"period": PERIOD, "day": 1, "head": HEAD_KEY}[kind]
+    accounts = accounts_hashed_to_shard(seed, 300, start, combo)
+    events = [event(a, time=BASE, properties={"k": "v"}) for a in accounts]
+    log: list[tuple[Any, ...]] = [("schema", 0, make_record(1, schema)), ("batch", 1, events, None, BASE)]
+    fold = run(Fold(0, hash_seed=seed), log)
+    check_shard(fold._cell_index, 300)
+    for other in (seed, 77):
+        restored = Fold.restore(0, fold.snapshot(), hash_seed=other)
+        assert restored.digest() == fold.digest()
+        run(restored, [("batch", 301, events, None, BASE)])
+        assert restored.cell_count == fold.cell_count
+        for account in accounts:
+            assert restored.period_stats(account, 0, BASE)[0].count == 2  # type: ignore[union-attr]
+            rows = restored.day_rows(account, 0, *restored.schemas.day_of(0, BASE)).rows
+            assert [row.stats.count for row in rows] == [2]
+        if other == seed:
+            check_shard(restored._cell_index, 300)
+
+
+def test_an_event_of_eight_new_values_always_finds_room_in_one_shard() -> None:
+    """Each event adds as many values as one can, all to the same shard; nothing of it overflows."""
+    owners = [values_hashed_to_shard(3, 60, owner) for owner in range(WIDTH)]
+    schema = MetricSchema(code="m", filters=[DimensionFilter(key=f"k{d}") for d in range(WIDTH)])
+    events = [
+        event(1, time=BASE, properties={f"k{d}": owners[d][i] for d in range(WIDTH)}) for i in range(60)
+    ]
+    log: list[tuple[Any, ...]] = [("schema", 0, make_record(1, schema)), ("batch", 1, events, None, BASE)]
+    fold = run(Fold(0, hash_seed=3), log)
+    check_shard(fold.dimensions._value_index, 60 * WIDTH)
+    one_by_one = run(Fold(0, hash_seed=3), [log[0]])
+    for i, single in enumerate(events):
+        run(one_by_one, [("batch", 1 + i, [single], None, BASE)])
+        check_shard(one_by_one.dimensions._value_index, (i + 1) * WIDTH)
+    restored = Fold.restore(0, fold.snapshot(), hash_seed=3)
+    check_shard(restored.dimensions._value_index, 60 * WIDTH)
+    assert restored.digest() == fold.digest() == one_by_one.digest()
+
+
+def test_declared_values_of_one_shard_are_taken_in() -> None:
+    """A schema's own values, put one after the other, grow their shard as well."""
+    values = values_hashed_to_shard(0, 100)
+    schema = MetricSchema(code="m", filters=[DimensionFilter(key="k", values=values)])
+    fold = fold_of(schema, [event(1, time=BASE, properties={"k": v}) for v in values])
+    check_shard(fold.dimensions._value_index, 100)
+    restored = Fold.restore(0, fold.snapshot())
+    assert restored.digest() == fold.digest()
+
+
+def test_shards_depend_on_the_seed() -> None:
+    """What was chosen to share a shard under one seed is spread evenly under another, for every kind of key."""
+    values = values_hashed_to_shard(1, 300)
+    schema = MetricSchema(code="m", agg_type=AggType.COUNT, filters=[DimensionFilter(key="k")])
+    fold = run(
+        Fold(0, hash_seed=2),
+        [
+            ("schema", 0, make_record(1, schema)),
+            (
+                "batch",
+                1,
+                [event(i, time=BASE, properties={"k": v}) for i, v in enumerate(values)],
+                None,
+                BASE,
+            ),
+        ],
+    )
+    assert fold.dimensions._value_index.shards[:SHARDS, COUNT].max() < 25
+    members = members_hashed_to_shard(1, 300)
+    unique = MetricSchema(code="m", agg_type=AggType.COUNT_UNIQUE)
+    log: list[tuple[Any, ...]] = [
+        ("schema", 0, make_record(1, unique)),
+        ("batch", 1, [event(1, value=v, time=BASE) for v in members], None, BASE),
+    ]
+    assert run(Fold(0, hash_seed=2), log)._member_index.shards[:SHARDS, COUNT].max() < 25
+
+
+@pytest.mark.parametrize("error", [AssertionError(), KeyError("x"), OverflowError("y"), ZeroDivisionError()])
+def test_a_checkpoint_that_cannot_be_restored_only_costs_time(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever goes wrong while a checkpoint is taken in: the log is folded again, with a report."""
+    driver = Driver()
+    driver.schema(0, metric(5, code="m"), BASE)
+    driver.append(0, [event(1), event(2)], [(7, 0, BASE, 2, 1)], BASE)
+    driver.sync()
+    driver.checkpoint(0)
+    before = driver.partitions[0].digest()
+
+    def fail(*args: Any, **kwargs: Any) -> Fold:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fold, "restore", fail)
+        driver.crash()
+    assert driver.partitions[0].error is None
+    assert driver.partitions[0].digest() == before
+    assert driver.manifests == {}
+    assert len(driver.reports) == 1
+    assert type(error).__name__ in driver.reports[0]
+    driver.checkpoint(0)
+    driver.crash()
+    assert (driver.reports, driver.partitions[0].digest()) == ([], before)
+
+
+def test_a_checkpoint_is_kept_when_the_disk_or_the_memory_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That says nothing about the checkpoint: the start fails, and the next one finds it."""
+    driver = Driver()
+    driver.schema(0, metric(5, code="m"), BASE)
+    driver.append(0, [event(1), event(2)], [(7, 0, BASE, 2, 1)], BASE)
+    driver.sync()
+    driver.checkpoint(0)
+    for error in (MemoryError, DiskError):
+
+        def fail(*args: Any, error: type[Exception] = error, **kwargs: Any) -> Fold:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Fold, "restore", fail)
+            with pytest.raises(error):
+                driver.crash()
+    driver.crash()
+    assert (driver.reports, list(driver.manifests)) == ([], [0])
+
+
+def test_partitions_key_their_tables_by_their_salt() -> None:
+    """New, and restored from a checkpoint, as its values and accounts come from callers."""
+    driver = Driver()
+    driver.schema(0, metric(5, code="m", filters=[DimensionFilter(key="k")]), BASE)
+    values = values_hashed_to_shard(0, 200)
+    events = [event(1, properties={"k": value}) for value in values]
+    driver.append(0, events, [(7, 0, BASE, len(events), 1)], BASE)
+    driver.sync()
+    driver.checkpoint(0)
+    before = driver.partitions[0].digest()
+    for _ in range(2):
+        counts = driver.partitions[0].fold.dimensions._value_index.shards[:SHARDS, COUNT]
+        assert (counts.sum(), counts.max() < 20) == (200, True)
+        driver.crash()
+        assert (driver.reports, list(driver.manifests)) == ([], [0])
+        assert driver.partitions[0].digest() == before

@@ -6,8 +6,17 @@ import pytest
 
 from tallymark_runtime.disk import DiskError, MemoryDisk
 from tallymark_store.wal import DamagedError, RecordMeta, WalConfig, WalStart, open_wal
-from tallymark_store.wal.format import GROUP_HEADER_BYTES, RECORD_HEADER_BYTES, segment_name
+from tallymark_store.wal.format import (
+    GROUP_HEADER_BYTES,
+    RECORD_HEADER_BYTES,
+    segment_name,
+    segment_number,
+)
+from tallymark_store.wal.recovery import MixedLogError
 from tallymark_store.wal.writer import Group
+
+from .payload_builder import event
+from .store_driver import BASE, Driver, metric
 
 LOG_ID = bytes(range(16))
 SMALL = WalConfig(segment_bytes=4096)
@@ -478,3 +487,189 @@ def test_random_damage_is_never_silent():
                 shown = payloads(again, partition)
                 assert shown == expected[partition][: len(shown)], seed
                 assert partition in damaged or shown == expected[partition], seed
+
+
+OTHER_ID = b"y" * 16
+
+
+def log_of(log_id, *, groups=24, tail=False):
+    """A log over several segments with its `WalStart`; with `tail`, a written group that was never synced."""
+    disk = MemoryDisk()
+    wal, _ = open_wal(disk, new_log_id=log_id, config=SMALL)
+    for number in range(groups):
+        put(wal, 1, bytes([number]) * 600)
+        wal.sync_all()
+    wal.write_marker()
+    wal.sync_all()
+    start = WalStart.from_arrays(wal.snapshot().to_arrays())
+    if tail:
+        put(wal, 1, b"torn" * 9)
+        wal.write_group(wal.take_group())
+        disk.flip_bit(segment_name(wal.synced_end.segment), wal.synced_end.position + 9)
+    return disk, start, payloads(wal, 1)[:groups]
+
+
+def contents(disk):
+    """The bytes of all files."""
+    return {name: disk.open(name).read(0, disk.open(name).size()).tobytes() for name in disk.list()}
+
+
+def kept(disk, before):
+    """Whether whatever was written in all files is still there; unused room may have been."""
+    now = contents(disk)
+    return all(
+        len(now[name]) == len(data) and all(b in (0, a) for a, b in zip(now[name], data, strict=True))
+        for name, data in before.items()
+    )
+
+
+def copy_segment(source, target, number, to=None):
+    """Copy a segment file between disks, whatever is there."""
+    name = segment_name(number if to is None else to)
+    if name in target.list():
+        target.remove(name)
+    file, origin = target.create(name), source.open(segment_name(number))
+    file.write(0, [origin.read(0, origin.size())])
+    file.sync()
+    target.sync_dir()
+
+
+def spoil_headers(disk, names):
+    """Make both headers of segments unreadable."""
+    for name in names:
+        disk.flip_bit(name, 30)
+        disk.flip_bit(name, 4096 - 64 + 30)
+
+
+@pytest.mark.parametrize("groups", [1, 5, 24, 60])
+@pytest.mark.parametrize("tail", [False, True])
+def test_a_start_of_another_log_is_ignored(groups, tail):
+    """The whole log is read by its own id, nothing of it is removed, and it goes on."""
+    disk, _, expected = log_of(LOG_ID, tail=tail)
+    _, foreign, _ = log_of(OTHER_ID, groups=groups)
+    before = contents(disk)
+    wal, recovery = reopen(disk, foreign)
+    assert (recovery.damages, recovery.unproven, recovery.start_ignored) == ({}, False, True)
+    assert payloads(wal, 1) == expected
+    assert ["another log" in finding.sentence for finding in recovery.findings] == [True]
+    assert set(before) <= set(disk.list())
+    put(wal, 1, b"more")
+    wal.sync_all()
+    start = WalStart.from_arrays(wal.snapshot().to_arrays())
+    assert start.log_id == LOG_ID
+    for known in (start, None):
+        wal, recovery = reopen(disk, known)
+        assert (recovery.damages, recovery.findings, recovery.start_ignored) == ({}, [], False)
+        assert payloads(wal, 1) == [*expected, b"more"]
+
+
+def test_a_start_of_another_log_beside_unreadable_headers_wipes_nothing():
+    """With a torn end that may be the start's own log, opening is refused and every byte stays."""
+    disk, _, _ = log_of(LOG_ID)
+    _, foreign, _ = log_of(OTHER_ID, groups=5)
+    spoil_headers(disk, [max(disk.list())])
+    before = contents(disk)
+    for _ in range(2):
+        with pytest.raises(MixedLogError, match=max(disk.list())):
+            reopen(disk, foreign)
+        assert contents(disk) == before
+
+
+@pytest.mark.parametrize("with_start", [None, "own", "foreign"])
+def test_a_segment_of_another_log_behind_the_end_is_never_removed(with_start):
+    """Opening is refused before anything is changed; without that segment it works."""
+    disk, own, expected = log_of(LOG_ID)
+    other, foreign, _ = log_of(OTHER_ID, groups=9)
+    start = {None: None, "own": own, "foreign": foreign}[with_start]
+    behind = segment_number(max(disk.list())) + 1
+    copy_segment(other, disk, 1, to=behind)
+    copy_segment(other, disk, 0, to=behind + 1)
+    before = contents(disk)
+    for _ in range(2):
+        with pytest.raises(MixedLogError, match=segment_name(behind)):
+            reopen(disk, start)
+        assert contents(disk) == before
+    disk.remove(segment_name(behind))
+    disk.remove(segment_name(behind + 1))
+    wal, recovery = reopen(disk, start)
+    assert recovery.damages == {}
+    assert payloads(wal, 1) == expected
+
+
+def test_another_logs_majority_wipes_nothing():
+    """One segment of a log among many of another: refused or damaged, and all files stay as they are."""
+    for number in (0, 2, 6):
+        disk, _, _ = log_of(LOG_ID)
+        other, start, _ = log_of(OTHER_ID, groups=9)
+        copy_segment(other, disk, min(number, 1), to=number)
+        for known in (None, start):
+            broken = copy_of(disk)
+            before = contents(broken)
+            try:
+                _, recovery = reopen(broken, known)
+            except MixedLogError:
+                assert contents(broken) == before
+            else:
+                assert recovery.is_damaged(1)
+                assert kept(broken, before)
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("groups", [1, 24])
+def test_a_log_of_which_no_header_is_readable_is_never_wiped(own, groups):
+    """Whether the start belongs to it can't be told: all that is there stays, and its partitions are refused."""
+    disk, start, _ = log_of(LOG_ID, groups=groups, tail=True)
+    if not own:
+        _, start, _ = log_of(OTHER_ID, groups=5)
+    spoil_headers(disk, disk.list())
+    before = contents(disk)
+    for _ in range(2):
+        _, recovery = reopen(disk, start)
+        assert recovery.is_damaged(1)
+        assert recovery.is_damaged(7)
+        assert kept(disk, before)
+
+
+def store_of(events, log_id, monkeypatch):
+    """A store with a checkpoint and a start of its log, and records behind them."""
+    monkeypatch.setitem(Driver.open.__globals__, "LOG_ID", log_id)
+    driver = Driver()
+    driver.schema(0, metric(5, code="m"), BASE)
+    for sequence in range(3):
+        driver.append(0, [event(i) for i in range(events)], [(7, sequence, BASE, events, sequence)], BASE)
+        driver.sync()
+        if sequence == 1:
+            driver.checkpoint(0)
+            driver.wal_start()
+    return driver
+
+
+@pytest.mark.parametrize("with_checkpoint", [True, False])
+def test_a_store_with_the_checkpoints_of_another_folds_its_own_log(with_checkpoint, monkeypatch):
+    """Neither their start of the log nor their totals are used, and the log stays whole."""
+    theirs = store_of(3, OTHER_ID, monkeypatch)
+    driver = store_of(40, LOG_ID, monkeypatch)
+    before = driver.partitions[0].digest()
+    copied = [""] if not with_checkpoint else ["", "p-0000"]
+    for folder in copied:
+        source, target = theirs.disk.at("checkpoints"), driver.disk.at("checkpoints")
+        if folder:
+            source, target = source.at(folder), target.at(folder)
+        for name in [name for name in target.list() if folder or name == "wal-start"]:
+            target.remove(name)
+        for name in [name for name in source.list() if folder or name == "wal-start"]:
+            file, origin = target.create(name), source.open(name)
+            file.write(0, [origin.read(0, origin.size())])
+            file.sync()
+        target.sync_dir()
+    for _ in range(2):
+        driver.crash()
+        assert driver.partitions[0].error is None
+        assert driver.partitions[0].digest() == before
+        assert any("another log's" in report for report in driver.reports)
+        driver.check_digests()
+    driver.checkpoint(0)
+    driver.wal_start()
+    driver.crash()
+    assert driver.reports == []
+    assert driver.partitions[0].digest() == before

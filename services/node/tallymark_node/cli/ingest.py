@@ -124,7 +124,8 @@ async def ingest(
 
     Empty cells and nulls are missing properties. Rows that can't be stored are written to a CSV file with their
     line and the reason (rejected_line, rejected_reason); the others are stored. Correct the rows in that file and
-    load it with the same options: these two columns don't count as content. Exit status 0: all rows are stored; 1: some were rejected.
+    load it with the same options: these two columns don't count as content. (Without --id, a row that has become
+    equal to one that is stored counts as that one; it shows under "stored before".) Exit status 0: all rows are stored; 1: some were rejected.
     """
     from tallymark_node.ingest_file import Columns, Converter, RowIds, Tally
 
@@ -208,7 +209,14 @@ def _opened(file: str) -> Iterator[Any]:
 def _reader(
     raw: Any, file: str, form: str | None, delimiter: str | None, columns: Columns, rejects_to: str
 ) -> tuple[CsvReader | JsonReader, Rejects]:
-    from tallymark_node.ingest_file import CsvReader, JsonReader, Rejects, open_stream
+    from tallymark_node.ingest_file import (
+        CsvReader,
+        JsonReader,
+        Rejects,
+        is_rejected_json,
+        is_rejects_file,
+        open_stream,
+    )
 
     ending = _bare(file)[1]
     chosen = form or FORMATS.get(ending)
@@ -219,13 +227,16 @@ def _reader(
     if os.path.exists(rejects_to) and file != "-" and os.path.samefile(rejects_to, file):  # noqa: PTH110, PTH121
         raise click.UsageError("--rejects is the file to load itself: give another")
     stream: BinaryIO = open_stream(raw)
-    if chosen == "jsonl":
+    rejected_json = is_rejected_json(stream, columns)
+    if rejected_json or chosen == "jsonl":
         if delimiter is not None:
             raise click.UsageError("--delimiter is for CSV files")
-        return JsonReader(stream, columns), Rejects(rejects_to, JsonReader.header)
+        return JsonReader(stream, columns, rejected=rejected_json), Rejects(rejects_to, JsonReader.header)
     separator = {"\\t": "\t", "tab": "\t", None: "\t" if ending == ".tsv" else ","}.get(delimiter, delimiter)
     if separator is None or len(separator) != 1 or separator in '"\r\n':
         raise click.BadParameter("must be one character", param_hint="--delimiter")
+    if is_rejects_file(stream):
+        separator = ","  # so that it loads with the options of the file that its rows are from
     reader = CsvReader(stream, columns, separator)
     return reader, Rejects(rejects_to, reader.header)
 

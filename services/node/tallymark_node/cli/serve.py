@@ -183,7 +183,7 @@ def _serve(
         problem = failure(error)
         if problem.exit_code == STATUS_UNAVAILABLE and not error.retriable:
             # The status of a client that found no server: here it is this one that can't be, its folder in use.
-            problem.exit_code = STATUS_REFUSED
+            problem = Failure(problem.message, STATUS_REFUSED)
         raise problem from error
     except (DiskError, OSError) as error:
         raise Failure(_start_problem(error, settings), STATUS_REFUSED) from error

@@ -473,7 +473,12 @@ class Fold:
             state = self._state
             member = int(
                 reindex_members(
-                    state.member_table, state.member_shards, state.members, member, self.member_count, self._seed
+                    state.member_table,
+                    state.member_shards,
+                    state.members,
+                    member,
+                    self.member_count,
+                    self._seed,
                 )
             )
             if self._member_index.make_room():

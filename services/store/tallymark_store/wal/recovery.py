@@ -86,6 +86,7 @@ class Recovery(msgspec.Struct, frozen=True):
     known: frozenset[int]  # partitions in the log
     end: Position  # where the log goes on
     tail_bytes: int  # of a torn tail that were dropped; none of them was ever acknowledged
+    start_ignored: bool = False  # it was another log's
 
     def is_damaged(self, partition: int) -> bool:
         """Say whether this log's copy of a partition must not be relied upon."""
@@ -144,7 +145,8 @@ def recover(disk: Disk, *, new_log_id: bytes, start: WalStart | None = None) -> 
         start = None
     log_id = start.log_id if start is not None else max(ids, key=ids.__getitem__, default=new_log_id)
     # Whose files these are is not sure: some bear another id, or may.
-    mixed = len(ids) > 1 or (foreign and any(segment.header is None for segment in segments.values()))
+    headers = [segment.header for segment in segments.values()]
+    mixed = any(header.log_id != log_id for header in headers if header) or (foreign and None in headers)
     unnamed = bool(segments) and not ids
     for segment in segments.values():
         segment.front = _own(segment.front, segment.number, log_id)
@@ -175,7 +177,9 @@ def recover(disk: Disk, *, new_log_id: bytes, start: WalStart | None = None) -> 
         )
         if broken and segment.number >= place.segment and not segment.good:
             replay.finding(Position(segment.number, 0), "the segment's header is bad, or its length")
-    return _settle(disk, log_id, segments, replay, end)
+    recovered = _settle(disk, log_id, segments, replay, end)
+    recovered.recovery = msgspec.structs.replace(recovered.recovery, start_ignored=foreign)
+    return recovered
 
 
 def _list(disk: Disk) -> dict[int, _Segment]:
