@@ -16,6 +16,7 @@ from tallymark_protocol.periods import day_of, period_of
 from tallymark_protocol.schema import MetricRecord, make_record, update_record
 from tallymark_protocol.zones import UTC, ZoneTable
 from tallymark_runtime.disk import DiskError
+from tallymark_store import checkpoint
 from tallymark_store.fold import Fold, SchemaTable
 from tallymark_store.fold.arena import Arena
 from tallymark_store.fold.cells import HEAD_KEY, PERIOD, cell_hash
@@ -23,6 +24,7 @@ from tallymark_store.fold.dimensions import VALUES, WIDTH, combo_hash, intern_va
 from tallymark_store.fold.index import CAPACITY, COUNT, FULL, SHARDS
 from tallymark_store.fold.thresholds import divide
 from tallymark_store.fold.uniques import member_hash
+from tallymark_store.wal import DamagedError
 
 from .payload_builder import build_payload, event, place
 from .store_driver import Driver, metric
@@ -561,24 +563,27 @@ def test_a_checkpoint_that_cannot_be_restored_only_costs_time(
     assert (driver.reports, driver.partitions[0].digest()) == ([], before)
 
 
-def test_a_checkpoint_is_kept_when_the_disk_or_the_memory_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That says nothing about the checkpoint: the start fails, and the next one finds it."""
+def test_a_checkpoint_is_kept_when_something_else_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk, the memory or the log: that says nothing about the checkpoint."""
     driver = Driver()
     driver.schema(0, metric(5, code="m"), BASE)
     driver.append(0, [event(1), event(2)], [(7, 0, BASE, 2, 1)], BASE)
     driver.sync()
     driver.checkpoint(0)
-    for error in (MemoryError, DiskError):
+    for error in (MemoryError(), DiskError("read", "state", 5), DamagedError("x", partition=0)):
 
-        def fail(*args: Any, error: type[Exception] = error, **kwargs: Any) -> Fold:
+        def fail(*args: Any, error: Exception = error, **kwargs: Any) -> Fold:
             raise error
 
         with monkeypatch.context() as patch:
             patch.setattr(Fold, "restore", fail)
-            with pytest.raises(error):
+            if isinstance(error, DamagedError):
                 driver.crash()
-    driver.crash()
-    assert (driver.reports, list(driver.manifests)) == ([], [0])
+                assert driver.partitions[0].error is not None
+                continue
+            with pytest.raises(type(error)):
+                driver.crash()
+    assert checkpoint.load_manifest(driver.checkpoints(0)) is not None
 
 
 def test_partitions_key_their_tables_by_their_salt() -> None:
