@@ -98,7 +98,9 @@ EventId = str | bytes | uuid.UUID | int
 """An idempotency key: `1`, `"1"` and `b"1"` are three different ids."""
 
 
-class Event(msgspec.Struct, frozen=True):
+# Not tracked by the garbage collector, which would otherwise look at every event of a large list again and again: an
+# event holds strings, numbers and a dictionary of strings, and so is never part of a cycle.
+class Event(msgspec.Struct, frozen=True, gc=False):
     """One usage fact.
 
     `value` is a whole number of -2^63..2^63-1 (0..2^64-1 for COUNT_UNIQUE of UINT64; a string for COUNT_UNIQUE

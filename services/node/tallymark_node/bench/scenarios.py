@@ -173,7 +173,7 @@ async def event_ids(options: Options) -> AsyncIterator[Figure]:
                 if first >= options.ids:
                     return 0
                 ids = list(range(first, first + 10_000))
-                receipt = await client.ingest_columns("jobs", account_ids=ids, ids=ids)
+                receipt = await client.ingest_columns("jobs", account_ids=list(range(10_000)), ids=ids)
                 return receipt.n_stored
 
             while (await closed_loop(preload, callers=8, seconds=1.0, warm_seconds=0.0)).events:
