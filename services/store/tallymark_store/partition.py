@@ -474,10 +474,6 @@ class Partition:
         """Everything below `offset` is on the quorum's disks. Returns the answers to send."""
         assert offset <= self.log_end, "nothing is committed that is not in the log"
         self.high_watermark = max(self.high_watermark, offset)
-        index = self.index
-        last = index.find(self.high_watermark - 1)
-        if last >= 0:
-            self.windows.advance(self.high_watermark, index.row(last).append_ns)
         ready = []
         while self._waiting and self._waiting[0][0] <= self.high_watermark:
             ready.append(self._waiting.popleft()[1])
@@ -503,6 +499,7 @@ class Partition:
         elif len(item.data):
             self.fold.apply(item.data, item.columns, item.verdicts, item.base_offset, item.append_ns)
         self.fold.advance(item.end_offset)
+        self.windows.advance(item.end_offset, item.append_ns)  # it is committed: see `fold_behind`
         self._queue.popleft()
         return (item.end_offset - item.base_offset if len(item.data) else 0), len(item.data)
 

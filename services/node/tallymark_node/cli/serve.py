@@ -250,8 +250,10 @@ def _start_problem(error: Exception, settings: Settings | None) -> str:
 
 async def _dev(settings: Settings, data_dir: Path, stop: asyncio.Event) -> int:
     from tallymark_node import dev as node_module
+    from tallymark_runtime.process import settle
 
     async with node_module.running(settings, _report) as node:
+        settle()
         click.echo(
             f"ready gateway={node.address} query={node.query_address} store={node.store_address} "
             f"data={data_dir}"
@@ -261,8 +263,10 @@ async def _dev(settings: Settings, data_dir: Path, stop: asyncio.Event) -> int:
 
 async def _role(role: str, settings: Settings, stop: asyncio.Event) -> int:
     from tallymark_node import run as role_module
+    from tallymark_runtime.process import settle
 
     async with role_module.running(role, settings, _report) as running:
+        settle()
         click.echo(f"ready {role}={running.address}")
         return await until(stop, running.failed)
 
