@@ -196,10 +196,6 @@ class Catalog:
             now = await self.coordinator.txn([], [])
         await self.wait_revision(now.revision)
 
-    async def wait_change(self) -> None:
-        """Wait until something was taken in."""
-        await self._changed.wait()
-
     def items(self) -> list[KeyValue]:
         """Everything under the prefix, by key."""
         return [self._items[key] for key in sorted(self._items)]

@@ -389,7 +389,6 @@ class _Memory:
         self.faults: list[tuple[str, str, int]] = []  # (operation, part of a name, errno), each used once
         self.locks: set[str] = set()
         self.writes = 0  # calls of write and write_sync, for tests that crash at a certain one
-        self.syncs = 0
 
     def used(self) -> int:
         return sum(len(inode.data) for inode in {id(i): i for i in self.names.values()}.values())
@@ -440,7 +439,6 @@ class MemoryFile:
         """Write `parts` durably; earlier writes elsewhere in the file that weren't synced stay so."""
         self._memory.check("sync", self._name)
         self.write(position, parts)
-        self._memory.syncs += 1
         inode = self._inode
         _, content = written = inode.pending.pop()  # type: ignore[misc]
         # What lies under the new bytes has reached the disk before them, or never will.
@@ -452,7 +450,6 @@ class MemoryFile:
     def sync(self) -> None:
         """Make the content written so far durable."""
         self._memory.check("sync", self._name)
-        self._memory.syncs += 1
         self._inode.settle()
 
     def truncate(self, size: int) -> None:
@@ -503,11 +500,6 @@ class MemoryDisk:
     def write_count(self) -> int:
         """How many writes there have been."""
         return self._memory.writes
-
-    @property
-    def sync_count(self) -> int:
-        """How many syncs of files there have been."""
-        return self._memory.syncs
 
     def at(self, folder: str) -> MemoryDisk:
         """Return the port for a folder inside this one, on the same memory."""

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from tallymark_node.config import ROLES, Settings
 from tallymark_node.dev import (
-    LEASE_TTL_S,
     end,
     open_coordinator,
     start_gateway,
@@ -27,8 +26,6 @@ from tallymark_store import service as store
 
 START_WAIT_S = 60.0  # how long a role waits for the store that embeds the coordinator
 START_RETRY_S = 0.2
-
-__all__ = ["LEASE_TTL_S", "Role", "running"]
 
 
 class Role:

@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from tallymark_runtime.disk import Disk, DiskError, FileMissingError
+from tallymark_runtime.disk import Disk, FileMissingError
 from tallymark_store import container
 from tallymark_store.dedup.index import ENTRY_DTYPE
 from tallymark_store.wal import WalStart
@@ -211,18 +211,3 @@ def discard(disk: Disk) -> None:
         except FileMissingError:
             continue
     disk.sync_dir()
-
-
-__all__ = [
-    "CheckpointError",
-    "DiskError",
-    "Manifest",
-    "discard",
-    "load_ids",
-    "load_manifest",
-    "load_state",
-    "load_wal_start",
-    "publish",
-    "write",
-    "write_wal_start",
-]

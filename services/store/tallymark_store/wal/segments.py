@@ -82,11 +82,6 @@ class SegmentStore:
         """Return the numbers of all segment files."""
         return sorted(self._sizes)
 
-    @property
-    def wants_preparing(self) -> bool:
-        """Whether `prepare_ahead` has something to do."""
-        return len(self._ready) < SEGMENTS_AHEAD and not self.full_reason
-
     def prepare_ahead(self) -> bool:
         """Prepare what is missing ahead; return whether there was room for it.
 
