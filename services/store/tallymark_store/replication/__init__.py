@@ -1,0 +1,1 @@
+"""Replication of one partition: the pure state machine. See docs/replication.md."""

@@ -1,0 +1,121 @@
+"""What replicas of a partition say to each other. Every message is one way and may be lost, doubled or late.
+
+Offsets are exclusive ends where they are called ends. A `tail` tells where a log's last epochs end, oldest first:
+two logs agree up to the lower end of the highest epoch that both have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from tallymark_runtime.disk import BytesLike
+from tallymark_store.wal import RecordMeta
+
+Tail = list[tuple[int, int]]  # (epoch, end offset of its last record here), ascending in both
+TAIL_EPOCHS_MAX = 64  # of a tail in a message; where logs parted earlier, the leader asks again from lower down
+
+
+class Record(msgspec.Struct, frozen=True, gc=False):
+    """A record of the log on its way: what the log knows of it, and its payload as the leader wrote it."""
+
+    meta: RecordMeta
+    parts: Sequence[BytesLike]  # the payload in pieces
+
+    @property
+    def end(self) -> int:
+        """The offset behind it."""
+        return self.meta.base_offset + self.meta.count
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
+    """Base of all. Records travel beside the message, not in it."""
+
+    partition: int
+
+
+class Announce(Message, frozen=True, gc=False):
+    """A candidate asks for a promise."""
+
+    epoch: int
+    instance: str
+    copy_id: str  # the candidate's own
+
+
+class Promised(Message, frozen=True, gc=False):
+    """The answer to `Announce`: whether it was promised, and where the log stands."""
+
+    epoch: int  # the one that was asked for
+    granted: bool
+    promised: int  # the highest epoch promised; of the refusal's reason
+    copy_id: str
+    log_end: int
+    high_watermark: int
+    tail: Tail
+    is_damaged: bool = False
+
+
+class Fetch(Message, frozen=True, gc=False):
+    """A candidate asks a more advanced replica for what it lacks. `tail` is its own, from below `below` if that is >= 0."""
+
+    epoch: int
+    tail: Tail
+    log_end: int
+
+
+class Fetched(Message, frozen=True, gc=False):
+    """The answer to `Fetch`: records from the offset `base` on, where the two logs part; `log_end` of the sender."""
+
+    epoch: int
+    base: int
+    log_end: int
+    record_count: int = 0  # of the records that travel with it
+
+
+class Append(Message, frozen=True, gc=False):
+    """The leader's records from `base` on, or a heartbeat without any."""
+
+    epoch: int
+    instance: str
+    prev_epoch: int  # of the record that ends at `base`; 0 at the log's start
+    base: int
+    high_watermark: int
+    copy_id: str  # the receiver's, as the leader knows it; "" if it doesn't
+    record_count: int = 0
+
+
+class Appended(Message, frozen=True, gc=False):
+    """Everything below `match_end` equals the leader's log and is durable."""
+
+    epoch: int
+    copy_id: str
+    match_end: int
+    applied: int = 0  # for telemetry and for hand-overs
+
+
+class Mismatch(Message, frozen=True, gc=False):
+    """An `Append` did not fit, or came from an epoch below `promised`."""
+
+    epoch: int  # of the append
+    promised: int
+    copy_id: str
+    log_end: int
+    tail: Tail
+    is_damaged: bool = False  # it acknowledges nothing before it is told to begin anew
+
+
+class Rebuild(Message, frozen=True, gc=False):
+    """A leader with a majority tells a damaged copy to discard itself and begin anew as a learner."""
+
+    epoch: int
+    copy_id: str  # the damaged copy's
+
+
+class HandOver(Message, frozen=True, gc=False):
+    """The leader gives its key up for this node, whose log has everything: create the key without waiting."""
+
+    epoch: int
+
+
+AnyMessage = Announce | Promised | Fetch | Fetched | Append | Appended | Mismatch | Rebuild | HandOver
