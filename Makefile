@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+.PHONY: integration load
+.PHONY: sim etcd network proto bench-cluster
 .PHONY: help demo test check format bench clean
 
 help: ## what there is
@@ -30,14 +32,46 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 	@$(BIN)/python -m pip install -q -e '.[test]'
 	@touch $@
 
+$(VENV)/.load: pyproject.toml | $(BIN)/python
+	@echo "installing Tallymark and what its load tests need into $(VENV)"
+	@$(BIN)/python -m pip install -q -e '.[load]'
+	@touch $@
+
 demo: $(VENV)/.server ## meter a git repository's history, show totals, leave the server up
 	@$(BIN)/tallymark demo
 
 # Kernels are compiled once before tests start servers side by side, each of which would compile them otherwise.
-test: $(VENV)/.test ## unit, scenario and process-level tests
+test: $(VENV)/.test etcd network ## unit, scenario and process-level tests
 	@echo "compiling the kernels"
 	@$(BIN)/python -c 'from tallymark_node.dev import warm_up; warm_up()'
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# pytest doesn't look into tests/containers unless it is told to: everything else runs without an engine.
+integration: $(VENV)/.test ## images, a cluster of containers, and the compose file; needs no registry
+	@.ci/install-docker
+	@.ci/start-docker bash -c '.ci/build-images && exec $(BIN)/python -m pytest tests/containers'
+
+HOST ?= 127.0.0.1:7001
+SECONDS ?= 30
+USERS ?= 10
+GENERATORS ?= 1
+load: $(VENV)/.load ## a load on HOST=host:port[,host:port] for SECONDS=…, with USERS=… and GENERATORS=…
+	$(BIN)/python -m locust -f loadtests/locustfile.py --headless --only-summary --host $(HOST) -t $(SECONDS)s \
+		-u $(USERS) -r $(USERS) --stop-timeout 60 --generators $(GENERATORS)
+
+START ?= 0
+SEEDS ?= 1000
+sim: $(VENV)/.test ## the simulator: SEEDS=… seeds from START=… on; a failing one's history is printed
+	$(BIN)/python -m tests.sim.run --start $(START) --seeds $(SEEDS) --workers 2
+
+etcd: ## install etcd, which tests of clusters run, where there is none
+	@.ci/install-etcd
+
+network: ## install what tests of cut networks need, where it isn't there
+	@.ci/install-network
+
+proto: $(VENV)/.test ## generate the gRPC code anew
+	$(BIN)/python libs/runtime/proto/generate.py
 
 check: $(VENV)/.test ## format, lint, types, layers
 	$(BIN)/ruff format --check .
@@ -51,6 +85,10 @@ format: $(VENV)/.test ## put the code into its format
 
 bench: $(VENV)/.test ## print the performance table
 	$(BIN)/tallymark bench
+
+bench-cluster: $(VENV)/.server etcd ## the performance of a cluster on this machine, beside dev's, and its failovers
+	$(BIN)/tallymark bench --cluster
+	$(BIN)/tallymark bench --failover
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -15,6 +15,8 @@ import msgspec
 
 from tallymark_protocol import limits
 from tallymark_protocol.errors import InvalidRequestError
+from tallymark_runtime.coordinator import opening
+from tallymark_runtime.framing import split_address
 
 ENV_PREFIX = "TALLYMARK_"
 ROLES = ("ingest", "store", "query")
@@ -28,13 +30,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 7001
     advertise: str = ""  # "host:port" that others use to reach this node; empty: host and port as bound
-    # Where the cluster's coordination lives: "embedded" (in the store's data directory) or
-    # "tcp://host:port", the address of the store that embeds it.
+    zone: str = ""  # stores: the zone this node is in; copies of a partition are spread over zones
+    # Where the cluster's coordination lives: "embedded" (in the store's data directory), "tcp://host:port", the
+    # address of the store that embeds it, or "etcd://host:port,host:port,...", members of an etcd cluster.
     coordinator: str = "embedded"
+    coordinator_prefix: str = opening.DEFAULT_PREFIX  # of the cluster's keys in etcd: one for each cluster
+    lease_ttl_seconds: float = 2.0  # how long a silent leader keeps its partitions; etcd takes whole seconds
+    telemetry: str = ""  # "host:port" where Prometheus finds this node's figures; empty: nowhere
+    grpc: str = ""  # "host:port" of gRPC health and administration; empty: nowhere
     data_dir: str = "tallymark-data"
 
     # The cluster's constants, fixed when its first store starts.
     partition_count: int = 4
+    replication_factor: int = 1  # copies of each partition; 3 where etcd coordinates and nothing is set
 
     # Store.
     wal_segment_bytes: int = 64 * 1024 * 1024
@@ -48,11 +56,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     coalesce_ms: float = 2.0
 
 
+REPLICATION_FACTOR_MAX = 7
+CLUSTER_REPLICATION_FACTOR = 3  # where etcd coordinates
+_NAME_BYTES_MAX = 128
 _YEARS_S = 10 * 366 * 86_400
 # What a setting may be, both ends included.
 _BOUNDS: dict[str, tuple[float, float]] = {
     "port": (0, 65_535),
     "partition_count": (1, limits.PARTITIONS_MAX),
+    "replication_factor": (1, REPLICATION_FACTOR_MAX),
+    "lease_ttl_seconds": (0.1, 3_600.0),
     "wal_segment_bytes": (1024 * 1024, 1024**4),
     "log_bytes_max": (0, 2**62),
     "checkpoint_interval_seconds": (0.001, 1e10),
@@ -98,6 +111,8 @@ def load(
     unknown = sorted(set(values) - set(kinds))
     if unknown:
         raise InvalidRequestError(f"unknown setting {unknown[0]!r}; there are: {', '.join(sorted(kinds))}")
+    if opening.is_etcd(str(values.get("coordinator"))):
+        values.setdefault("replication_factor", CLUSTER_REPLICATION_FACTOR)
     try:
         settings = msgspec.convert(values, Settings)
     except msgspec.ValidationError as error:
@@ -106,4 +121,24 @@ def load(
         value = getattr(settings, name)
         if not least <= value <= most:  # also where it is not a number
             raise InvalidRequestError(f"{name} must be {least} to {most}, not {value}")
+    _check_texts(settings)
     return settings
+
+
+def _check_texts(settings: Settings) -> None:
+    opening.addresses_of(settings.coordinator)
+    prefix = settings.coordinator_prefix
+    # Without the slash, one cluster's keys could begin with another's prefix.
+    if not prefix.endswith("/") or len(prefix.encode()) > _NAME_BYTES_MAX:
+        raise InvalidRequestError(
+            f'coordinator_prefix must be text of at most {_NAME_BYTES_MAX} bytes that ends with "/", not {prefix!r}'
+        )
+    if len(settings.zone.encode()) > _NAME_BYTES_MAX:
+        raise InvalidRequestError(f"zone must be text of at most {_NAME_BYTES_MAX} bytes")
+    for name in ("telemetry", "grpc"):
+        address = getattr(settings, name)
+        try:
+            if address:
+                split_address(address)
+        except ValueError as error:
+            raise InvalidRequestError(f'{name} must be "host:port", or empty for none: {error}') from None

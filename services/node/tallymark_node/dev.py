@@ -16,7 +16,9 @@ import msgspec
 from tallymark_ingest import server as ingest
 from tallymark_ingest import split
 from tallymark_ingest.gateway import GatewayConfig
-from tallymark_node.config import Settings
+from tallymark_node.config import ROLES, Settings
+from tallymark_node.grpc_endpoint import grpc_served
+from tallymark_node.monitor import Monitor, monitored
 from tallymark_query import service as query
 from tallymark_runtime.catalog import Cluster, establish_cluster, register
 from tallymark_runtime.clock import Clock, RealClock, SteadyClock
@@ -39,11 +41,20 @@ class Node:
         query_address: of the query node.
         store_address: of the store.
         failed: set when the process must end.
+        monitor: what the process tells about itself.
+        grpc_address: of gRPC health and administration; "" without them.
     """
 
     def __init__(
-        self, gateway: ingest.GatewayServer, queries: query.QueryService, stores: store.StoreService
+        self,
+        gateway: ingest.GatewayServer,
+        queries: query.QueryService,
+        stores: store.StoreService,
+        monitor: Monitor,
+        grpc_address: str = "",
     ) -> None:
+        self.monitor = monitor
+        self.grpc_address = grpc_address
         self.address = gateway.address
         self.query_address = queries.address
         self.store_address = stores.address
@@ -69,7 +80,12 @@ def store_config(settings: Settings, listen: str) -> store.StoreConfig:
         checkpoint_interval_s=settings.checkpoint_interval_seconds,
         checkpoint_events=settings.checkpoint_events,
         dedup_window_ns=settings.dedup_window_seconds * 10**9,
-        lease_ttl_s=LEASE_TTL_S,
+        replication_factor=settings.replication_factor,
+        zone=settings.zone,
+        # A coordinator in the same process has nobody to give a silent leader's partitions to.
+        lease_ttl_s=max(settings.lease_ttl_seconds, LEASE_TTL_S)
+        if settings.coordinator == "embedded"
+        else settings.lease_ttl_seconds,
     )
 
 
@@ -153,21 +169,31 @@ async def running(settings: Settings, report: Callable[[str], None] = lambda _: 
     alone = msgspec.structs.replace(settings, advertise="")
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(coordinator.close)
+        monitor = await stack.enter_async_context(monitored(settings, clock))
+        for role in ROLES:
+            monitor.readiness.starting(role)
         stores = await store.serve(
             store_config(alone, inner),
             RealDisk(data / "store"),
-            coordinator,
+            monitor.counted("store", coordinator),
             clock,
             rng,
             report=report,
             hosted=CoordinatorService(coordinator),
         )
         stack.push_async_callback(stores.close)
-        queries, query_task = await start_query(alone, coordinator, clock, rng, inner)
+        monitor.watch_store(stores)
+        counted = monitor.counted("query", coordinator)
+        queries, query_task = await start_query(alone, counted, clock, rng, inner)
         stack.push_async_callback(queries.close)
+        monitor.watch_query(queries)
         stack.push_async_callback(end, query_task)
         listen = join_address(settings.host, settings.port)
-        gateway, gateway_task = await start_gateway(settings, coordinator, clock, rng, listen)
+        counted = monitor.counted("ingest", coordinator)
+        gateway, gateway_task = await start_gateway(settings, counted, clock, rng, listen)
         stack.push_async_callback(gateway.close)
         stack.push_async_callback(end, gateway_task)
-        yield Node(gateway, queries, stores)
+        monitor.watch_ingest(gateway)
+        grpc = await stack.enter_async_context(grpc_served(settings, monitor.readiness, gateway))
+        stack.callback(monitor.stopping)
+        yield Node(gateway, queries, stores, monitor, grpc)

@@ -9,6 +9,7 @@ import sys
 
 import click
 
+from tallymark_node.cli.cluster import cluster
 from tallymark_node.cli.common import DEFAULT_TIMEOUT, Options, global_options
 from tallymark_node.cli.events import alerts, events
 from tallymark_node.cli.ingest import ingest
@@ -34,7 +35,7 @@ def cli(context: click.Context, server: str, as_json: bool, timeout: float | Non
     )
 
 
-for command in (dev, run, demo, bench, metrics, ingest, usage, top, events, alerts):
+for command in (dev, run, demo, bench, metrics, ingest, usage, top, events, alerts, cluster):
     cli.add_command(command)
 
 

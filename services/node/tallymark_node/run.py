@@ -15,10 +15,12 @@ from tallymark_node.dev import (
     start_query,
     store_config,
 )
+from tallymark_node.grpc_endpoint import grpc_served
+from tallymark_node.monitor import Monitor, monitored
 from tallymark_protocol.errors import InvalidRequestError, UnavailableError
 from tallymark_runtime.catalog import CLUSTER
 from tallymark_runtime.clock import RealClock, SteadyClock
-from tallymark_runtime.coordinator import Coordinator, CoordinatorService, RemoteCoordinator
+from tallymark_runtime.coordinator import Coordinator, CoordinatorService, open_remote
 from tallymark_runtime.disk import RealDisk
 from tallymark_runtime.framing import join_address
 from tallymark_runtime.randomness import new_random
@@ -34,11 +36,15 @@ class Role:
     Attributes:
         address: "host:port" it is reached by.
         failed: set when the process must end.
+        monitor: what it tells about itself.
+        grpc_address: of gRPC health and administration; "" without them.
     """
 
-    def __init__(self, address: str, failed: asyncio.Event) -> None:
+    def __init__(self, address: str, failed: asyncio.Event, monitor: Monitor, grpc_address: str = "") -> None:
+        self.grpc_address = grpc_address
         self.address = address
         self.failed = failed
+        self.monitor = monitor
 
 
 @contextlib.asynccontextmanager
@@ -56,38 +62,51 @@ async def running(
     clock = SteadyClock(RealClock(), report)
     listen = join_address(settings.host, settings.port)
     async with contextlib.AsyncExitStack() as stack:
+        monitor = await stack.enter_async_context(monitored(settings, clock))
+        monitor.readiness.starting(role)
         if role == "store":
             coordinator, hosted = _store_coordinator(settings)
             stack.push_async_callback(coordinator.close)
             stores = await store.serve(
                 store_config(settings, listen),
                 RealDisk(Path(settings.data_dir) / "store"),
-                coordinator,
+                monitor.counted(role, coordinator),
                 clock,
                 rng,
                 report=report,
                 hosted=hosted,
+                # Renewals go their own way: neither a busy loop nor what it waits for holds them up.
+                lease_coordinator=None if hosted is not None else _lease_coordinator(settings, monitor),
             )
             stack.push_async_callback(stores.close)
-            yield Role(stores.address, stores.failed)
+            monitor.watch_store(stores)
+            grpc = await stack.enter_async_context(grpc_served(settings, monitor.readiness))
+            stack.callback(monitor.stopping)
+            yield Role(stores.address, stores.failed, monitor, grpc)
             return
-        coordinator = _remote(settings)
+        coordinator = monitor.counted(role, _remote(settings))
         stack.push_async_callback(coordinator.close)
         await _wait_coordinator(coordinator, settings, report)
         if role == "query":
             queries, task = await start_query(settings, coordinator, clock, rng, listen)
             stack.push_async_callback(queries.close)
+            monitor.watch_query(queries)
             address = queries.address
+            served = grpc_served(settings, monitor.readiness)
         else:
             gateway, task = await start_gateway(settings, coordinator, clock, rng, listen)
             stack.push_async_callback(gateway.close)
+            monitor.watch_ingest(gateway)
             address = gateway.address
+            served = grpc_served(settings, monitor.readiness, gateway)
         stack.push_async_callback(end, task)
-        yield Role(address, asyncio.Event())
+        grpc = await stack.enter_async_context(served)
+        stack.callback(monitor.stopping)
+        yield Role(address, asyncio.Event(), monitor, grpc)
 
 
 async def _wait_coordinator(
-    coordinator: RemoteCoordinator, settings: Settings, report: Callable[[str], None]
+    coordinator: Coordinator, settings: Settings, report: Callable[[str], None]
 ) -> None:
     """Wait for the process that hosts the coordinator, which may be starting, too.
 
@@ -119,10 +138,11 @@ def _store_coordinator(settings: Settings) -> tuple[Coordinator, CoordinatorServ
     return coordinator, CoordinatorService(coordinator)
 
 
-def _remote(settings: Settings) -> RemoteCoordinator:
-    if not settings.coordinator.startswith("tcp://"):
-        raise InvalidRequestError(
-            'this role needs coordinator = "tcp://host:port", the address of the store that embeds the '
-            f"coordinator; it is {settings.coordinator!r}"
-        )
-    return RemoteCoordinator(settings.coordinator.removeprefix("tcp://"), rng=new_random())
+def _lease_coordinator(settings: Settings, monitor: Monitor) -> Callable[[], Coordinator]:
+    """What makes the lease's own connection, in the lease's thread."""
+    counting = monitor.counting("store_lease")
+    return lambda: counting(_remote(settings))
+
+
+def _remote(settings: Settings) -> Coordinator:
+    return open_remote(settings.coordinator, new_random(), prefix=settings.coordinator_prefix)

@@ -59,6 +59,18 @@ def test_the_later_source_wins(write: Any) -> None:
         ("pending_bytes_max = 0", "pending_bytes_max"),
         ("coalesce_ms = nan", "coalesce_ms"),
         ("coalesce_ms = -1", "coalesce_ms"),
+        ("replication_factor = 0", "replication_factor must be 1 to 7"),
+        ("lease_ttl_seconds = 0", "lease_ttl_seconds must be"),
+        ("lease_ttl_seconds = nan", "lease_ttl_seconds must be"),
+        ('coordinator = "elsewhere"', "coordinator must be .*not 'elsewhere'"),
+        ('coordinator = "tcp://host"', "coordinator must be .*'host' is no address"),
+        ('coordinator = "etcd://a:1,a:1"', "one twice"),
+        ('coordinator_prefix = "cluster"', "coordinator_prefix must be .*ends with"),
+        ('coordinator_prefix = ""', "coordinator_prefix must be"),
+        (f'coordinator_prefix = "{"x" * 128}/"', "coordinator_prefix must be"),
+        (f'zone = "{"x" * 129}"', "zone must be"),
+        ('telemetry = "9100"', "telemetry must be .*'9100' is no address"),
+        ('grpc = "host:port"', "grpc must be"),
     ],
 )
 def test_what_is_wrong_is_named(write: Any, text: str | bytes, message: str) -> None:
@@ -103,3 +115,20 @@ def test_settings_reach_the_store_and_the_gateway() -> None:
     gateway = dev.gateway_config(settings, 7, "l:0")
     assert gateway.core.coalesce_ns_max == 1_500_000
     assert gateway.partition_count == 7
+
+
+def test_a_cluster_keeps_three_copies_where_nothing_else_is_set(write: Any) -> None:
+    """With etcd; a node that coordinates itself keeps one."""
+    assert load(None, {}).replication_factor == 1
+    assert load(None, {"TALLYMARK_COORDINATOR": "tcp://a:1"}).replication_factor == 1
+    assert load(None, {"TALLYMARK_COORDINATOR": "etcd://a:1,b:2"}).replication_factor == 3
+    path = write('coordinator = "etcd://a:1"\nreplication_factor = 2')
+    assert load(path, {}).replication_factor == 2
+    assert load(path, {"TALLYMARK_REPLICATION_FACTOR": "5"}).replication_factor == 5
+
+
+def test_addresses_of_what_is_offered_beside_the_data(write: Any) -> None:
+    """Off, or a place to listen."""
+    settings = load(write('telemetry = "0.0.0.0:9100"\ngrpc = "[::1]:0"\nzone = "a"'), {})
+    assert (settings.telemetry, settings.grpc, settings.zone) == ("0.0.0.0:9100", "[::1]:0", "a")
+    assert (Settings().telemetry, Settings().grpc) == ("", "")

@@ -12,8 +12,9 @@ from pathlib import Path
 import click
 import msgspec
 
-from tallymark_node.bench import kernels, target
-from tallymark_node.bench.scenarios import SCENARIOS, Figure, Options
+from tallymark_node.bench import failover, kernels, target
+from tallymark_node.bench.cluster import LEASE_TTL_S
+from tallymark_node.bench.scenarios import COMPARED, SCENARIOS, Figure, Options
 from tallymark_runtime.loops import new_event_loop
 
 _QUICK = Options(
@@ -26,6 +27,25 @@ _QUICK = Options(
 )
 _COLUMNS = ("name", "figure", "wanted", "batch", "in_flight", "p50", "p99", "memory", "note")
 _TITLES = ("what", "measured", "wanted", "batch", "in flight", "p50", "p99", "peak memory", "")
+_COMPARED_TITLES = (
+    *("what", "batch", "in flight", "cluster", "wanted", "on dev", "p50", "on dev", "p99", "on dev"),
+    "peak memory",
+)
+_FAILOVER_TITLES = ("what", "longest", "wanted", "median", "")
+
+
+class _Comparison(msgspec.Struct, frozen=True):
+    """The same of a cluster and of `dev`."""
+
+    cluster: Figure
+    dev: Figure
+
+    def row(self) -> tuple[str, ...]:
+        one, other = self.cluster, self.dev
+        return (
+            *(one.name, one.batch, one.in_flight, one.figure, one.wanted, other.figure),
+            *(one.p50, other.p50, one.p99, other.p99, one.memory),
+        )
 
 
 def _machine() -> str:
@@ -38,9 +58,9 @@ def _machine() -> str:
     return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB, Python {platform.python_version()}"
 
 
-def _show(figures: Sequence[Figure]) -> None:
-    rows = [_TITLES, *(tuple(getattr(figure, name) for name in _COLUMNS) for figure in figures)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_TITLES))]
+def _show(titles: tuple[str, ...], body: Sequence[tuple[str, ...]]) -> None:
+    rows = [titles, *body]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(titles))]
     for number, row in enumerate(rows):
         sys.stdout.write(
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -63,28 +83,89 @@ async def _measure(names: Sequence[str], options: Options) -> list[Figure]:
     return figures
 
 
+async def _compare(names: Sequence[str], options: Options) -> list[_Comparison]:
+    """Measure a cluster and `dev`, one right after the other."""
+    compared = []
+    for name in names:
+        scenario, wanted = COMPARED[name]
+        found = []
+        for cluster in (True, False):
+            found.append([f async for f in scenario(msgspec.structs.replace(options, cluster=cluster))])
+            for figure in found[-1]:
+                where = "cluster" if cluster else "dev"
+                click.echo(f"  {figure.name} ({where}): {figure.figure} {figure.p50} {figure.p99}", err=True)
+        for one, other, text in zip(*found, wanted, strict=True):
+            compared.append(_Comparison(msgspec.structs.replace(one, wanted=text), other))
+    return compared
+
+
 @click.command("bench")
 @click.option(
-    "--only", multiple=True, type=click.Choice([*SCENARIOS, "kernels"]), help="Just these; repeatable."
+    "--only",
+    multiple=True,
+    type=click.Choice([*dict.fromkeys((*SCENARIOS, "kernels", *COMPARED))]),
+    help="Just these; repeatable.",
+)
+@click.option("--cluster", is_flag=True, help="Measure a cluster on this machine, and `dev` beside it.")
+@click.option(
+    "--failover",
+    "trials",
+    type=click.IntRange(1, 1_000),
+    is_flag=False,
+    flag_value=20,
+    help="End leaders of a cluster so many times (default 20) and measure until writes succeed again.",
 )
 @click.option("--seconds", type=float, default=None, help="Length of each load (default 30).")
 @click.option("--quick", is_flag=True, help="Small sizes and short loads: to see that it runs, not to quote.")
 @click.option("--json", "as_json", is_flag=True, help="Rows as JSON.")
-def main(only: tuple[str, ...], seconds: float | None, *, quick: bool, as_json: bool) -> None:
+def main(
+    only: tuple[str, ...],
+    trials: int | None,
+    seconds: float | None,
+    *,
+    cluster: bool,
+    quick: bool,
+    as_json: bool,
+) -> None:
     """Measure this machine and print the performance table."""
     options = _QUICK if quick else Options()
     if seconds is not None:
         options = msgspec.structs.replace(options, seconds=seconds)
+    offered = COMPARED if cluster else (*SCENARIOS, "kernels")
+    strange = [name for name in only if name not in offered]
+    if strange:
+        raise click.UsageError(f"{strange[0]} is not measured {'with' if cluster else 'without'} --cluster")
     sync_us = target.sync_time_us()
+    figures: Sequence[msgspec.Struct]
+    titles: tuple[str, ...]
+    rows: list[tuple[str, ...]]
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        figures = runner.run(_measure(only or [*SCENARIOS, "kernels"], options))
+        if trials is not None:
+            figures = found = runner.run(failover.measure(trials))
+            titles = _FAILOVER_TITLES
+            rows = [(f.name, f.figure, f.wanted, f.p50, f.note) for f in found]
+            about = f"{trials} trials each way; three copies of everything, a lease of {LEASE_TTL_S:g} s"
+        elif cluster:
+            figures = pairs = runner.run(_compare(only or [*COMPARED], options))
+            titles = _COMPARED_TITLES
+            rows = [pair.row() for pair in pairs]
+            about = (
+                "cluster: etcd, three stores with three copies of everything, a gateway, a query node; a majority "
+                "synced before every receipt"
+            )
+        else:
+            figures = found = runner.run(_measure(only or [*SCENARIOS, "kernels"], options))
+            titles = _TITLES
+            rows = [tuple(getattr(figure, name) for name in _COLUMNS) for figure in found]
+            about = "one replica, every write synced before its receipt"
     if as_json:
         click.echo(msgspec.json.encode(figures).decode())
         return
     click.echo(_machine())
+    length = "" if trials is not None else f"; {options.seconds:g} s a load"
     click.echo(
-        f"durable 4 KiB write beside it: {sync_us:.0f} us (median); one replica, every write synced before its "
-        f"receipt; client and server share the machine; {options.seconds:g} s a load"
+        f"durable 4 KiB write beside it: {sync_us:.0f} us (median); {about}; client and server share the "
+        f"machine{length}"
     )
     click.echo()
-    _show(figures)
+    _show(titles, rows)

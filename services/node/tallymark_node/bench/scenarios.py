@@ -1,7 +1,8 @@
-"""What is measured, each against a fresh server."""
+"""What is measured, each against a fresh server, or a fresh cluster."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import itertools
 import tempfile
@@ -23,6 +24,7 @@ from tallymark import (
     Period,
     current_month,
 )
+from tallymark_node.bench import cluster as clusters
 from tallymark_node.bench import target
 from tallymark_node.bench.load import Load, closed_loop
 
@@ -43,6 +45,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     account_events: int = 10_000_000  # of the one account whose month is asked for
     replay_events: int = 10_000_000  # beyond the checkpoint at a restart
     accounts: int = 1_000_000
+    cluster: bool = False  # measure a cluster with three copies of everything instead of `tallymark dev`
+
+    def fresh(self) -> contextlib.AbstractContextManager[target.Target | clusters.ClusterTarget]:
+        """Start what is measured, with an empty disk."""
+        return clusters.fresh() if self.cluster else target.fresh()
 
 
 class Figure(msgspec.Struct, kw_only=True):
@@ -87,7 +94,7 @@ def _pool(accounts: int, count: int = 64, batch: int = BATCH) -> list[Ints]:
 async def columns(options: Options) -> AsyncIterator[Figure]:
     """Columns of the usual event: value 1, no time of its own."""
     for callers, wanted in ((16, ">= 1.0 M"), (64, ">= 1.5 M")):
-        with target.fresh() as server:
+        with options.fresh() as server:
             async with AsyncClient([server.address]) as client:
                 await client.metrics.create(MetricSchema(code="api_calls"))
                 pool = _pool(10_000)
@@ -112,7 +119,7 @@ async def columns_wide(options: Options) -> AsyncIterator[Figure]:
         ],
         thresholds=[AlertThreshold(code="limit", value=100_000)],
     )
-    with target.fresh() as server:
+    with options.fresh() as server:
         async with AsyncClient([server.address]) as client:
             await client.metrics.create(schema)
             rng = np.random.default_rng(2)
@@ -143,7 +150,7 @@ async def columns_wide(options: Options) -> AsyncIterator[Figure]:
 
 async def event_lists(options: Options) -> AsyncIterator[Figure]:
     """Lists of `Event`, built and encoded in the measured time."""
-    with target.fresh() as server:
+    with options.fresh() as server:
         async with AsyncClient([server.address]) as client:
             await client.metrics.create(MetricSchema(code="api_calls", agg_type=AggType.SUM))
             accounts = [array.tolist() for array in _pool(10_000)]
@@ -162,7 +169,7 @@ async def event_lists(options: Options) -> AsyncIterator[Figure]:
 
 async def event_ids(options: Options) -> AsyncIterator[Figure]:
     """Lists of `Event` with an id each, beside many remembered ids."""
-    with target.fresh() as server:
+    with options.fresh() as server:
         async with AsyncClient([server.address]) as client:
             await client.metrics.create(MetricSchema(code="jobs"))
             accounts = [array.tolist() for array in _pool(10_000)]
@@ -196,7 +203,7 @@ async def single_events(options: Options) -> AsyncIterator[Figure]:
     """One event a call."""
     wanted = {1: "p50 <= 0.6 ms, p99 <= 2 ms", 64: ">= 15 K calls"}
     for callers in (1, 64):
-        with target.fresh() as server:
+        with options.fresh() as server:
             async with AsyncClient([server.address]) as client:
                 await client.metrics.create(MetricSchema(code="api_calls"))
 
@@ -211,7 +218,7 @@ async def single_events(options: Options) -> AsyncIterator[Figure]:
 
 async def queries(options: Options) -> AsyncIterator[Figure]:
     """Totals: the running one, and a filtered month of an account with many events."""
-    with target.fresh() as server:
+    with options.fresh() as server:
         async with AsyncClient([server.address]) as client:
             dimension = DimensionFilter(key="provider", values=list(PROVIDERS))
             await client.metrics.create(
@@ -264,7 +271,7 @@ async def queries(options: Options) -> AsyncIterator[Figure]:
 
 async def raw_reads(options: Options) -> AsyncIterator[Figure]:
     """Raw events and ragged ranges, beside many other events."""
-    with target.fresh() as server:
+    with options.fresh() as server:
         async with AsyncClient([server.address]) as client:
             await client.metrics.create(MetricSchema(code="api_calls"))
             now = time.time_ns()
@@ -343,6 +350,23 @@ async def restart(options: Options) -> AsyncIterator[Figure]:
     )
 
 
+async def realtime(options: Options) -> AsyncIterator[Figure]:
+    """The running total of one account."""
+    with options.fresh() as server:
+        async with AsyncClient([server.address]) as client:
+            await client.metrics.create(MetricSchema(code="compute", agg_type=AggType.SUM))
+            for accounts in _pool(10_000):
+                await client.ingest_columns("compute", account_ids=accounts)
+
+            async def call(number: int) -> int:
+                await client.query_realtime(number % 10_000, "compute")
+                return 0
+
+            load = await closed_loop(call, callers=1, seconds=max(options.seconds / 3, 2.0))
+            memory = server.peak_memory_bytes()
+    yield _row("realtime total", load, "", 1, 1, memory, per="calls")
+
+
 SCENARIOS: dict[str, Callable[[Options], AsyncIterator[Figure]]] = {
     "columns": columns,
     "columns-wide": columns_wide,
@@ -352,4 +376,12 @@ SCENARIOS: dict[str, Callable[[Options], AsyncIterator[Figure]]] = {
     "queries": queries,
     "raw": raw_reads,
     "restart": restart,
+}
+
+# Measured of a cluster, and beside it of `tallymark dev`; with what is wanted of the cluster, row by row.
+COMPARED: dict[str, tuple[Callable[[Options], AsyncIterator[Figure]], tuple[str, ...]]] = {
+    "columns": (columns, (">= 1.0 M", ">= 1.5 M")),
+    "lists": (event_lists, (">= 400 K",)),
+    "single": (single_events, ("p50 <= 1.2 ms", ">= 10 K calls")),
+    "realtime": (realtime, ("p50 <= 0.35 ms",)),
 }

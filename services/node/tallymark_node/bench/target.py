@@ -30,16 +30,21 @@ class Target:
 
     def peak_memory_bytes(self) -> int:
         """The largest resident size the process has had."""
-        for line in Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-        return 0
+        return peak_memory_bytes(self.process.pid)
 
     def stop(self, *, kill: bool = False) -> None:
         """End the process: gracefully, or at once."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
         self.process.wait(60)
+
+
+def peak_memory_bytes(pid: int) -> int:
+    """The largest resident size that a process has had."""
+    for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def start(data_dir: Path, **settings: object) -> Target:

@@ -178,7 +178,7 @@ async def connected(options: Options) -> AsyncIterator[AsyncClient]:
     """
     from tallymark import AsyncClient
 
-    await _probe(options)
+    await probe(options)
     client = AsyncClient(options.addresses, timeout=options.timeout)
     await client.connect()
     try:
@@ -187,7 +187,8 @@ async def connected(options: Options) -> AsyncIterator[AsyncClient]:
         await client.close()
 
 
-async def _probe(options: Options) -> None:
+async def probe(options: Options) -> None:
+    """Find out whether anybody answers. Raises what `connected` does, but UnavailableError."""
     # The SDK goes on trying until its timeout, as an application wants it. A person at a terminal wants to know.
     import asyncio
 

@@ -223,7 +223,10 @@ def _kernels_cached() -> bool:
     import tallymark_protocol.kernels  # noqa: F401  # sets the folder
 
     folder: Any = numba.config.CACHE_DIR  # type: ignore[attr-defined]
-    return any(Path(folder).rglob("*.nbi"))
+    try:
+        return any(Path(folder).rglob("*.nbi"))
+    except FileNotFoundError:  # another process compiles there, too
+        return False
 
 
 def _stop_early() -> None:
@@ -256,22 +259,35 @@ async def _dev(settings: Settings, data_dir: Path, stop: asyncio.Event) -> int:
         settle()
         click.echo(
             f"ready gateway={node.address} query={node.query_address} store={node.store_address} "
-            f"data={data_dir}"
+            f"{_telemetry(node.monitor.address)}data={data_dir}"
         )
         return await until(stop, node.failed)
 
 
 async def _role(role: str, settings: Settings, stop: asyncio.Event) -> int:
+    import logging
+
     from tallymark_node import run as role_module
+    from tallymark_runtime import logs
     from tallymark_runtime.process import settle
 
-    async with role_module.running(role, settings, _report) as running:
-        settle()
-        click.echo(f"ready {role}={running.address}")
-        return await until(stop, running.failed)
+    # From here on what is said goes through the log: it is a service's, and machines read it.
+    handler = logs.configure(sys.stderr, fields={"node": settings.node_id, "role": role})
+    report = logging.getLogger(f"tallymark_{role}").info
+    try:
+        async with role_module.running(role, settings, report) as running:
+            settle()
+            click.echo(f"ready {role}={running.address} {_telemetry(running.monitor.address)}".rstrip())
+            return await until(stop, running.failed, report)
+    finally:
+        logs.remove(handler)
 
 
-async def until(stop: asyncio.Event, failed: asyncio.Event) -> int:
+def _telemetry(address: str) -> str:
+    return f"telemetry={address} " if address else ""
+
+
+async def until(stop: asyncio.Event, failed: asyncio.Event, report: Callable[[str], object] = _report) -> int:
     """Wait until one of them is set; return the exit status: 0 if it was `stop`."""
     import asyncio
 
@@ -292,6 +308,6 @@ async def until(stop: asyncio.Event, failed: asyncio.Event) -> int:
         broken.cancel()
         await asyncio.gather(stopped, broken, return_exceptions=True)
     if failed.is_set():
-        _report("the store failed; see above. What it has acknowledged is on disk: start it again")
+        report("the store failed; see above. What it has acknowledged is on disk: start it again")
         return 1
     return 0
