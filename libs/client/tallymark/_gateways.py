@@ -21,8 +21,8 @@ from tallymark_protocol.messages import FrameType, GetTopology, Message, Topolog
 CONNECT_TIMEOUT: Final = 5.0  # seconds for one address
 BACKOFF_MIN: Final = 0.02  # seconds before the first retry
 BACKOFF_MAX: Final = 1.0
-SILENCE_PING: Final = 5.0  # seconds without a byte, while answers are owed, after which a link is asked
-SILENCE_MAX: Final = 15.0  # and after which it is given up
+SILENCE_PING: Final = 2.0  # seconds without a byte, while answers are owed, after which a link is asked
+SILENCE_MAX: Final = 6.0  # and after which it is given up
 TEND_SECONDS: Final = 1.0  # how often links are looked after
 REFRESH_SECONDS_MIN: Final = 1.0  # between two questions for the topology, whatever it says
 QUERY_LINKS_MAX: Final = 16
@@ -172,7 +172,8 @@ class Gateways:
             await asyncio.sleep(TEND_SECONDS)
             now = self._loop.time()
             for link in [*self._links]:
-                silent = now - link.last_received
+                # Silence before there was anything to say means nothing.
+                silent = now - max(link.last_received, link.waiting_since)
                 if not link.waiting:
                     continue
                 if silent > SILENCE_MAX:

@@ -63,6 +63,7 @@ class Link(asyncio.Protocol):
         self.welcome: Welcome | None = None  # set once `ready` is done
         self.started = 0.0  # when HELLO was sent, on the loop's clock
         self.last_received = 0.0  # when bytes last came, on the loop's clock
+        self.waiting_since = 0.0  # when it last began to owe an answer, on the loop's clock
         self._loop = loop
         self._owner = owner
         self._connection = Connection(Role.CLIENT)
@@ -71,6 +72,7 @@ class Link(asyncio.Protocol):
         self._next_id = 1
         self._parts: list[bytes] = []  # written in this tick, not yet handed to the transport
         self._parts_bytes = 0
+        self._last_parts = 0  # how many were handed over at once the last time; a request is two
 
     # ------------------------------------------------------------ asyncio's side
 
@@ -126,7 +128,7 @@ class Link(asyncio.Protocol):
     @property
     def usable(self) -> bool:
         """Whether requests can be sent."""
-        return self._connection.is_open and self._transport is not None
+        return self._transport is not None and self._connection.state is State.OPEN
 
     @property
     def waiting(self) -> int:
@@ -139,13 +141,26 @@ class Link(asyncio.Protocol):
         Raises:
             LocalProtocolError: the body is larger than a frame may be; nothing was sent.
         """
-        assert self.usable, "a request needs a usable link"
+        assert self._transport is not None, "a request needs a usable link"
         request_id = self._next_id
         while request_id in self._exchanges:
             request_id = request_id % REQUEST_ID_MAX + 1
         header = self._connection.send_header(kind, len(body), request_id=request_id, timeout_ms=timeout_ms)
         self._next_id = request_id % REQUEST_ID_MAX + 1
-        self._exchanges[request_id] = exchange
+        exchanges = self._exchanges
+        is_alone = False
+        if not exchanges:
+            self.waiting_since = self._loop.time()
+            is_alone = not self._parts and self._last_parts <= 2
+        exchanges[request_id] = exchange
+        if is_alone:
+            # A lone caller's request waits for no other. Where several call at once, the first of them would go
+            # alone each time, so this is done only while requests have been coming one by one.
+            self._last_parts = 2
+            self._transport.write(header + body if len(body) <= _JOIN_BYTES else header)
+            if len(body) > _JOIN_BYTES:
+                self._transport.write(body)
+            return
         self._write(header)
         self._write(body)
 
@@ -165,6 +180,7 @@ class Link(asyncio.Protocol):
         size = self._parts_bytes
         self._parts = []
         self._parts_bytes = 0
+        self._last_parts = len(parts)
         transport = self._transport
         if transport is None or not parts:
             return

@@ -58,8 +58,8 @@ _FINAL: Final = frozenset(
 _PRESSURE: Final = frozenset({ErrorCode.OVERLOADED, ErrorCode.DISK_FULL})
 
 
-class FlightState(enum.Enum):
-    """Where a flight stands; see the module's table."""
+class FlightState(enum.IntEnum):
+    """Where a flight stands; see the module's table. Integers, because those are found in sets at once."""
 
     NEW = enum.auto()
     SENT = enum.auto()
@@ -106,6 +106,7 @@ class Flight:
         "producer",
         "sender",
         "sequence",
+        "size",
         "state",
         "timer",
         "waiters",
@@ -114,6 +115,7 @@ class Flight:
     def __init__(self, sender: Sender, body: Body, flags: int) -> None:
         self.sender = sender
         self.chunk = ChunkState(body)
+        self.size = body.chunk_bytes
         self.flags = flags
         self.state = FlightState.NEW
         self.producer: Producer | None = None  # None while NEW
@@ -191,15 +193,12 @@ class Sender:
         return True
 
     def _can_admit(self, flight: Flight) -> bool:
-        return self._fits(flight.chunk.body.chunk_bytes) and (
-            flight.producer is not None or self._has_sequence()
-        )
+        return self._fits(flight.size) and (flight.producer is not None or self._has_sequence())
 
     def _admit(self, flight: Flight) -> None:
         """Count a flight among those under way, give it an identity, and send it."""
         self._active[flight] = None
-        self._active_bytes += flight.chunk.body.chunk_bytes
-        now = self._loop.time()
+        self._active_bytes += flight.size
         if flight.producer is None:
             producer = self._producer
             flight.producer = producer
@@ -211,7 +210,7 @@ class Sender:
         flight.state = FlightState.WAITING
         if self._sweep is None or flight.deadline < self._sweep_at:
             self._arm(flight.deadline)
-        if flight.data and now >= flight.expires:
+        if flight.data and self._loop.time() >= flight.expires:
             self._end(flight, FlightState.FAILED, _expired())
             return
         self._send(flight)
@@ -436,7 +435,7 @@ class Sender:
             flight.timer = None
         if flight in self._active:
             del self._active[flight]
-            self._active_bytes -= flight.chunk.body.chunk_bytes
+            self._active_bytes -= flight.size
 
     def _wake(self, flight: Flight) -> None:
         for waiter in flight.waiters:
@@ -448,12 +447,13 @@ class Sender:
         if self._idle is not None and not self._active and not self._idle.done():
             self._idle.set_result(None)
 
-    async def wait(self, flight: Flight) -> None:
-        """Wait until a flight is no longer under way: ended, or parked by its deadline."""
-        while flight.state in _ACTIVE:
-            waiter: asyncio.Future[None] = self._loop.create_future()
-            flight.waiters.append(waiter)
-            await waiter
+    def waiter(self, flight: Flight) -> asyncio.Future[None] | None:
+        """What to await until a flight is no longer under way (ended, or parked by its deadline), then ask again."""
+        if flight.state not in _ACTIVE:
+            return None
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        flight.waiters.append(waiter)
+        return waiter
 
     # ------------------------------------------------------------ deadlines
 

@@ -21,8 +21,10 @@ from tallymark.results import (
     AccountTotal,
     Alerts,
     BreakdownRow,
+    ConsistencyLike,
     Filters,
     PeriodLike,
+    Rows,
     StoredEvent,
     Totals,
     Usage,
@@ -225,7 +227,7 @@ class Client:
         period: PeriodLike,
         *,
         filters: Filters | None = None,
-        consistency: str = "leader",
+        consistency: ConsistencyLike = "leader",
         timeout: float | None = None,
     ) -> Usage:
         """Return an account's usage of a metric in a period. See `AsyncClient.query`."""
@@ -235,9 +237,18 @@ class Client:
             )
         )
 
-    def query_realtime(self, account_id: int, metric_code: str, *, timeout: float | None = None) -> Usage:
+    def query_realtime(
+        self,
+        account_id: int,
+        metric_code: str,
+        *,
+        consistency: ConsistencyLike = "leader",
+        timeout: float | None = None,
+    ) -> Usage:
         """Return an account's running total in the current billing period. See `AsyncClient.query_realtime`."""
-        return self._run(lambda c: c.query_realtime(account_id, metric_code, timeout=timeout))
+        return self._run(
+            lambda c: c.query_realtime(account_id, metric_code, consistency=consistency, timeout=timeout)
+        )
 
     def breakdown(
         self,
@@ -247,12 +258,19 @@ class Client:
         *,
         group_by: Sequence[str] | str,
         filters: Filters | None = None,
+        consistency: ConsistencyLike = "leader",
         timeout: float | None = None,
-    ) -> list[BreakdownRow]:
+    ) -> Rows[BreakdownRow]:
         """Return an account's usage by dimension values. See `AsyncClient.breakdown`."""
         return self._run(
             lambda c: c.breakdown(
-                account_id, metric_code, period, group_by=group_by, filters=filters, timeout=timeout
+                account_id,
+                metric_code,
+                period,
+                group_by=group_by,
+                filters=filters,
+                consistency=consistency,
+                timeout=timeout,
             )
         )
 
@@ -264,11 +282,20 @@ class Client:
         *,
         unit: str = "day",
         filters: Filters | None = None,
+        consistency: ConsistencyLike = "leader",
         timeout: float | None = None,
-    ) -> list[tuple[Period, Totals]]:
+    ) -> Rows[tuple[Period, Totals]]:
         """Return an account's usage in each hour, day or month of a period. See `AsyncClient.series`."""
         return self._run(
-            lambda c: c.series(account_id, metric_code, period, unit=unit, filters=filters, timeout=timeout)
+            lambda c: c.series(
+                account_id,
+                metric_code,
+                period,
+                unit=unit,
+                filters=filters,
+                consistency=consistency,
+                timeout=timeout,
+            )
         )
 
     def top_accounts(
@@ -278,11 +305,14 @@ class Client:
         *,
         limit: int = 10,
         filters: Filters | None = None,
+        consistency: ConsistencyLike = "leader",
         timeout: float | None = None,
-    ) -> list[AccountTotal]:
+    ) -> Rows[AccountTotal]:
         """Return the accounts that used most of a metric. See `AsyncClient.top_accounts`."""
         return self._run(
-            lambda c: c.top_accounts(metric_code, period, limit=limit, filters=filters, timeout=timeout)
+            lambda c: c.top_accounts(
+                metric_code, period, limit=limit, filters=filters, consistency=consistency, timeout=timeout
+            )
         )
 
     def list_events(
@@ -293,12 +323,19 @@ class Client:
         *,
         metric_code: str | None = None,
         page_size: int = 1_000,
+        consistency: ConsistencyLike = "leader",
         timeout: float | None = None,
     ) -> Iterator[StoredEvent]:
         """Iterate over an account's stored events timed in `[start, end)`. See `AsyncClient.list_events`."""
         check_page_size(page_size)
         events = self._client.list_events(
-            account_id, start, end, metric_code=metric_code, page_size=page_size, timeout=timeout
+            account_id,
+            start,
+            end,
+            metric_code=metric_code,
+            page_size=page_size,
+            consistency=consistency,
+            timeout=timeout,
         )
         while True:
             # A page at a time, so that a switch of threads isn't paid for every event.
@@ -314,12 +351,18 @@ class Client:
         since: Mapping[int, int] | None = None,
         metric_code: str | None = None,
         limit: int = 1_000,
+        consistency: ConsistencyLike = "leader",
         timeout: float | None = None,
     ) -> Alerts:
         """Return a page of alerts. See `AsyncClient.list_alerts`."""
         return self._run(
             lambda c: c.list_alerts(
-                account_id, since=since, metric_code=metric_code, limit=limit, timeout=timeout
+                account_id,
+                since=since,
+                metric_code=metric_code,
+                limit=limit,
+                consistency=consistency,
+                timeout=timeout,
             )
         )
 

@@ -24,18 +24,21 @@ from tallymark.results import (
     AccountTotal,
     Alerts,
     BreakdownRow,
+    ConsistencyLike,
     Filters,
     PeriodLike,
+    Rows,
     StoredEvent,
     Totals,
     Usage,
-    alert_of,
+    alerts_of,
     breakdown_of,
+    consistency_of,
     filters_of,
     period_of_argument,
+    ranking_of,
     series_of,
     stored_event_of,
-    totals_of,
     usage_of,
 )
 from tallymark_protocol import limits
@@ -343,8 +346,8 @@ class AsyncClient:
                 if not sender.start_now(flight, deadline):
                     await sender.start(flight, deadline)
             for flight, _ in call.flights:
-                if flight.under_way:
-                    await sender.wait(flight)
+                while (waiter := sender.waiter(flight)) is not None:
+                    await waiter
         except TallymarkError as error:
             cause = error
             self._leave(call)
@@ -352,7 +355,7 @@ class AsyncClient:
             self._leave(call)
             self._remember(call)
             raise
-        unfinished = [pair[0] for pair in call.flights if pair[0].state is not FlightState.DONE]
+        unfinished = [flight for flight, _ in call.flights if flight.state is not FlightState.DONE]
         if not unfinished:
             return call.receipt()
         self._remember(call)
@@ -404,19 +407,22 @@ class AsyncClient:
         period: PeriodLike,
         *,
         filters: Filters | None = None,
-        consistency: str = "leader",
+        consistency: ConsistencyLike = "leader",
         timeout: float | None = None,
     ) -> Usage:
         """Return an account's usage of a metric: exactly the events timed in the period.
 
-        What a receipt has confirmed before is counted.
+        What a receipt has confirmed before is counted, unless `consistency` is "stale".
 
         Args:
             account_id: whose usage.
             metric_code: of which metric.
             period: `current_month()` and the like, a `Period`, or (start, end).
             filters: by dimension the value, or values, to count; all must match.
-            consistency: "leader".
+            consistency: "leader": asks the partition's leader, which answers while its lease lasts. "quorum": the
+                leader has a majority confirm first that no other has taken its place. "stale": any copy may answer,
+                also while there is no leader; what was confirmed may be missing, an answer may be older than the one
+                before, and `lag` and `silence_ms` say how far the copy is behind.
             timeout: seconds, retries included.
 
         Raises:
@@ -424,21 +430,28 @@ class AsyncClient:
             InvalidRequestError: a filter on what is no dimension, an impossible period.
             UnavailableError: no answer within the timeout; call again.
         """
-        if consistency != "leader":
-            raise InvalidRequestError(f"consistency must be 'leader', not {consistency!r:.40}")
         message = QueryTotals(
-            check_account_id(account_id), metric_code, period_of_argument(period), filters_of(filters)
+            check_account_id(account_id),
+            metric_code,
+            period_of_argument(period),
+            filters_of(filters),
+            consistency=consistency_of(consistency),
         )
         return usage_of(await self._query(message, QueryResult, timeout))
 
     async def query_realtime(
-        self, account_id: int, metric_code: str, *, timeout: float | None = None
+        self,
+        account_id: int,
+        metric_code: str,
+        *,
+        consistency: ConsistencyLike = "leader",
+        timeout: float | None = None,
     ) -> Usage:
         """Return an account's running total in the metric's current billing period: the cheapest query.
 
         Raises as `query` does.
         """
-        message = QueryRealtime(check_account_id(account_id), metric_code)
+        message = QueryRealtime(check_account_id(account_id), metric_code, consistency_of(consistency))
         return usage_of(await self._query(message, QueryResult, timeout))
 
     async def breakdown(
@@ -449,8 +462,9 @@ class AsyncClient:
         *,
         group_by: Sequence[str] | str,
         filters: Filters | None = None,
+        consistency: ConsistencyLike = "leader",
         timeout: float | None = None,
-    ) -> list[BreakdownRow]:
+    ) -> Rows[BreakdownRow]:
         """Return an account's usage by dimension values. The rows add up to the total.
 
         A row's group has None where the property was missing, and `OTHER` for values not declared. Raises as
@@ -458,7 +472,12 @@ class AsyncClient:
         """
         keys = [group_by] if isinstance(group_by, str) else list(group_by)
         message = QueryTotals(
-            check_account_id(account_id), metric_code, period_of_argument(period), filters_of(filters), keys
+            check_account_id(account_id),
+            metric_code,
+            period_of_argument(period),
+            filters_of(filters),
+            keys,
+            consistency=consistency_of(consistency),
         )
         return breakdown_of(await self._query(message, QueryResult, timeout), keys)
 
@@ -470,8 +489,9 @@ class AsyncClient:
         *,
         unit: str = "day",
         filters: Filters | None = None,
+        consistency: ConsistencyLike = "leader",
         timeout: float | None = None,
-    ) -> list[tuple[Period, Totals]]:
+    ) -> Rows[tuple[Period, Totals]]:
         """Return an account's usage in each hour, day or month (`unit`, in the metric's zone) of a period.
 
         The first and last are cut to the period; those without events are there, too. Raises as `query` does.
@@ -482,6 +502,7 @@ class AsyncClient:
             period_of_argument(period),
             filters_of(filters),
             unit=unit,
+            consistency=consistency_of(consistency),
         )
         return series_of(await self._query(message, QueryResult, timeout))
 
@@ -492,15 +513,14 @@ class AsyncClient:
         *,
         limit: int = 10,
         filters: Filters | None = None,
+        consistency: ConsistencyLike = "leader",
         timeout: float | None = None,
-    ) -> list[AccountTotal]:
+    ) -> Rows[AccountTotal]:
         """Return the accounts that used most of a metric, the greatest first. Raises as `query` does."""
-        message = QueryTop(metric_code, period_of_argument(period), limit, filters_of(filters))
-        result: QueryResult = await self._query(message, QueryResult, timeout)
-        return [
-            AccountTotal(account_id=row.account_id, value=totals_of(row.stats, result.agg_type))
-            for row in result.rows
-        ]
+        message = QueryTop(
+            metric_code, period_of_argument(period), limit, filters_of(filters), consistency_of(consistency)
+        )
+        return ranking_of(await self._query(message, QueryResult, timeout))
 
     async def list_events(
         self,
@@ -510,6 +530,7 @@ class AsyncClient:
         *,
         metric_code: str | None = None,
         page_size: int = 1_000,
+        consistency: ConsistencyLike = "leader",
         timeout: float | None = None,
     ) -> AsyncIterator[StoredEvent]:
         """Iterate over an account's stored events timed in `[start, end)`, page by page, in log order.
@@ -520,6 +541,7 @@ class AsyncClient:
             end: exclusive.
             metric_code: None for all metrics.
             page_size: how many to ask for at once, 1 to 10,000.
+            consistency: as with `query`. With "stale" it may end before events that another copy has.
             timeout: seconds for each page.
 
         Raises as `query` does, also between pages.
@@ -527,9 +549,10 @@ class AsyncClient:
         check_page_size(page_size)
         account_id = check_account_id(account_id)
         start_ns, end_ns = to_ns(start), to_ns(end)
+        wanted = consistency_of(consistency)
         cursor = ""
         while True:
-            message = QueryEvents(account_id, start_ns, end_ns, metric_code, cursor, page_size)
+            message = QueryEvents(account_id, start_ns, end_ns, metric_code, cursor, page_size, wanted)
             page: EventsPage = await self._query(message, EventsPage, timeout)
             for record in page.events:
                 yield stored_event_of(record)
@@ -544,6 +567,7 @@ class AsyncClient:
         since: Mapping[int, int] | None = None,
         metric_code: str | None = None,
         limit: int = 1_000,
+        consistency: ConsistencyLike = "leader",
         timeout: float | None = None,
     ) -> Alerts:
         """Return a page of alerts, of all accounts and metrics unless told otherwise.
@@ -551,12 +575,8 @@ class AsyncClient:
         Pass the page's `next` as `since` to go on where it ended, now or later. Raises as `query` does.
         """
         account = None if account_id is None else check_account_id(account_id)
-        message = QueryAlerts(account, metric_code, dict(since or {}), limit)
-        page: AlertsPage = await self._query(message, AlertsPage, timeout)
-        alerts = Alerts(alert_of(record) for record in page.alerts)
-        alerts.next = page.next
-        alerts.more = page.more
-        return alerts
+        message = QueryAlerts(account, metric_code, dict(since or {}), limit, consistency_of(consistency))
+        return alerts_of(await self._query(message, AlertsPage, timeout))
 
 
 def check_page_size(page_size: int) -> None:

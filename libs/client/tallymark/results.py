@@ -5,14 +5,23 @@ from __future__ import annotations
 import datetime as dt
 import enum
 import uuid
-from collections.abc import Mapping, Sequence
-from typing import Final
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final, Literal, TypeVar
 
 import msgspec
 
 from tallymark_protocol.errors import InvalidRequestError
 from tallymark_protocol.identifiers import decode_event_id
-from tallymark_protocol.messages import AlertRecord, EventRecord, Filter, QueryResult, Row, Stats
+from tallymark_protocol.messages import (
+    AlertRecord,
+    AlertsPage,
+    Consistency,
+    EventRecord,
+    Filter,
+    QueryResult,
+    Row,
+    Stats,
+)
 from tallymark_protocol.model import AggType, OperationType
 from tallymark_protocol.periods import Period, PeriodSpec, from_ns, to_spec
 
@@ -21,6 +30,12 @@ Filters = Mapping[str, str | Sequence[str]]
 
 PeriodLike = Period | PeriodSpec | tuple[dt.datetime | int | str, dt.datetime | int | str]
 """A period: a `Period`, one by name (`current_month()`, ...), or a pair (start, end)."""
+
+
+ConsistencyLike = Literal["leader", "stale", "quorum"]
+"""Whom a read asks: the leader, any copy, or the leader after it has asked a majority. See `AsyncClient.query`."""
+
+T = TypeVar("T")
 
 
 class Other(enum.Enum):
@@ -55,6 +70,21 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     value: Totals
     period: Period  # the bounds that were used
     as_of: dict[int, int]  # by partition the offset up to which (exclusive) events are counted
+    # By partition, of copies that are behind (`consistency="stale"`): how many offsets, as far as the copy knows, and
+    # for how long it has heard of no leader, in milliseconds (-1: not since it started). What isn't there is 0.
+    lag: dict[int, int] = {}
+    silence_ms: dict[int, int] = {}
+
+
+class Rows(list[T]):
+    """The answer to a query of several numbers: a list that says what it is as of.
+
+    `as_of`, `lag` and `silence_ms` are those of `Usage`.
+    """
+
+    as_of: dict[int, int]
+    lag: dict[int, int]
+    silence_ms: dict[int, int]
 
 
 class BreakdownRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,11 +151,14 @@ class Alerts(list[Alert]):
     """A page of alerts, in order within each partition.
 
     `next` is the `since` that goes on after this page, also when the page is empty. `more` tells whether there
-    are further ones already.
+    are further ones already. `as_of`, `lag` and `silence_ms` are those of `Usage`.
     """
 
     next: dict[int, int]
     more: bool
+    as_of: dict[int, int]
+    lag: dict[int, int]
+    silence_ms: dict[int, int]
 
 
 def wide(data: bytes) -> int:
@@ -156,15 +189,37 @@ def usage_of(result: QueryResult) -> Usage:
         value=totals_of(stats, result.agg_type),
         period=Period(result.start_ns, result.end_ns),
         as_of=result.as_of,
+        lag=result.lag,
+        silence_ms=result.silence_ms,
     )
 
 
-def breakdown_of(result: QueryResult, keys: Sequence[str]) -> list[BreakdownRow]:
+def _rows(result: QueryResult, found: Iterable[T]) -> Rows[T]:
+    rows = Rows(found)
+    rows.as_of, rows.lag, rows.silence_ms = result.as_of, result.lag, result.silence_ms
+    return rows
+
+
+def breakdown_of(result: QueryResult, keys: Sequence[str]) -> Rows[BreakdownRow]:
     """Read the answer to a grouped query."""
-    return [
-        BreakdownRow(group=_group(row, keys), value=totals_of(row.stats, result.agg_type))
-        for row in result.rows
-    ]
+    return _rows(
+        result,
+        (
+            BreakdownRow(group=_group(row, keys), value=totals_of(row.stats, result.agg_type))
+            for row in result.rows
+        ),
+    )
+
+
+def ranking_of(result: QueryResult) -> Rows[AccountTotal]:
+    """Read the answer to a ranking."""
+    return _rows(
+        result,
+        (
+            AccountTotal(account_id=row.account_id, value=totals_of(row.stats, result.agg_type))
+            for row in result.rows
+        ),
+    )
 
 
 def _group(row: Row, keys: Sequence[str]) -> dict[str, str | Other | None]:
@@ -174,13 +229,24 @@ def _group(row: Row, keys: Sequence[str]) -> dict[str, str | Other | None]:
     return group
 
 
-def series_of(result: QueryResult) -> list[tuple[Period, Totals]]:
+def series_of(result: QueryResult) -> Rows[tuple[Period, Totals]]:
     """Read a time series: every bucket has a place, those without an event as well."""
     by_bucket = {row.bucket: row.stats for row in result.rows}
-    return [
-        (Period(start, end), totals_of(by_bucket.get(number), result.agg_type))
-        for number, (start, end) in enumerate(result.buckets)
-    ]
+    return _rows(
+        result,
+        (
+            (Period(start, end), totals_of(by_bucket.get(number), result.agg_type))
+            for number, (start, end) in enumerate(result.buckets)
+        ),
+    )
+
+
+def alerts_of(page: AlertsPage) -> Alerts:
+    """Read a page of alerts."""
+    alerts = Alerts(alert_of(record) for record in page.alerts)
+    alerts.next, alerts.more = page.next, page.more
+    alerts.as_of, alerts.lag, alerts.silence_ms = page.as_of, page.lag, page.silence_ms
+    return alerts
 
 
 def stored_event_of(record: EventRecord) -> StoredEvent:
@@ -229,6 +295,17 @@ def filters_of(filters: Filters | None) -> list[Filter]:
             raise InvalidRequestError(f"filter {key!r:.60} has no values to match")
         made.append(Filter(key=key, values=listed))
     return made
+
+
+_CONSISTENCIES: Final = {kind.name.lower(): kind for kind in Consistency}
+
+
+def consistency_of(name: str) -> Consistency:
+    """Make a message's consistency."""
+    found = _CONSISTENCIES.get(name) if isinstance(name, str) else None
+    if found is None:
+        raise InvalidRequestError(f"consistency must be 'leader', 'stale' or 'quorum', not {name!r:.40}")
+    return found
 
 
 def period_of_argument(period: PeriodLike) -> PeriodSpec:

@@ -559,7 +559,9 @@ async def test_columns(client, gateway):
     """Columns are stored like events, bad rows reported, large ones split."""
     accounts = np.arange(100_050, dtype=np.int64)
     accounts[3] = -1
-    receipt = await client.ingest_columns("m", account_ids=accounts, values=np.ones(100_050, dtype=np.int64))
+    receipt = await client.ingest_columns(
+        "m", account_ids=accounts, values=np.ones(100_050, dtype=np.int64), timeout=60.0
+    )
     assert receipt.n_stored == 100_049
     assert [(r.index, r.code, r.event) for r in receipt.rejected] == [(3, Reason.INVALID_ACCOUNT, None)]
     assert gateway.cluster.n_stored == 100_049

@@ -93,7 +93,7 @@ async def test_period_arguments(client, gateway):
         with pytest.raises(InvalidRequestError):
             await client.query(1, "m", wrong)
     with pytest.raises(InvalidRequestError, match="consistency"):
-        await client.query(1, "m", current_month(), consistency="quorum")
+        await client.query(1, "m", current_month(), consistency="eventual")
     with pytest.raises(InvalidRequestError, match="no values"):
         await client.query(1, "m", current_month(), filters={"p": []})
     with pytest.raises(InvalidRequestError):
@@ -273,3 +273,27 @@ async def test_changes_are_not_mistaken_for_someone_elses(client, gateway):
     gateway.answers[m.MetricDelete] = missing
     with pytest.raises(NotFoundError):
         await client.metrics.delete("m")
+
+
+@pytest.mark.parametrize("consistency", ["leader", "stale", "quorum"])
+async def test_consistency_travels_and_the_answer_says_how_far_it_is_behind(client, gateway, consistency):
+    """With every query, as a number; `lag` and `silence_ms` are with every answer that has a place for them."""
+    facts = {"as_of": {1: 7}, "lag": {1: 3}, "silence_ms": {1: -1}}
+    gateway.answers[m.QueryTotals] = m.QueryResult([], 0, 1, **facts)
+    gateway.answers[m.QueryRealtime] = gateway.answers[m.QueryTop] = gateway.answers[m.QueryTotals]
+    gateway.answers[m.QueryEvents] = m.EventsPage([], "", **facts)
+    gateway.answers[m.QueryAlerts] = m.AlertsPage([], {}, False, **facts)
+    month = current_month()
+    answers = [
+        await client.query(1, "m", month, consistency=consistency),
+        await client.query_realtime(1, "m", consistency=consistency),
+        await client.breakdown(1, "m", month, group_by="p", consistency=consistency),
+        await client.series(1, "m", month, consistency=consistency),
+        await client.top_accounts("m", month, consistency=consistency),
+        await client.list_alerts(consistency=consistency),
+    ]
+    assert [event async for event in client.list_events(1, 0, 5, consistency=consistency)] == []
+    for answer in answers:
+        assert (answer.as_of, answer.lag, answer.silence_ms) == ({1: 7}, {1: 3}, {1: -1})
+    asked = [call.consistency for call in gateway.calls if hasattr(call, "consistency")]
+    assert asked == [m.Consistency[consistency.upper()]] * 7

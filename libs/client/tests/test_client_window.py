@@ -247,6 +247,24 @@ async def test_silent_gateway_is_left(client, gateway, monkeypatch):
     assert gateway.cluster.counted() == [1]
 
 
+async def test_a_link_that_was_idle_for_long_is_not_taken_for_silent(client, gateway, monkeypatch):
+    """Silence counts from when an answer is owed."""
+    monkeypatch.setattr("tallymark._gateways.TEND_SECONDS", 0.001)
+    client._gateways._tender.cancel()
+    client._gateways._tender = asyncio.create_task(client._gateways._tend())
+    gateway.script.append(fake.hold)
+    first = client._gateways.link
+    first.last_received -= 1_000.0
+    call = asyncio.create_task(client.ingest(Event(1, "m")))
+    await until(lambda: gateway.held)
+    for _ in range(5):
+        await asyncio.sleep(0.001)  # the tender looks after its links
+    assert first.usable
+    gateway.release()
+    assert (await call).n_stored == 1
+    assert client._gateways.link is first
+
+
 async def test_slow_gateway_is_not_left(client, gateway, monkeypatch):
     """A gateway that answers pings may take its time."""
     monkeypatch.setattr("tallymark._gateways.SILENCE_PING", -1.0)

@@ -16,7 +16,7 @@ The state changes with these frames, on both sides alike; every other frame leav
     OPEN        GOAWAY   server   DRAINING    no new requests; answers under way still come
     any         anything that isn't allowed   BROKEN
 
-While OPEN the client sends requests and the server answers (an ERROR with request id 0 concerns the connection
+While OPEN the client sends requests and one-way frames, and the server answers (an ERROR with request id 0 concerns the connection
 and closes it: CLOSED); both may PING. While DRAINING the client may send none of its requests, but the server
 still receives those that crossed its GOAWAY and must refuse them. Both sides drop what arrives while CLOSED.
 
@@ -83,6 +83,7 @@ _TRANSITIONS: Final = {
 _REQUESTS: Final = frozenset({FrameType.INGEST, FrameType.APPEND, FrameType.CALL})
 _ANSWERS: Final = frozenset({FrameType.RECEIPT, FrameType.APPENDED, FrameType.RESULT, FrameType.ERROR})
 _EITHER: Final = frozenset({FrameType.PING, FrameType.PONG})
+_ONE_WAY: Final = frozenset({FrameType.REPLICATE})
 _NOTHING: Final[frozenset[FrameType]] = frozenset()
 
 # What each side may send in each state.
@@ -91,7 +92,7 @@ _MAY_SEND: Final = {
     (_SERVER, State.START): frozenset({FrameType.ERROR}),
     (_CLIENT, State.GREETING): _NOTHING,
     (_SERVER, State.GREETING): frozenset({FrameType.WELCOME, FrameType.ERROR}),
-    (_CLIENT, State.OPEN): _REQUESTS | _EITHER,
+    (_CLIENT, State.OPEN): _REQUESTS | _ONE_WAY | _EITHER,
     (_SERVER, State.OPEN): _ANSWERS | _EITHER | {FrameType.GOAWAY},
     (_CLIENT, State.DRAINING): _EITHER,
     (_SERVER, State.DRAINING): _ANSWERS | _EITHER,
@@ -106,7 +107,7 @@ def _actions(role: Role, state: State) -> bytes:
     peer = _SERVER if role is _CLIENT else _CLIENT
     allowed = set(_MAY_SEND.get((peer, state), _NOTHING))
     if role is _SERVER and state is State.DRAINING:
-        allowed |= _REQUESTS  # they crossed our GOAWAY
+        allowed |= _REQUESTS | _ONE_WAY  # they crossed our GOAWAY
     if role is _CLIENT and state is State.GREETING:
         allowed |= {FrameType.WELCOME, FrameType.ERROR}
     established = state in (State.OPEN, State.DRAINING)
@@ -126,9 +127,12 @@ def _actions(role: Role, state: State) -> bytes:
         elif kind in _REQUESTS or kind in _ANSWERS:
             actions[number] = _EXCHANGE
         else:
-            actions[number] = {FrameType.GOAWAY: _GOAWAY, FrameType.PING: _PING, FrameType.PONG: _DELIVER}[
-                kind
-            ]
+            actions[number] = {
+                FrameType.GOAWAY: _GOAWAY,
+                FrameType.PING: _PING,
+                FrameType.PONG: _DELIVER,
+                FrameType.REPLICATE: _DELIVER,
+            }[kind]
     return bytes(actions)
 
 

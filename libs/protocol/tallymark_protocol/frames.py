@@ -9,6 +9,7 @@ Every frame is a header of 16 bytes, little-endian, followed by its body::
 
 Types from 16 on come in pairs: an even number asks, the odd number after it answers. So a peer knows what to do
 with a type of a later version: it answers a request that it doesn't know with an ERROR, and ignores the rest.
+REPLICATE is the one frame that carries data and is never answered: it has no request id.
 An answer carries the request id of its request; ids are the client's, 1 to 2^32-1, each used once at a time.
 
 This module owns the layout; what may be sent when is `connection`'s.
@@ -53,6 +54,7 @@ BODY_BYTES_MAX: Final[tuple[int, ...]] = tuple(
         FrameType.PONG: 0,
         FrameType.CALL: limits.CALL_BYTES_MAX,
         FrameType.APPEND: limits.APPEND_FRAME_BYTES_MAX,
+        FrameType.REPLICATE: limits.REPLICATE_FRAME_BYTES_MAX,
     }.get(number, limits.FRAME_BYTES_MAX)  # type: ignore[call-overload]
     for number in range(256)
 )

@@ -20,6 +20,7 @@ EVENT_ID_BYTES_MAX = 256  # encoded, with its type tag
 VALUE_TEXT_BYTES_MAX = 1_024  # a COUNT_UNIQUE STRING value, encoded, with its tag
 
 PARTITIONS_MAX = 256  # of a cluster
+REPLICAS_MAX = 7  # of a partition
 REQUEST_EVENTS_MAX = 100_000
 REQUEST_BYTES_MAX = 16 * 1024 * 1024
 CHUNK_METRICS_MAX = 1_024  # distinct metric codes in one chunk
@@ -50,6 +51,9 @@ ERROR_MESSAGE_BYTES_MAX = 4_096  # longer ones are cut
 HANDSHAKE_BYTES_MAX = 64 * 1024  # body of a frame before the handshake, and of control frames after it
 CALL_BYTES_MAX = 4 * 1024 * 1024  # body of a CALL frame
 APPEND_FRAME_BYTES_MAX = APPEND_BYTES_MAX + 64 * 1024  # body of an APPEND frame
+REPLICATE_FRAME_BYTES_MAX = (
+    APPEND_BYTES_MAX + 8 * 1024 * 1024
+)  # body of a REPLICATE frame: the largest record fits
 
 COORDINATOR_KEY_BYTES_MAX = 1_024
 COORDINATOR_VALUE_BYTES_MAX = SCHEMA_BYTES_MAX + 64 * 1024

@@ -11,6 +11,7 @@ Frame types and who sends what::
     CALL -> RESULT       one struct of the union `Call`; the answer's type goes with the call's
     ERROR                instead of any answer: a `WireError`
     PING -> PONG         empty
+    REPLICATE            from a store to another: what replicas say to each other; one way, never answered
     GOAWAY               the server stops taking requests on this connection; answers under way still come
 """
 
@@ -38,6 +39,7 @@ class FrameType(enum.IntEnum):
     GOAWAY = 4
     PING = 5
     PONG = 6
+    REPLICATE = 8
     INGEST = 16
     RECEIPT = 17
     APPEND = 32
@@ -46,8 +48,22 @@ class FrameType(enum.IntEnum):
     RESULT = 49
 
 
+class Consistency(enum.IntEnum):
+    """Which copy of a partition may answer a read, and how sure it must be of its place."""
+
+    LEADER = 0  # the leader, while its lease lasts: what a receipt has confirmed is counted
+    STALE = 1  # any copy; the answer says how far it is behind
+    QUORUM = 2  # the leader, after a majority has confirmed that its epoch still is the highest
+
+
 class Message(msgspec.Struct, array_like=True, frozen=True):
     """Base of every message body."""
+
+
+# What a read's answer says of the copy it comes from, wherever `as_of`, `lag` and `silence_ms` appear:
+# `as_of` is the applied offset it was computed at. `lag` is how many offsets below the high watermark, as that copy
+# last heard of it, are not counted; 0 at a leader. A copy that is cut off hears of no newer high watermark, so
+# `silence_ms` says how long ago it last heard from a leader: 0 at a leader, -1 if it hasn't since it started.
 
 
 # ---------------------------------------------------------------- handshake
@@ -215,6 +231,7 @@ class StoreTotals(Message, frozen=True, tag="store_totals"):
     filters: list[Filter] = []
     group_by: list[str] = []
     top: int = 0
+    consistency: Consistency = Consistency.LEADER
 
 
 class TotalsResult(Message, frozen=True):
@@ -224,6 +241,8 @@ class TotalsResult(Message, frozen=True):
     as_of: int  # applied offset the answer was computed at
     partition: int = 0
     metric_uid: int = 0
+    lag: int = 0
+    silence_ms: int = 0
 
 
 class StoreRealtime(Message, frozen=True, tag="store_realtime"):
@@ -233,6 +252,7 @@ class StoreRealtime(Message, frozen=True, tag="store_realtime"):
     metric_code: str
     account_id: int
     at_ns: int | None = None
+    consistency: Consistency = Consistency.LEADER
 
 
 class RealtimeResult(Message, frozen=True):
@@ -243,6 +263,8 @@ class RealtimeResult(Message, frozen=True):
     end_ns: int
     as_of: int
     partition: int = 0
+    lag: int = 0
+    silence_ms: int = 0
 
 
 class StoreEvents(Message, frozen=True, tag="store_events"):
@@ -255,6 +277,7 @@ class StoreEvents(Message, frozen=True, tag="store_events"):
     end_ns: int
     from_offset: int = 0
     limit: int = 100
+    consistency: Consistency = Consistency.LEADER
 
 
 class EventRecord(Message, frozen=True):
@@ -278,6 +301,8 @@ class EventsResult(Message, frozen=True):
     events: list[EventRecord]
     next_offset: int | None
     as_of: int
+    lag: int = 0
+    silence_ms: int = 0
 
 
 class StoreAlerts(Message, frozen=True, tag="store_alerts"):
@@ -288,6 +313,7 @@ class StoreAlerts(Message, frozen=True, tag="store_alerts"):
     metric_code: str | None = None
     from_position: int = 0  # position in the partition's sequence of alert records
     limit: int = 1_000
+    consistency: Consistency = Consistency.LEADER
 
 
 class AlertRecord(Message, frozen=True):
@@ -315,6 +341,9 @@ class AlertsResult(Message, frozen=True):
     alerts: list[AlertRecord]
     next_position: int
     more: bool
+    as_of: int = -1  # -1 from a store of an earlier version
+    lag: int = 0
+    silence_ms: int = 0
 
 
 class StoreStatus(Message, frozen=True, tag="store_status"):
@@ -331,6 +360,11 @@ class PartitionStatus(Message, frozen=True):
     applied: int
     error: str = ""  # why it is not served
     digest: str = ""  # logical digest of the applied state, only when asked for by StoreDigest
+    role: str = ""  # "follower", "candidate", "starting", "leader" or "damaged"
+    leader: str = ""  # node id of whom this copy follows; "" if it knows none
+    members: list[tuple[str, str]] = []  # (node id, copy id) that make the quorum, by this copy's log
+    lags: dict[str, int] = {}  # at the leader: by node id, how many offsets a copy lacks; learners too
+    copy_id: str = ""  # of this copy
 
 
 class StatusResult(Message, frozen=True):
@@ -362,6 +396,7 @@ class QueryTotals(Message, frozen=True, tag="query_totals"):
     filters: list[Filter] = []
     group_by: list[str] = []
     unit: str | None = None  # "hour", "day", "month": a time series
+    consistency: Consistency = Consistency.LEADER
 
 
 class QueryRealtime(Message, frozen=True, tag="query_realtime"):
@@ -369,6 +404,7 @@ class QueryRealtime(Message, frozen=True, tag="query_realtime"):
 
     account_id: int
     metric_code: str
+    consistency: Consistency = Consistency.LEADER
 
 
 class QueryTop(Message, frozen=True, tag="query_top"):
@@ -378,6 +414,7 @@ class QueryTop(Message, frozen=True, tag="query_top"):
     period: PeriodSpec | Period
     limit: int = 10
     filters: list[Filter] = []
+    consistency: Consistency = Consistency.LEADER
 
 
 class QueryEvents(Message, frozen=True, tag="query_events"):
@@ -389,6 +426,7 @@ class QueryEvents(Message, frozen=True, tag="query_events"):
     metric_code: str | None = None
     cursor: str = ""
     limit: int = 1_000
+    consistency: Consistency = Consistency.LEADER
 
 
 class QueryAlerts(Message, frozen=True, tag="query_alerts"):
@@ -398,6 +436,7 @@ class QueryAlerts(Message, frozen=True, tag="query_alerts"):
     metric_code: str | None = None
     since: dict[int, int] = {}
     limit: int = 1_000
+    consistency: Consistency = Consistency.LEADER
 
 
 class QueryResult(Message, frozen=True):
@@ -409,6 +448,8 @@ class QueryResult(Message, frozen=True):
     buckets: list[tuple[int, int]] = []
     as_of: dict[int, int] = {}  # offset by partition
     agg_type: int = 0
+    lag: dict[int, int] = {}  # by partition, of those where it isn't 0
+    silence_ms: dict[int, int] = {}  # likewise
 
 
 class EventsPage(Message, frozen=True):
@@ -416,6 +457,9 @@ class EventsPage(Message, frozen=True):
 
     events: list[EventRecord]
     cursor: str
+    as_of: dict[int, int] = {}
+    lag: dict[int, int] = {}
+    silence_ms: dict[int, int] = {}
 
 
 class AlertsPage(Message, frozen=True):
@@ -424,6 +468,9 @@ class AlertsPage(Message, frozen=True):
     alerts: list[AlertRecord]
     next: dict[int, int]
     more: bool
+    as_of: dict[int, int] = {}
+    lag: dict[int, int] = {}
+    silence_ms: dict[int, int] = {}
 
 
 # ---------------------------------------------------------------- calls to a gateway
@@ -469,6 +516,91 @@ class MetricsResult(Message, frozen=True):
     metrics: list[MetricInfo]
 
 
+class ClusterStatus(Message, frozen=True, tag="cluster_status"):
+    """What the cluster's stores are, and how far they are from what is wished."""
+
+
+class ClusterDrain(Message, frozen=True, tag="cluster_drain"):
+    """Move everything off a store and give it nothing more; with `undo` let it be given copies again."""
+
+    node_id: str
+    undo: bool = False
+
+
+class ClusterRebalance(Message, frozen=True, tag="cluster_rebalance"):
+    """Spread copies and leaderships evenly; new stores get their share. 0: as many copies as before."""
+
+    replication_factor: int = 0
+
+
+class ClusterReplace(Message, frozen=True, tag="cluster_replace"):
+    """Move a store's copies to a successor, or to whom they suit; the store gets nothing more."""
+
+    node_id: str
+    successor: str = ""
+
+
+class ClusterRecover(Message, frozen=True, tag="cluster_recover"):
+    """Raise the epoch base, after the coordinator was restored from a backup."""
+
+
+class StoreInfo(Message, frozen=True):
+    """A store, as the cluster knows it."""
+
+    node_id: str
+    address: str  # "" while it is not registered
+    zone: str
+    is_up: bool  # registered with the coordinator
+    is_draining: bool
+    wished: int  # copies that it shall hold
+    held: int  # copies of it that are members
+    led: int  # partitions that it leads
+    error: str = ""  # why it could not be asked
+    log_bytes: int = 0
+    is_full: bool = False
+
+
+class PartitionInfo(Message, frozen=True):
+    """A partition, as its leader tells, or the most advanced copy that answers where there is no leader."""
+
+    partition: int
+    wished: list[str]  # node ids, the preferred leader first
+    members: list[str]
+    leader: str  # "" while nobody leads it
+    epoch: int = 0
+    log_end: int = 0
+    high_watermark: int = 0
+    lags: dict[str, int] = {}  # by node id
+    error: str = ""
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the fact is what is wished: these members and this leader."""
+        return self.is_placed and self.leader == self.wished[0]
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether it has the members that are wished, and a leader."""
+        return bool(self.leader) and bool(self.wished) and sorted(self.members) == sorted(self.wished)
+
+
+class ClusterInfo(Message, frozen=True):
+    """Answer to ClusterStatus."""
+
+    stores: list[StoreInfo]
+    partitions: list[PartitionInfo]
+    replication_factor: int
+    epoch_base: int = 0
+
+
+class ClusterChange(Message, frozen=True):
+    """Answer to every change of a cluster: what will move."""
+
+    moves: list[tuple[int, str, str]]  # (partition, from, to); "" where a copy is only added, or only removed
+    leaders: list[tuple[int, str, str]] = []  # (partition, from, to): preferred leaders that change
+    epoch_base: int = 0  # after ClusterRecover
+
+
 # ---------------------------------------------------------------- calls to the process that hosts the coordinator
 
 
@@ -502,5 +634,10 @@ Call = (
     | MetricUpdate
     | MetricDelete
     | MetricList
+    | ClusterStatus
+    | ClusterDrain
+    | ClusterRebalance
+    | ClusterReplace
+    | ClusterRecover
     | CoordinatorCall
 )

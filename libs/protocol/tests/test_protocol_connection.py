@@ -341,7 +341,7 @@ def test_every_type_is_refused_where_it_does_not_belong():
             target = server if role is Role.SERVER else client
             body = b"" if BODY_BYTES_MAX[kind] == 0 else encode(WireError(1, False, "x"))
             belongs = {
-                Role.SERVER: {FrameType.INGEST, FrameType.APPEND, FrameType.CALL},
+                Role.SERVER: {FrameType.INGEST, FrameType.APPEND, FrameType.CALL, FrameType.REPLICATE},
                 Role.CLIENT: {
                     FrameType.RECEIPT,
                     FrameType.APPENDED,

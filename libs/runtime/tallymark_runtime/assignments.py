@@ -3,6 +3,7 @@
     assignments/<partition>      `Assignment`: the wish
     copies/<partition>/<node>    `Copy`: the copy id under which a node's copy takes part
     founding/<partition>         `Founding`: the members of the empty log, made once
+    draining/<node>              `Draining`: the node shall hold nothing
 
 The fact, who makes a partition's quorum, is in its log. See docs/replication.md.
 """
@@ -14,24 +15,33 @@ import msgspec
 ASSIGNMENTS = b"assignments/"
 COPIES = b"copies/"
 FOUNDING = b"founding/"
+DRAINING = b"draining/"
 
 
 class Assignment(msgspec.Struct, frozen=True):
     """The nodes that shall hold a partition, the preferred leader first."""
 
     nodes: tuple[str, ...]
+    zones: tuple[str, ...] = ()  # of the nodes as they were assigned, for when one is gone; may be shorter
 
 
 class Copy(msgspec.Struct, frozen=True):
     """A node's copy of a partition."""
 
     copy_id: str  # random; renewed whenever the copy is discarded
+    is_removed: bool = False  # by the leader: this copy is no member any more, and its node is to discard it
 
 
 class Founding(msgspec.Struct, frozen=True):
     """The members of a partition's empty log: (node id, copy id)."""
 
     members: tuple[tuple[str, str], ...]
+
+
+class Draining(msgspec.Struct, frozen=True):
+    """A node that shall hold nothing."""
+
+    successor: str = ""  # who was to take its copies, if somebody in particular
 
 
 def assignment_key(partition: int) -> bytes:
@@ -47,3 +57,8 @@ def copy_key(partition: int, node_id: str) -> bytes:
 def founding_key(partition: int) -> bytes:
     """The key under which a partition's founding members lie."""
     return FOUNDING + str(partition).encode()
+
+
+def draining_key(node_id: str) -> bytes:
+    """The key that tells that a node shall hold nothing."""
+    return DRAINING + node_id.encode()

@@ -4,10 +4,14 @@ Owns the coordinator's key names and the records under them. A catalog is a cach
 its owner waited for (`wait_revision`); `fetch` looks beyond it and has it catch up, so that a metric made a
 moment ago through another gateway is found, and its owner hears of that metric's end as of any other's.
 
-    metrics/<code>         `schema.encode_record`; the stored uid is 0, the key's create revision is the uid
-    leaders/<partition>    `Leader`, under its node's lease; the key's create revision is the epoch
+    metrics/<code>         `schema.encode_record`; the stored uid is the epoch base, and `metric_of` adds the key's
+                           create revision
+    leaders/<partition>    `Leader`, under its node's lease; `epoch_of` tells the epoch
     nodes/<role>/<node>    `Node`, under its node's lease
     cluster                `Cluster`: constants fixed when the cluster is created
+    epoch_base             `EpochBase`: what revisions count from; see `epochs`
+
+Copies and who shall hold them are in `assignments`, how a cluster is first placed in `placement`.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 import msgspec
 
@@ -27,9 +32,11 @@ from tallymark_protocol.errors import (
     UnavailableError,
 )
 from tallymark_protocol.schema import MetricRecord, decode_record
+from tallymark_runtime.assignments import ASSIGNMENTS, Assignment, assignment_key
 from tallymark_runtime.coordinator import (
     Coordinator,
     EventKind,
+    Get,
     KeyValue,
     Put,
     Snapshot,
@@ -39,10 +46,13 @@ from tallymark_runtime.coordinator import (
 
 _log = logging.getLogger(__name__)
 
+S = TypeVar("S", bound=msgspec.Struct)
+
 METRICS = b"metrics/"
 LEADERS = b"leaders/"
 NODES = b"nodes/"
 CLUSTER = b"cluster"
+EPOCH_BASE = b"epoch_base"
 FORMAT_VERSION = 1
 
 RETRY_S = 0.2  # between attempts to reach the coordinator
@@ -54,6 +64,7 @@ class Leader(msgspec.Struct, frozen=True):
     node_id: str
     address: str  # "host:port" of the store
     instance: str  # of this process life
+    epoch_base: int = 0  # when the key was created; the epoch is this plus the key's create revision
 
 
 class Node(msgspec.Struct, frozen=True):
@@ -62,6 +73,13 @@ class Node(msgspec.Struct, frozen=True):
     node_id: str
     address: str
     role: str  # "ingest", "store", "query" or "alerts"
+    zone: str = ""  # what may fail as one; copies of a partition are spread over zones
+
+
+class EpochBase(msgspec.Struct, frozen=True):
+    """What is added to revisions to make epochs and uids; 0 where it is not there."""
+
+    base: int
 
 
 class Cluster(msgspec.Struct, frozen=True):
@@ -90,7 +108,7 @@ def node_key(role: str, node_id: str) -> bytes:
 
 
 def metric_of(item: KeyValue) -> MetricRecord:
-    """The metric under a key: its uid is the revision at which the key was created.
+    """The metric under a key: its uid is the base that it was stored with plus the key's create revision.
 
     Raises:
         RemoteProtocolError: the value is no record of that key's metric.
@@ -98,7 +116,18 @@ def metric_of(item: KeyValue) -> MetricRecord:
     record = decode_record(item.value)
     if metric_key(record.schema.code) != item.key:
         raise RemoteProtocolError(f"the key {item.key!r} holds the metric {record.schema.code!r}")
-    return msgspec.structs.replace(record, uid=item.create_revision)
+    return msgspec.structs.replace(record, uid=record.uid + item.create_revision)
+
+
+def epoch_of(item: KeyValue) -> int:
+    """The epoch of a leader key: the base that it was created under plus its create revision.
+
+    Raises:
+        RemoteProtocolError: the key's value is no leader.
+    """
+    leader = decode_value(Leader, item)
+    assert isinstance(leader, Leader)
+    return leader.epoch_base + item.create_revision
 
 
 def decode_value(kind: type[msgspec.Struct], item: KeyValue) -> msgspec.Struct:
@@ -109,7 +138,7 @@ def decode_value(kind: type[msgspec.Struct], item: KeyValue) -> msgspec.Struct:
     """
     try:
         return msgspec.msgpack.decode(item.value, type=kind)
-    except msgspec.DecodeError as error:
+    except (ValueError, RecursionError) as error:  # what msgspec raises, all of it
         raise RemoteProtocolError(f"malformed value of {item.key!r}: {error}") from None
 
 
@@ -193,7 +222,8 @@ class Catalog:
     async def _ask(self) -> None:
         async with self._asking:
             self._question = None  # whoever comes from now on needs an answer of a later moment
-            now = await self.coordinator.txn([], [])
+            # With a read in it: a coordinator may answer a transaction without one from a member that is behind.
+            now = await self.coordinator.txn([], [Get(CLUSTER)])
         await self.wait_revision(now.revision)
 
     def items(self) -> list[KeyValue]:
@@ -263,10 +293,35 @@ class MetricCatalog(Catalog):
         super().__init__(coordinator, METRICS)
         self.on_change: Callable[[MetricRecord], None] = _ignore
         self._records: dict[str, MetricRecord] = {}
+        self._epoch_base = 0  # the highest that is known here
+
+    @property
+    def newest_uid(self) -> int:
+        """Every metric with a uid up to this one is known here, or is deleted. Revisions say nothing of uids."""
+        return self._epoch_base + self.revision
+
+    async def start(self) -> None:
+        """Begin to follow; returns when the first picture is there."""
+        await self._read_base()
+        await super().start()
+
+    async def wait_uid(self, uid: int) -> None:
+        """Wait until a metric with this uid is known here, or was and is deleted. Raises as `wait_revision` does."""
+        if uid > self.newest_uid:
+            await self._read_base()
+            await self.wait_revision(uid - self._epoch_base)
+
+    async def _read_base(self) -> None:
+        item = await self.coordinator.get(EPOCH_BASE)
+        if item is not None:
+            found = decode_value(EpochBase, item)
+            assert isinstance(found, EpochBase)
+            self._epoch_base = max(self._epoch_base, found.base)
 
     def on_put(self, item: KeyValue) -> None:
         """A metric was created or changed."""
         record = metric_of(item)
+        self._epoch_base = max(self._epoch_base, record.uid - item.create_revision)
         self._records[record.schema.code] = record
         self.on_change(record)
 
@@ -291,37 +346,112 @@ class MetricCatalog(Catalog):
 
 
 class LeaderCatalog(Catalog):
-    """Who leads which partition."""
+    """Who leads which partition. `on_change` is called with a partition whose leader has changed, also to none.
+
+    A key that can't be read counts as absent: what is known here only routes, the replicas decide who leads.
+    """
 
     def __init__(self, coordinator: Coordinator) -> None:
         super().__init__(coordinator, LEADERS)
+        self.on_change: Callable[[int], None] = _ignore_partition
+        self._leaders: dict[int, Leader] = {}
+
+    def on_put(self, item: KeyValue) -> None:
+        """A partition has another leader, or the same one anew."""
+        self._set(item.key, _readable(Leader, item))
+
+    def on_delete(self, item: KeyValue) -> None:
+        """A partition has no leader."""
+        self._set(item.key, None)
+
+    def _set(self, key: bytes, leader: Leader | None) -> None:
+        name = key[len(LEADERS) :]
+        if not name.isdigit():
+            return
+        partition = int(name)
+        before = self._leaders.pop(partition, None)
+        if leader is not None:
+            self._leaders[partition] = leader
+        if leader is not None or before is not None:
+            self.on_change(partition)
+
+    def leader(self, partition: int) -> Leader | None:
+        """Who leads a partition; None while nobody does."""
+        return self._leaders.get(partition)
 
     def address(self, partition: int) -> str | None:
         """The leader's address; None while nobody leads."""
-        item = self.item(leader_key(partition))
-        if item is None:
-            return None
-        leader = decode_value(Leader, item)
-        assert isinstance(leader, Leader)
-        return leader.address
+        leader = self._leaders.get(partition)
+        return None if leader is None else leader.address
+
+    def addresses(self) -> set[str]:
+        """Of all that lead something."""
+        return {leader.address for leader in self._leaders.values()}
 
 
 class NodeCatalog(Catalog):
-    """Which nodes there are."""
+    """Which nodes there are. `on_change` is called after each change. One that can't be read counts as absent."""
 
     def __init__(self, coordinator: Coordinator) -> None:
         super().__init__(coordinator, NODES)
+        self.on_change: Callable[[], None] = _ignore_nothing
+        self._nodes: dict[bytes, Node] = {}
+
+    def on_put(self, item: KeyValue) -> None:
+        """A node came, or came back."""
+        node = _readable(Node, item)
+        if node is None:
+            self._nodes.pop(item.key, None)
+        else:
+            self._nodes[item.key] = node
+        self.on_change()
+
+    def on_delete(self, item: KeyValue) -> None:
+        """A node went."""
+        self._nodes.pop(item.key, None)
+        self.on_change()
 
     def addresses(self, role: str) -> list[str]:
         """The addresses of all nodes of a role, by node id."""
         prefix = NODES + role.encode() + b"/"
-        found = []
-        for item in self.items():
-            if item.key.startswith(prefix):
-                node = decode_value(Node, item)
-                assert isinstance(node, Node)
-                found.append(node.address)
-        return found
+        return [self._nodes[key].address for key in sorted(self._nodes) if key.startswith(prefix)]
+
+    def address(self, role: str, node_id: str) -> str | None:
+        """The address of a node; None while it is not registered."""
+        node = self._nodes.get(node_key(role, node_id))
+        return None if node is None else node.address
+
+
+class AssignmentCatalog(Catalog):
+    """Which nodes shall hold which partition. An assignment that can't be read counts as absent."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        super().__init__(coordinator, ASSIGNMENTS)
+        self._nodes: dict[bytes, tuple[str, ...]] = {}
+
+    def on_put(self, item: KeyValue) -> None:
+        """A partition was assigned, or assigned otherwise."""
+        assignment = _readable(Assignment, item)
+        self._nodes[item.key] = () if assignment is None else assignment.nodes
+
+    def on_delete(self, item: KeyValue) -> None:
+        """An assignment is gone."""
+        self._nodes.pop(item.key, None)
+
+    def nodes(self, partition: int) -> tuple[str, ...]:
+        """The ids of the nodes that shall hold a partition."""
+        return self._nodes.get(assignment_key(partition), ())
+
+
+def _readable(kind: type[S], item: KeyValue) -> S | None:
+    """A value as `kind`; None, and a line in the log, where it is none."""
+    try:
+        value = decode_value(kind, item)
+    except RemoteProtocolError as error:
+        _log.warning("a record of the coordinator is taken for absent: %s", error.message)
+        return None
+    assert isinstance(value, kind)
+    return value
 
 
 async def register(
@@ -354,3 +484,11 @@ async def register(
 
 def _ignore(record: MetricRecord) -> None:
     """Take the place of a callback that was not given."""
+
+
+def _ignore_partition(partition: int) -> None:
+    """Likewise."""
+
+
+def _ignore_nothing() -> None:
+    """Likewise."""

@@ -1,15 +1,21 @@
 """What both ends of a framed TCP connection share: the asyncio shell around a `Connection`.
 
-Owns the transport: it feeds what is read into the pure `Connection`, joins what is written during one tick of the
-loop into one write, and holds reading while anyone has a reason to. What the frames mean is for its two children:
+Owns the transport: it feeds what is read into the pure `Connection`, joins what is written during one turn into one
+write, and holds reading while anyone has a reason to. What the frames mean is for its two children:
 `transport.ServerConnection` and `peer._Link`.
+
+A **turn** begins when bytes come and ends when all that they caused has been done: what is written meanwhile, to
+whichever connection of the loop, goes out at its end, without another round of the loop. What is written outside of
+a turn goes out with the loop's next round.
 """
 
 from __future__ import annotations
 
 import asyncio
 import enum
+from collections.abc import Callable
 from typing import Any, Final, cast
+from weakref import WeakKeyDictionary
 
 from tallymark_protocol.connection import Connection
 from tallymark_protocol.errors import RemoteProtocolError
@@ -19,6 +25,70 @@ Part = bytes | bytearray | memoryview
 
 # Parts up to this size in all are joined (one copy, one system call); larger ones go out as a vector.
 _JOIN_BYTES: Final = 128 * 1024
+
+
+class Turn:
+    """What collects while the bytes of one read are dealt with, by any of the loop's connections.
+
+    Attributes:
+        depth: reads being dealt with; what is written or deferred while it is not 0 waits for the turn's end.
+        dirty: connections that have something to flush then.
+    """
+
+    __slots__ = ("_late", "_loop", "depth", "dirty")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.depth = 0
+        self.dirty: list[FramedProtocol] = []
+        self._loop = loop
+        self._late: list[Callable[[], None]] = []
+
+    def defer(self, callback: Callable[[], None]) -> None:
+        """Call `callback` at the turn's end, before anything is flushed; or in the loop's next round."""
+        if self.depth:
+            self._late.append(callback)
+        else:
+            self._loop.call_soon(callback)
+
+    def __enter__(self) -> None:
+        """Begin a turn, for code that is called by the loop and answers to several connections."""
+        self.depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.depth -= 1
+        if not self.depth:
+            self.end()
+
+    def end(self) -> None:
+        """Do what was deferred, then flush. For whoever began the turn."""
+        late = self._late
+        if late:
+            self.depth = 1  # what the callbacks write is part of the turn
+            for callback in late:  # also those that are deferred by these
+                try:
+                    callback()
+                except Exception as error:  # it is none of the connection's whose turn it is
+                    self._loop.call_exception_handler(
+                        {"message": "a deferred callback failed", "exception": error}
+                    )
+            late.clear()
+            self.depth = 0
+        dirty = self.dirty
+        if dirty:
+            for connection in dirty:
+                connection.flush()
+            dirty.clear()
+
+
+_turns: WeakKeyDictionary[asyncio.AbstractEventLoop, Turn] = WeakKeyDictionary()
+
+
+def turn_of(loop: asyncio.AbstractEventLoop) -> Turn:
+    """The loop's turn: one object for as long as the loop lives."""
+    turn = _turns.get(loop)
+    if turn is None:
+        turn = _turns[loop] = Turn(loop)
+    return turn
 
 
 class Hold(enum.IntFlag):
@@ -38,11 +108,12 @@ class FramedProtocol(asyncio.Protocol):
         self.connection = connection
         self.last_received = loop.time()  # when data last came, on the loop's clock
         self._loop = loop
+        self._turn = turn_of(loop)
         self._transport: asyncio.Transport | None = (
             None  # None before connection_made and after connection_lost
         )
         self._write_buffer_high_bytes = write_buffer_high_bytes
-        self._parts: list[Part] = []  # written in this tick, not yet handed to the transport
+        self._parts: list[Part] = []  # written in this turn, not yet handed to the transport
         self._parts_bytes = 0  # their size
         self._held = 0  # reasons not to read, of Hold
 
@@ -64,16 +135,23 @@ class FramedProtocol(asyncio.Protocol):
         """Asyncio: bytes came."""
         self.last_received = self._loop.time()
         connection = self.connection
+        turn = self._turn
+        turn.depth += 1
         try:
-            frames = connection.receive_data(data)
-        except RemoteProtocolError as error:
-            self.on_broken(error)
-            return
-        answers = connection.data_to_send()
-        if answers:
-            self.write(answers)
-        if frames:
-            self.on_received(frames)
+            try:
+                frames = connection.receive_data(data)
+            except RemoteProtocolError as error:
+                self.on_broken(error)
+                return
+            answers = connection.data_to_send()
+            if answers:
+                self.write(answers)
+            if frames:
+                self.on_received(frames)
+        finally:
+            turn.depth -= 1
+            if not turn.depth:
+                turn.end()
 
     # ------------------------------------------------------------ for the children
 
@@ -99,11 +177,14 @@ class FramedProtocol(asyncio.Protocol):
         return self._parts_bytes + (transport.get_write_buffer_size() if transport is not None else 0)
 
     def write(self, *parts: Part) -> None:
-        """Write parts in order, together with everything else written in this tick of the loop."""
+        """Write parts in order, together with everything else written in this turn, or round of the loop."""
         if self._transport is None:
             return
         if not self._parts:
-            self._loop.call_soon(self.flush)
+            if self._turn.depth:
+                self._turn.dirty.append(self)
+            else:
+                self._loop.call_soon(self.flush)
         for part in parts:
             self._parts.append(part)
             self._parts_bytes += len(part)

@@ -7,6 +7,9 @@ stops reading us, and if both sides stopped, neither would ever go on.
 
 A connection that fails takes its requests with it: they fail with `UnavailableError`, and a request may have been
 executed all the same. After a failed attempt to connect the next one waits, with jitter, up to a second.
+
+A peer that owes an answer and is silent is sent a PING; if neither anything comes nor anything more is taken by it,
+it is given up: a process that was stopped, or a host behind a broken network, ends no connection by itself.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Sequence
-from typing import Final, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol, TypeVar
 
 import msgspec
 
@@ -55,21 +58,46 @@ class PeerOptions(msgspec.Struct, frozen=True, kw_only=True):
     backoff_max_s: float = 1.0
     in_flight_bytes_max: int = 64 * 1024 * 1024
     requests_max: int = 65_536  # in flight
-    silence_max_s: float = 5.0  # how long a peer that let a request time out may take to answer a PING
+    ping_after_s: float = 1.0  # how long a peer that owes an answer may be silent before it is sent a PING
+    silence_max_s: float = 3.0  # how long it may take to answer that, or to take more of what is being sent
     write_buffer_high_bytes: int = 1024 * 1024
 
 
 _DEFAULT_OPTIONS: Final = PeerOptions()
 
 
-class _Pending(NamedTuple):
-    """A request in flight."""
+class Waiter(Protocol):
+    """Whoever waits for the answer to a request. Exactly one of the two is called, once; neither may raise."""
 
-    future: asyncio.Future[Frame]
-    answer: int  # type of the frame that answers it
-    size: int  # bytes counted as in flight for it
-    deadline: float  # loop time at which it times out
-    sent: float  # loop time
+    def answered(self, frame: Frame) -> None:
+        """Take the answer: a frame of the type that answers the request."""
+
+    def failed(self, error: TallymarkError) -> None:
+        """Take the error that the peer answered, or notice that no answer will come."""
+
+
+class _Reply:
+    """A waiter for code that awaits."""
+
+    __slots__ = ("future",)
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.future: asyncio.Future[Frame] = loop.create_future()
+
+    def answered(self, frame: Frame) -> None:
+        """Give the frame to whoever awaits it."""
+        if not self.future.done():  # it is, if it was cancelled
+            self.future.set_result(frame)
+
+    def failed(self, error: TallymarkError) -> None:
+        """Raise the error where the answer is awaited."""
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+# A request in flight: who waits, the type of the frame that answers it, the bytes counted as in flight for it, the
+# loop time at which it times out, the loop time at which it was sent. A plain tuple: one is made for every request.
+_Pending = tuple[Waiter, int, int, float, float]
 
 
 class _Link(FramedProtocol):
@@ -79,7 +107,7 @@ class _Link(FramedProtocol):
         super().__init__(
             Connection(Role.CLIENT), loop, write_buffer_high_bytes=client.options.write_buffer_high_bytes
         )
-        self.pending: dict[int, _Pending] = {}
+        self.pending: dict[int, _Pending] = {}  # by request id, in the order in which they were sent
         self.greeted: asyncio.Future[None] = loop.create_future()  # done with the handshake
         self.lost: asyncio.Future[None] = loop.create_future()  # done when the connection is gone
         self._client = client
@@ -88,7 +116,8 @@ class _Link(FramedProtocol):
         self._fault: TallymarkError | None = None  # why the connection ends, if we know
         self._sweeper: asyncio.TimerHandle | None = None
         self._sweep_at = 0.0  # when the sweeper will run, loop time
-        self._pinged: float | None = None  # when a peer that seems dead was sent a PING
+        self._pinged: float | None = None  # when a silent peer was sent a PING, or last took something
+        self._unwritten = 0  # bytes that it had not taken then
 
     # ------------------------------------------------------------ asyncio's side
 
@@ -120,8 +149,7 @@ class _Link(FramedProtocol):
         """Match answers to their requests."""
         self._pinged = None
         pending = self.pending
-        before = len(pending)
-        freed = 0
+        freed = answered = 0
         try:
             for frame in frames:
                 kind = frame[0]
@@ -131,26 +159,28 @@ class _Link(FramedProtocol):
                 entry = pending.pop(frame[2], None)
                 if entry is None:
                     continue  # it timed out
-                freed += entry.size
-                if entry.future.done():
-                    continue  # cancelled
-                if kind == entry.answer:
-                    entry.future.set_result(frame)
+                waiter, answer, size, _, _ = entry
+                freed += size
+                answered += 1
+                if kind == answer:
+                    waiter.answered(frame)
                 elif kind == _ERROR:
                     try:
-                        entry.future.set_exception(decode_error(frame.body))
+                        waiter.failed(decode_error(frame.body))
                     except RemoteProtocolError as error:
-                        entry.future.set_exception(error)
+                        waiter.failed(error)
                         raise
                 else:
                     fault = RemoteProtocolError(f"a request was answered by a frame of type {kind}")
-                    entry.future.set_exception(fault)
+                    waiter.failed(fault)
                     raise fault
         except RemoteProtocolError as error:
             self.on_broken(error)
-        answered = before - len(pending)
+        finally:
+            if answered:
+                self._client.on_freed(freed, requests=answered)
         if answered:
-            self._client.on_freed(freed, requests=answered)
+            self._client.on_answers()
             if not pending and self.connection.state is State.DRAINING:
                 self.close_transport()
 
@@ -179,11 +209,12 @@ class _Link(FramedProtocol):
     @property
     def is_usable(self) -> bool:
         """Whether requests can be sent on it."""
-        return self.connection.is_open and self.is_connected
+        transport = self._transport
+        return self.connection.state is State.OPEN and transport is not None and not transport.is_closing()
 
     def send_request(
-        self, kind: int, parts: Sequence[Part], size: int, timeout_s: float
-    ) -> asyncio.Future[Frame]:
+        self, kind: int, parts: Sequence[Part], size: int, timeout_s: float, waiter: Waiter
+    ) -> None:
         """Send a request whose bytes are counted already."""
         pending = self.pending
         request_id = self._next_id
@@ -193,26 +224,25 @@ class _Link(FramedProtocol):
             kind, size, request_id=request_id, timeout_ms=max(1, int(timeout_s * 1000))
         )
         self._next_id = request_id + 1 if request_id < REQUEST_ID_MAX else 1
-        future: asyncio.Future[Frame] = self._loop.create_future()
         now = self._loop.time()
         deadline = now + timeout_s
-        pending[request_id] = _Pending(future, kind + 1, size, deadline, now)
+        pending[request_id] = (waiter, kind + 1, size, deadline, now)
         self.write(header, *parts)
         if self._sweeper is None or deadline < self._sweep_at:
-            self._schedule_sweep(deadline)
-        return future
+            self._schedule_sweep(min(deadline, now + self._client.options.ping_after_s))
 
     def fail_pending(self, error: TallymarkError) -> None:
         """Fail every request in flight."""
         entries = list(self.pending.values())
         self.pending.clear()
         freed = 0
-        for entry in entries:
-            freed += entry.size
-            if not entry.future.done():
-                # An exception instance collects tracebacks where it is raised: each waiter gets its own.
-                entry.future.set_exception(_copy(error))
+        for waiter, _, size, _, _ in entries:
+            freed += size
+            # An exception instance collects tracebacks where it is raised: each waiter gets its own.
+            waiter.failed(_copy(error))
         self._client.on_freed(freed, requests=len(entries))
+        if entries:
+            self._client.on_answers()
 
     def _schedule_sweep(self, at: float) -> None:
         if self._sweeper is not None:
@@ -221,36 +251,53 @@ class _Link(FramedProtocol):
         self._sweeper = self._loop.call_at(at, self._sweep)
 
     def _sweep(self) -> None:
-        """Time out what is due. Runs at the earliest deadline there was, so rarely."""
+        """Time out what is due, and look whether the peer is alive. Runs once in a while."""
         self._sweeper = None
         now = self._loop.time()
-        if self._pinged is not None and now - self._pinged > self._client.options.silence_max_s:
+        options = self._client.options
+        if self._pinged is not None and self._is_gone(now):
             self._fault = UnavailableError(
                 f"{self._client.address} has stopped answering", code=ErrorCode.TIMEOUT
             )
             self.abort_transport()
             return
-        due = [(request_id, entry) for request_id, entry in self.pending.items() if entry.deadline <= now]
+        due = [(request_id, entry) for request_id, entry in self.pending.items() if entry[3] <= now]
         freed = 0
-        for request_id, entry in due:
+        for request_id, (waiter, _, size, _, _) in due:
             del self.pending[request_id]
-            freed += entry.size
-            if not entry.future.done():
-                entry.future.set_exception(_timed_out(self._client.address))
-        if due and self._pinged is None and self.last_received <= max(e.sent for _, e in due):
-            # Nothing at all came since: the peer may be gone without a word.
+            freed += size
+            waiter.failed(_timed_out(self._client.address))
+        # Nothing at all came since a request was sent that has timed out, or for long: the peer may be gone.
+        silent = bool(due) and self.last_received <= max(entry[4] for _, entry in due)
+        wanted = [entry[3] for entry in self.pending.values()]
+        if wanted:
+            oldest_sent = next(iter(self.pending.values()))[4]
+            ping_at = max(oldest_sent, self.last_received) + options.ping_after_s
+            silent = silent or ping_at <= now
+            wanted.append(ping_at)
+        if silent and self._pinged is None:
             self._pinged = now
             if self.connection.state in (State.OPEN, State.DRAINING):
                 self.write(self.connection.send(FrameType.PING))
+            self._unwritten = self.unwritten_bytes
         if due:
             self._client.on_freed(freed, requests=len(due))
-        wanted = [entry.deadline for entry in self.pending.values()]
+            self._client.on_answers()
         if self._pinged is not None:
-            wanted.append(self._pinged + self._client.options.silence_max_s + 0.01)
+            wanted.append(now + options.silence_max_s / 4)
         if wanted:
             self._schedule_sweep(max(min(wanted), now + _SWEEP_STEP_S))
         elif self.connection.state is State.DRAINING:
             self.close_transport()
+
+    def _is_gone(self, now: float) -> bool:
+        """Whether a peer that was sent a PING is to be given up. One that takes what we send is alive."""
+        assert self._pinged is not None
+        unwritten = self.unwritten_bytes
+        if unwritten < self._unwritten:
+            self._pinged = now
+        self._unwritten = unwritten
+        return now - self._pinged > self._client.options.silence_max_s
 
 
 _SWEEP_STEP_S: Final = 0.005  # the least time between two sweeps
@@ -292,6 +339,9 @@ class PeerClient:
         self._in_flight = 0  # requests, likewise
         self._waiters: deque[tuple[asyncio.Future[None], int]] = deque()  # (granted, bytes), first come first
         self._closed = False
+        self._drained: asyncio.Future[None] | None = None  # set while closing: done with nothing in flight
+        self.on_answers: Callable[[], None] = _nothing  # called after waiters were told, once for all of them
+        self.on_disconnect: Callable[[], None] = _nothing  # called when the link in use is lost, or drains
 
     # ------------------------------------------------------------ state
 
@@ -394,8 +444,17 @@ class PeerClient:
     def submit(self, kind: int, *parts: Part, timeout_s: float) -> asyncio.Future[Frame]:
         """Send a request now and return the future of its answer, without waiting for anything.
 
-        The future gives the answering frame or raises, as `request` does. Parts are not copied: don't change them
-        before the answer has come. Cancelling the future only stops waiting.
+        The future gives the answering frame or raises, as `request` does. Cancelling it only stops waiting. Raises
+        what `send` does.
+        """
+        reply = _Reply(asyncio.get_running_loop())
+        self.send(kind, *parts, timeout_s=timeout_s, waiter=reply)
+        return reply.future
+
+    def send(self, kind: int, *parts: Part, timeout_s: float, waiter: Waiter) -> None:
+        """Send a request now; `waiter` is told the outcome later.
+
+        Parts are not copied: don't change them before the answer has come.
 
         Raises:
             UnavailableError: not connected; an attempt to connect is begun. Nothing was sent.
@@ -415,7 +474,11 @@ class PeerClient:
             raise BackpressureError(f"too much is in flight to {self.address}")
         self._in_flight_bytes += size
         self._in_flight += 1
-        return self._send(link, kind, parts, size, timeout_s)
+        try:
+            link.send_request(kind, parts, size, timeout_s, waiter)
+        except LocalProtocolError:
+            self.on_freed(size, requests=1)
+            raise
 
     async def request(self, kind: int, *parts: Part, timeout_s: float = 30.0) -> Frame:
         """Send a request and wait for its answer; connects first where needed.
@@ -441,21 +504,18 @@ class PeerClient:
                 if self._closed
                 else UnavailableError(f"the connection to {self.address} was lost", code=ErrorCode.CLOSED)
             )
-        return await self._send(link, kind, parts, size, max(deadline - loop.time(), 0.001))
+        reply = _Reply(loop)
+        try:
+            link.send_request(kind, parts, size, max(deadline - loop.time(), 0.001), reply)
+        except LocalProtocolError:
+            self.on_freed(size, requests=1)
+            raise
+        return await reply.future
 
     async def call(self, call: Call, kind: type[T], *, timeout_s: float = 30.0) -> T:
         """Make a call and decode its result as `kind`. Raises what `request` does."""
         frame = await self.request(FrameType.CALL, encode(call), timeout_s=timeout_s)
         return decode(kind, frame.body)
-
-    def _send(
-        self, link: _Link, kind: int, parts: Sequence[Part], size: int, timeout_s: float
-    ) -> asyncio.Future[Frame]:
-        try:
-            return link.send_request(kind, parts, size, timeout_s)
-        except LocalProtocolError:
-            self.on_freed(size, requests=1)
-            raise
 
     # ------------------------------------------------------------ room
 
@@ -509,17 +569,21 @@ class PeerClient:
         self._in_flight -= requests
         if self._waiters:
             self._grant()
+        if self._drained is not None and not self._in_flight and not self._drained.done():
+            self._drained.set_result(None)
 
     def on_draining(self, link: _Link) -> None:
         """The peer takes nothing new on this link; the next request connects anew."""
         if self._link is link:
             self._link = None
+            self.on_disconnect()
 
     def on_lost(self, link: _Link) -> None:
         """A link is gone."""
         self._links.discard(link)
         if self._link is link:
             self._link = None
+            self.on_disconnect()
 
     # ------------------------------------------------------------ closing
 
@@ -535,12 +599,11 @@ class PeerClient:
             if not granted.done():
                 granted.set_exception(_closed())
         self._waiters.clear()
-        futures = [entry.future for link in self._links for entry in link.pending.values()]
-        if futures and drain_s > 0:
+        if self._in_flight and drain_s > 0:
+            self._drained = asyncio.get_running_loop().create_future()
             try:
                 async with asyncio.timeout(drain_s):
-                    # Shielded: the timeout ends our waiting, not the requests.
-                    await asyncio.gather(*(asyncio.shield(f) for f in futures), return_exceptions=True)
+                    await self._drained
             except TimeoutError:
                 pass
         for link in list(self._links):
@@ -557,6 +620,10 @@ class PeerClient:
 
 
 _CLOSE_TIMEOUT_S: Final = 1.0  # for writing out what is queued
+
+
+def _nothing() -> None:
+    """Take the place of a callback that was not given."""
 
 
 def _closed() -> UnavailableError:

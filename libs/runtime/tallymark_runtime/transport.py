@@ -23,6 +23,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Final, Protocol
 
 import msgspec
@@ -48,6 +49,15 @@ _CALL: Final = int(FrameType.CALL)
 _RESULT: Final = int(FrameType.RESULT)
 _ERROR: Final = int(FrameType.ERROR)
 _PONG: Final = int(FrameType.PONG)
+_REPLICATE: Final = int(FrameType.REPLICATE)
+
+
+_deadline: Final[ContextVar[float]] = ContextVar("deadline")
+
+
+def call_deadline() -> float:
+    """When the caller of the call under way gives up, on the loop's clock. For code that `on_call` runs."""
+    return _deadline.get()
 
 
 class ServerLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,6 +94,10 @@ class FrameHandler(Protocol):
         """Answer a call; a raised error travels as such. Cancelled when the caller's time is up or it is gone."""
         ...
 
+    def on_replicate(self, connection: ServerConnection, frame: Frame) -> None:
+        """Take a one-way frame; it is never answered."""
+        ...
+
     def on_disconnect(self, connection: ServerConnection) -> None:
         """Take notice that a connection is gone: what is not answered yet needs no answer any more."""
         ...
@@ -105,6 +119,9 @@ class HandlerBase:
             code=ErrorCode.INVALID_ARGUMENT,
             retriable=False,
         )
+
+    def on_replicate(self, connection: ServerConnection, frame: Frame) -> None:
+        """Pass over it."""
 
     def on_disconnect(self, connection: ServerConnection) -> None:
         """Do nothing."""
@@ -242,6 +259,10 @@ class ServerConnection(FramedProtocol):
             kind = frame[0]
             if kind == _CALL:
                 self._dispatch(frame)
+            elif kind == _REPLICATE:
+                self._server.handler.on_replicate(self, frame)
+                if self._transport is None or self._transport.is_closing():
+                    return  # the handler has cut it
             elif kind != _PONG:
                 data_plane.append(frame)
         if data_plane:
@@ -268,7 +289,7 @@ class ServerConnection(FramedProtocol):
         """Refuse requests that the client sent before it saw our GOAWAY: they had no effect."""
         error = UnavailableError("the server is stopping", code=ErrorCode.CLOSED)
         for frame in frames:
-            if frame.type != _PONG:
+            if frame.type not in (_PONG, _REPLICATE):
                 self.in_flight += 1
                 self.respond_error(frame.request_id, error)
 
@@ -295,6 +316,7 @@ class ServerConnection(FramedProtocol):
         if frame.timeout_ms:
             timeout_s = min(timeout_s, frame.timeout_ms / 1000)
         try:
+            _deadline.set(self._loop.time() + timeout_s)
             async with asyncio.timeout(timeout_s):
                 result = await self._server.handler.on_call(self, decode_call(frame.body))
             body = encode(result)

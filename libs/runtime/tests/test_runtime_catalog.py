@@ -13,6 +13,7 @@ from tallymark_protocol.errors import NotFoundError, RemoteProtocolError, Unavai
 from tallymark_protocol.model import MetricSchema
 from tallymark_protocol.schema import MetricRecord, encode_record, make_record
 from tallymark_runtime import catalog
+from tallymark_runtime.assignments import Assignment, assignment_key
 from tallymark_runtime.catalog import (
     Cluster,
     Leader,
@@ -283,3 +284,54 @@ async def test_a_node_is_registered_again_after_its_lease_ran_out(coordinator: M
     assert not task.done()
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_changed_leader_is_told_and_what_cannot_be_read_is_no_leader(
+    coordinator: MemoryCoordinator,
+) -> None:
+    """Each change of a partition's key calls back, also to none; garbage under it or beside it does no harm."""
+    leaders = LeaderCatalog(coordinator)
+    told: list[tuple[int, str | None]] = []
+    leaders.on_change = lambda partition: told.append((partition, leaders.address(partition)))
+    await coordinator.put(leader_key(3), msgspec.msgpack.encode(Leader("a", "h:1", "i")))
+    await leaders.start()
+    await coordinator.put(leader_key(3), msgspec.msgpack.encode(Leader("b", "h:2", "j")))
+    for garbage in (b"", b"\xc1", b"\xa1\xff", msgspec.msgpack.encode({"address": "h:3"})):
+        await coordinator.put(leader_key(3), garbage)
+    await coordinator.put(b"leaders/x", msgspec.msgpack.encode(Leader("b", "h:2", "j")))
+    await coordinator.put(leader_key(3), msgspec.msgpack.encode(Leader("c", "h:4", "k")))
+    await coordinator.delete(leader_key(3))
+    await leaders.wait_revision(coordinator.revision)
+    assert told == [(3, "h:1"), (3, "h:2"), (3, None), (3, "h:4"), (3, None)]
+    assert leaders.addresses() == set()
+    assert leaders.leader(3) is None
+    await leaders.close()
+
+
+async def test_assignments_are_followed(coordinator: MemoryCoordinator) -> None:
+    """Nodes by partition; none where nothing is assigned, or nothing that can be read."""
+    assignments = catalog.AssignmentCatalog(coordinator)
+    await assignments.start()
+    await coordinator.put(assignment_key(1), msgspec.msgpack.encode(Assignment(("a", "b"))))
+    await coordinator.put(assignment_key(2), b"garbage")
+    await assignments.wait_revision(coordinator.revision)
+    assert [assignments.nodes(partition) for partition in range(3)] == [(), ("a", "b"), ()]
+    await coordinator.delete(assignment_key(1))
+    await assignments.wait_revision(coordinator.revision)
+    assert assignments.nodes(1) == ()
+    await assignments.close()
+
+
+async def test_nodes_that_come_and_go_are_told(coordinator: MemoryCoordinator) -> None:
+    """One call back for each; one that can't be read is not there."""
+    nodes = NodeCatalog(coordinator)
+    told: list[list[str]] = []
+    nodes.on_change = lambda: told.append(nodes.addresses("store"))
+    await nodes.start()
+    await coordinator.put(node_key("store", "a"), msgspec.msgpack.encode(catalog.Node("a", "h:1", "store")))
+    await coordinator.put(node_key("store", "b"), b"garbage")
+    await coordinator.delete(node_key("store", "a"))
+    await nodes.wait_revision(coordinator.revision)
+    assert told == [["h:1"], ["h:1"], []]
+    assert nodes.address("store", "a") is None
+    await nodes.close()

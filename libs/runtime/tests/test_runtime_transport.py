@@ -314,6 +314,129 @@ async def test_a_peer_that_says_nothing_at_all_is_given_up():
     await server.wait_closed()
 
 
+class Deaf(asyncio.Protocol):
+    """A server that greets, and from then on reads and answers nothing, like a process that was stopped."""
+
+    def __init__(self):
+        self.connection = Connection(Role.SERVER)
+        self.bytes_read = 0
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def data_received(self, data):
+        if self.connection.hello is None:
+            self.connection.receive_data(data)
+            self.transport.write(self.connection.accept(welcome()))
+            self.transport.pause_reading()
+            return
+        self.bytes_read += len(data)
+        self.transport.pause_reading()
+
+
+@asynccontextmanager
+async def deaf_server():
+    loop = asyncio.get_running_loop()
+    made = []
+
+    def make():
+        made.append(Deaf())
+        return made[-1]
+
+    server = await loop.create_server(make, "127.0.0.1", 0)
+    yield join_address(*server.sockets[0].getsockname()[:2]), made
+    for one in made:
+        one.transport.abort()
+    server.close()
+    await server.wait_closed()
+
+
+async def test_a_silent_peer_is_given_up_long_before_its_answers_time_out():
+    """A request that is out for `ping_after_s` has it pinged, whatever time the request has."""
+    options = PeerOptions(ping_after_s=0.01, silence_max_s=0.02)
+    async with deaf_server() as (address, _):
+        client = PeerClient(address, rng=random.Random(1), options=options)
+        lost = []
+        client.on_disconnect = lambda: lost.append(1)
+        await client.connect()
+        with pytest.raises(UnavailableError, match="stopped answering") as caught:
+            await client.request(FrameType.INGEST, b"x", timeout_s=3_600.0)
+        assert caught.value.code == ErrorCode.TIMEOUT
+        assert lost == [1]
+        assert client.in_flight_bytes == 0
+        await client.close()
+
+
+async def test_a_peer_that_takes_what_it_is_sent_is_alive():
+    """A large request over a slow network is not cut for lack of an answer."""
+    options = PeerOptions(ping_after_s=0.01, silence_max_s=0.1)
+    async with deaf_server() as (address, made):
+        client = PeerClient(address, rng=random.Random(1), options=options)
+        await client.connect()
+        future = client.submit(FrameType.INGEST, bytes(limits.REQUEST_BYTES_MAX), timeout_s=WAIT_S)
+        (peer,) = made
+        link = client._link
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while loop.time() - began < 0.5 and peer.bytes_read < limits.REQUEST_BYTES_MAX // 2:
+            peer.transport.resume_reading()  # one read at a time
+            await asyncio.sleep(0.001)
+        assert client._link is link
+        assert not future.done()
+        with pytest.raises(UnavailableError, match="stopped answering"):
+            await future
+        await client.close()
+
+
+async def test_waiters_are_told_and_then_their_client_once():
+    """Answers, refusals and losses go to the waiter of each; `on_answers` follows all that came together."""
+    told = []
+
+    class Waiter:
+        def __init__(self, name):
+            self.name = name
+
+        def answered(self, frame):
+            told.append((self.name, "answered"))
+
+        def failed(self, error):
+            told.append((self.name, error.code))
+
+    async with serving() as (_, recorder, client):
+        client.on_answers = lambda: told.append("all")
+        await client.connect()
+        recorder.holding = True
+        for name in "abcd":
+            client.send(FrameType.INGEST, b"x", timeout_s=WAIT_S, waiter=Waiter(name))
+        await recorder.wait(lambda: len(recorder.waiting) == 4)
+        (connection, first), (_, second), *_ = recorder.waiting
+        connection.respond(first.request_id, FrameType.RECEIPT, b"")
+        connection.respond_error(second.request_id, BackpressureError("busy"))
+        await until(lambda: "all" in told)
+        assert told == [("a", "answered"), ("b", ErrorCode.OVERLOADED), "all"]
+        told.clear()
+        connection.abort_transport()
+        await until(lambda: told)
+        assert told == [("c", ErrorCode.CLOSED), ("d", ErrorCode.CLOSED), "all"]
+        assert client.in_flight_bytes == 0
+
+
+async def test_closing_waits_for_answers_and_no_longer():
+    """`drain_s` ends with the last answer."""
+    async with serving() as (_, recorder, client):
+        await client.connect()
+        recorder.holding = True
+        futures = [client.submit(FrameType.INGEST, b"x", timeout_s=WAIT_S) for _ in range(2)]
+        await recorder.wait(lambda: len(recorder.waiting) == 2)
+        closing = asyncio.ensure_future(client.close(drain_s=3_600.0))
+        for connection, frame in recorder.waiting:
+            await asyncio.sleep(0)
+            assert not closing.done()
+            connection.respond(frame.request_id, FrameType.RECEIPT, b"")
+        await closing
+        assert [(await future).type for future in futures] == [FrameType.RECEIPT] * 2
+
+
 async def test_a_call_is_cancelled_when_its_time_is_up():
     """The server stops working for a caller that has stopped waiting."""
     async with serving() as (_, recorder, client):

@@ -2,8 +2,9 @@
 
 numba keeps what it compiled beside the sources and takes it up again while the file of that one kernel is unchanged.
 A kernel is compiled together with all that it calls, though, often from other files: after an update it could run
-with yesterday's helpers, and count wrongly. So compiled kernels are kept in a folder named by a digest of every
-file that takes part, and this module, which all of them import first, sets that folder.
+with yesterday's helpers or constants, and count wrongly. So compiled kernels are kept in a folder named by a digest of
+every file that takes part: those that compile something, and all that they import of ours, directly or not. This
+module, which all of them import first, sets that folder.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,35 +22,59 @@ import numba
 _config: Any = numba.config
 
 _PACKAGES = ("tallymark_protocol", "tallymark_ingest", "tallymark_store")
-_MARKS = (b"numba", b"kernel")  # a file without either defines no kernel
+# A file that compiles something, and what a file imports of ours.
+_COMPILES = re.compile(rb"^(?:import|from) numba\b|^from [\w.]*\bcompiling import", re.MULTILINE)
+_IMPORTS = re.compile(rb"^from (tallymark_[\w.]+) import (\([^)]*\)|[^\n]*)", re.MULTILINE)
 _KEPT = 3  # folders of other digests, so that switching between versions doesn't compile each time
 _PREFIX = "kernels-"
 
 
-def _sources() -> list[Path]:
-    found: list[Path] = []
+def _sources() -> dict[str, bytes]:
+    """The files of our packages, by module name."""
+    found: dict[str, bytes] = {}
     for name in _PACKAGES:
         spec = importlib.util.find_spec(name)
-        if spec is not None and spec.submodule_search_locations:
-            for location in spec.submodule_search_locations:
-                found += sorted(Path(location).rglob("*.py"))
+        if spec is None or not spec.submodule_search_locations:
+            continue
+        for location in map(Path, spec.submodule_search_locations):
+            for path in location.rglob("*.py"):
+                parts = path.relative_to(location).with_suffix("").parts
+                module = ".".join((name, *parts)).removesuffix(".__init__")
+                found[module] = path.read_bytes()
     return found
+
+
+def _taking_part(sources: dict[str, bytes]) -> list[str]:
+    """The modules whose text has a part in what is compiled."""
+    found = {module for module, text in sources.items() if _COMPILES.search(text)}
+    waiting = sorted(found)
+    while waiting:
+        for imported, names in _IMPORTS.findall(sources[waiting.pop()]):
+            module = imported.decode()
+            for name in (module, *(f"{module}.{part}" for part in re.findall(r"\w+", names.decode()))):
+                if name in sources and name not in found:
+                    found.add(name)
+                    waiting.append(name)
+    return sorted(found)
 
 
 def _digest() -> str:
     state = hashlib.blake2b(digest_size=10)
     state.update(numba.__version__.encode())
-    for path in _sources():
-        content = path.read_bytes()
-        if any(mark in content for mark in _MARKS):
-            state.update(path.name.encode() + b"\0" + len(content).to_bytes(8, "little") + content)
+    sources = _sources()
+    for module in _taking_part(sources):
+        text = sources[module]
+        state.update(module.encode() + b"\0" + len(text).to_bytes(8, "little") + text)
     return state.hexdigest()
 
 
 def _prune(parent: Path, current: str) -> None:
-    others = [path for path in parent.glob(_PREFIX + "*") if path.name != current]
-    others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in others[_KEPT:]:
+    others: list[tuple[float, Path]] = []
+    for path in parent.glob(_PREFIX + "*"):
+        with contextlib.suppress(FileNotFoundError):  # another process prunes, too
+            others.append((path.stat().st_mtime, path))
+    others.sort(reverse=True)
+    for _, path in [entry for entry in others if entry[1].name != current][_KEPT:]:
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -2,10 +2,12 @@
 
 `Coordinator` is the port, in the shape of etcd v3. `MemoryCoordinator` keeps everything in memory,
 `FileCoordinator` in a synced file, `RemoteCoordinator` asks another process, which answers with
-`CoordinatorService`. No usage data ever goes here.
+`CoordinatorService`; `etcd.EtcdCoordinator` asks an etcd cluster. `open_remote` opens the one that a setting names.
+No usage data ever goes here.
 """
 
 from tallymark_runtime.coordinator.local import FileCoordinator, MemoryCoordinator
+from tallymark_runtime.coordinator.opening import open_remote
 from tallymark_runtime.coordinator.port import (
     CompactedError,
     Compare,
@@ -48,6 +50,7 @@ __all__ = [
     "WatchEvent",
     "absent",
     "follow",
+    "open_remote",
     "serve_coordinator",
     "unchanged",
 ]

@@ -35,7 +35,7 @@ class KeyValue(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Target(enum.IntEnum):
-    """What a comparison looks at. An absent key has 0 everywhere and an empty value."""
+    """What a comparison looks at. An absent key has 0 everywhere, and no value: a comparison of that never holds."""
 
     VERSION = 0
     CREATE_REVISION = 1

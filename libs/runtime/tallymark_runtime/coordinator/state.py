@@ -164,7 +164,7 @@ class CoordinatorState:
             BackpressureError: the state would become too large. Nothing was changed.
         """
         if not unbounded:
-            _check_limits(compares, success, failure)
+            check_limits(compares, success, failure)
         succeeded = all(self._holds(compare) for compare in compares)
         operations = success if succeeded else failure
         self._check(operations, leases)
@@ -195,10 +195,12 @@ class CoordinatorState:
     def _holds(self, compare: Compare) -> bool:
         item = self._items.get(compare.key)
         actual: Any
-        if compare.target == Target.VALUE:
-            actual = b"" if item is None else item.value
-        elif item is None:
+        if item is None:
+            if compare.target == Target.VALUE:
+                return False  # as in etcd, whatever the relation
             actual = 0
+        elif compare.target == Target.VALUE:
+            actual = item.value
         elif compare.target == Target.VERSION:
             actual = item.version
         elif compare.target == Target.CREATE_REVISION:
@@ -290,9 +292,14 @@ def _size(key: bytes, value: bytes) -> int:
 _RELATIONS = ("=", "!=", "<", ">")
 
 
-def _check_limits(
+def check_limits(
     compares: Sequence[Compare], success: Sequence[Operation], failure: Sequence[Operation]
 ) -> None:
+    """Refuse a transaction that is outside the limits, whatever the state.
+
+    Raises:
+        InvalidRequestError: it is.
+    """
     most = limits.COORDINATOR_OPERATIONS_MAX
     if max(len(compares), len(success), len(failure)) > most:
         raise InvalidRequestError(f"a transaction has at most {most} comparisons and operations")
