@@ -4,8 +4,8 @@ Pure: it knows no socket, no loop and no clock. Frames, answers and `now_ns` (an
 in; what is to be sent collects in `take_answers` and `take_appends`, and `next_deadline` says when `tick` wants to
 be called at the latest. `server` is its shell.
 
-**Coalescing.** Requests that arrived since the last tick are split together, in one kernel call, into one append
-per partition. While `appends_in_flight_max` such rounds are under way new requests wait, at most
+**Coalescing.** Requests that arrived since the last tick are split together, in one call, into one append per
+partition. While `appends_in_flight_max` such rounds are under way new requests wait, at most
 `coalesce_ns_max`, so that what goes to the leaders grows with the load and a single caller waits for nobody.
 SYNC and ASYNC requests never share an append.
 
@@ -14,10 +14,17 @@ leader, no answer in time) is sent again, with the very same bytes, until an ans
 been answered otherwise; the leader recognises its chunks by their identities. A request that is not resolved at
 its deadline gets a receipt that says for which partitions, so its caller can send the same chunk again.
 
+**Failover.** When a partition gets another leader, what failed is sent to it at once, and what the old leader has
+not answered within `recall_ns` of being sent is sent to the new one as well: whichever answers first is believed,
+as an answer is given only for what is committed, and a repeat gets the answer of the first.
+
+**No partition holds another.** One that fails or doesn't answer stops counting among the rounds that new requests
+wait for, and what queues up behind it has a bound of its own.
+
 An append's life::
 
     QUEUED   behind `appends_in_flight_max` others of its partition
-    SENT     out; ends with `answered` or `failed`
+    SENT     out; ends with `answered` or `failed`, or is sent again elsewhere
     WAITING  failed and to be sent again at its time, or as soon as its partition's leader changes
     DONE     answered, refused for good, or wanted by nobody any more
 """
@@ -31,12 +38,13 @@ from typing import Any, Final
 
 import msgspec
 
+from tallymark_ingest.counters import IngestCounters
+from tallymark_ingest.single import Singles
 from tallymark_ingest.split import (
     ROUND_BYTES_MAX,
     ROUND_EVENTS_MAX,
     ROUND_METRICS_MAX,
     checksum_holds,
-    event_indexes,
     glance,
     split,
 )
@@ -55,6 +63,7 @@ from tallymark_protocol.messages import (
     Receipt,
 )
 from tallymark_protocol.payload import OK, explain
+from tallymark_runtime.instruments import count_in
 
 REQUEST_OVERHEAD_BYTES: Final = 1_024  # what a request costs beside its body, roughly
 _ATTEMPT_NS_MIN: Final = 1_000_000
@@ -81,7 +90,10 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
     pending_bytes_max: int = 64 * 1024 * 1024  # of requests and appends together; more is refused
     append_timeout_ns: int = 10_000_000_000  # for one attempt
     retry_ns_min: int = 20_000_000  # before the second attempt; doubles from there
-    retry_ns_max: int = 1_000_000_000
+    retry_ns_max: int = 500_000_000
+    recall_ns: int = 100_000_000  # how long a leader that was replaced has to answer what it was sent
+    patience_ns: int = 250_000_000  # how long an append may be out before requests stop waiting for it
+    stall_ns: int = 1_000_000_000  # how long it may be out before its partition counts as failing
     request_timeout_ns: int = 30_000_000_000  # of requests that name none
     request_timeout_ns_max: int = 120_000_000_000
     answer_margin_ns_max: int = (
@@ -97,8 +109,11 @@ class Gateway:
         self.partition_count = partition_count
         self.config = config
         self.metrics_revision = 0  # of the last change of a metric that was answered here
+        self.counters = IngestCounters()
+        self._now_ns = 0  # as the caller of the input under way says
         self._rng = rng
         self._seed = rng.getrandbits(63)  # see `split`
+        self._singles = Singles(partition_count)
         self._waiting: tuple[deque[Request], deque[Request]] = (
             deque(),
             deque(),
@@ -109,8 +124,11 @@ class Gateway:
         self._deadlines: list[tuple[int, int, Request]] = []
         self._queues: list[deque[Append]] = [deque() for _ in range(partition_count)]
         self._queued_bytes = 0  # in all queues, by `_weight`
-        self._in_flight = [0] * partition_count  # appends SENT or WAITING
-        self._failing = [0] * partition_count  # of them, those that have failed before
+        self._live: list[list[Append]] = [[] for _ in range(partition_count)]  # appends SENT or WAITING
+        self._failing = [0] * partition_count  # of them, those that have failed, or are out for too long
+        self._is_slow = [False] * partition_count  # whether requests don't wait for its appends at present
+        self._trouble = [""] * partition_count  # why its last attempt failed; empty after one that didn't
+        self._look_ns = 0  # when to look next for appends that are out for long
         self._rounds = 0  # rounds that requests wait for
         self._retries: list[
             tuple[int, int, Append]
@@ -138,6 +156,11 @@ class Gateway:
         return 8 * self._bytes <= 5 * self.config.pending_bytes_max
 
     @property
+    def is_busy(self) -> bool:
+        """Whether requests have company to wait for: rounds are under way."""
+        return self._rounds > 0
+
+    @property
     def open_requests(self) -> int:
         """Requests without an answer."""
         return len(self._open)
@@ -162,6 +185,8 @@ class Gateway:
         if self._waiting[0] or self._waiting[1]:
             flush = self._waiting_since_ns + self.config.coalesce_ns_max
             due = flush if due is None or flush < due else due
+            if self._rounds >= self.config.appends_in_flight_max and self._look_ns < due:
+                due = self._look_ns
         if self._retries and (due is None or self._retries[0][0] < due):
             due = self._retries[0][0]
         return due
@@ -198,7 +223,11 @@ class Gateway:
         timeout = timeout_ms * 1_000_000 if timeout_ms else config.request_timeout_ns
         timeout = min(timeout, config.request_timeout_ns_max)
         deadline = now_ns + timeout - min(timeout // 10, config.answer_margin_ns_max)
-        request = Request(connection, request_id, body, seen.events, seen.metrics, deadline)
+        request = Request(connection, request_id, body, seen.events, seen.metrics, deadline, now_ns)
+        counters = self.counters
+        counters.chunks += 1
+        counters.events += seen.events
+        counters.bytes += len(body)
         self._bytes += cost
         self._open[request] = None
         self._tie += 1
@@ -209,12 +238,19 @@ class Gateway:
 
     def tick(self, now_ns: int) -> None:
         """Do what is due: expire, send again, split what has waited long enough or needs not wait."""
+        self._now_ns = now_ns
         if self._deadlines and self._deadlines[0][0] <= now_ns:
             self._expire(now_ns)
         while self._retries and self._retries[0][0] <= now_ns:
             due, _, append = heapq.heappop(self._retries)
-            if append.state is AppendState.WAITING and append.due_ns == due:
+            if append.due_ns != due:
+                continue
+            if append.state is AppendState.WAITING:
                 self._send_again(append, now_ns)
+            elif append.state is AppendState.SENT:
+                self._recall(append, now_ns)
+        if now_ns >= self._look_ns:
+            self._look(now_ns)
         for _ in range(_ROUNDS_PER_TICK):
             if not self._waiting[0] and not self._waiting[1]:
                 break
@@ -228,8 +264,13 @@ class Gateway:
                     self._split_round(self._waiting[kind], is_async=kind == 1, now_ns=now_ns)
 
     def answered(self, append: Append, appended: Appended, now_ns: int) -> None:
-        """Take the leader's answer to an append that was sent."""
-        assert append.state is AppendState.SENT
+        """Take a leader's answer to an append that was sent, at whichever attempt."""
+        if append.state is AppendState.DONE:
+            return  # another attempt was answered before
+        assert append.state is not AppendState.QUEUED
+        self._now_ns = now_ns
+        self.counters.append_ns.observe(now_ns - append.sent_ns)
+        self._trouble[append.partition] = ""
         try:
             outcomes = check_answer(append, appended)
         except RemoteProtocolError as error:
@@ -252,7 +293,9 @@ class Gateway:
                     self._resolve(request, partition)
         self._done(append, now_ns)
 
-    def failed(self, append: Append, error: WireError, now_ns: int, *, sent: bool) -> None:
+    def failed(
+        self, append: Append, error: WireError, now_ns: int, *, sent: bool, attempt: int | None = None
+    ) -> None:
         """Take notice that an append got no APPENDED.
 
         Args:
@@ -260,8 +303,12 @@ class Gateway:
             error: what the leader answered, or what went wrong on the way.
             now_ns: the time.
             sent: whether the leader may have received it.
+            attempt: `append.attempts` as it was when it was given out; None for the present one.
         """
-        assert append.state is AppendState.SENT
+        if append.state is not AppendState.SENT or attempt not in {None, append.attempts}:
+            return  # it was sent elsewhere since, or is over: what became of that attempt makes no difference
+        self._now_ns = now_ns
+        count_in(self.counters.append_failures, error.code)
         refused = error.code in _REFUSALS
         if sent and not refused:
             append.maybe_stored = True
@@ -270,40 +317,41 @@ class Gateway:
             self._fail_all(append, error, not_stored=refused and not append.maybe_stored)
             self._done(append, now_ns)
             return
-        if append.uncount():
-            self._rounds -= 1
-        if not append.has_failed:
-            append.has_failed = True
-            self._failing[append.partition] += 1
-            # What is behind it would make requests of all partitions wait.
-            for following in self._queues[append.partition]:
-                if following.uncount():
-                    self._rounds -= 1
-            self._shed(append.partition)
+        self._trouble[append.partition] = error.message
+        self._mark_failing(append)
         if not append.is_wanted():
             self._done(append, now_ns)
             return
         config = self.config
-        backoff = min(config.retry_ns_min << min(append.attempts - 1, 16), config.retry_ns_max)
+        backoff = min(config.retry_ns_min << min(append.failures, 16), config.retry_ns_max)
+        append.failures += 1
         append.state = AppendState.WAITING
         self._schedule(append, now_ns + backoff // 2 + int(self._rng.random() * (backoff // 2)))
 
-    def leader_changed(self, partition: int, now_ns: int) -> None:
-        """Send a partition's failed appends again at the next tick: it has another leader."""
-        if not 0 <= partition < self.partition_count or not self._failing[partition]:
+    def leader_changed(self, partition: int, now_ns: int, target: str = "") -> None:
+        """Send a partition's appends to its new leader: at the next tick what failed, in time what is out.
+
+        Args:
+            partition: whose leader has changed, or can be reached now.
+            now_ns: the time.
+            target: the leader, as the shell writes it to `Append.target`; what is out to this one stays there.
+        """
+        if not 0 <= partition < self.partition_count:
             return
-        for _, _, append in list(self._retries):
-            if (
-                append.partition == partition
-                and append.state is AppendState.WAITING
-                and append.due_ns > now_ns
-            ):
-                self._schedule(append, now_ns)
+        for append in self._live[partition]:
+            if append.state is AppendState.WAITING:
+                append.failures = 0
+                if append.due_ns > now_ns:
+                    self._schedule(append, now_ns)
+            elif append.state is AppendState.SENT and append.target != target:
+                self._schedule(append, max(now_ns, append.sent_ns + self.config.recall_ns))
 
     # ------------------------------------------------------------ splitting
 
     def _split_round(self, waiting: deque[Request], *, is_async: bool, now_ns: int) -> None:
         """Split as many waiting requests of a kind as go into one call, and hand on the appends."""
+        if len(waiting) == 1 and self._split_single(waiting, is_async=is_async, now_ns=now_ns):
+            return
         requests: list[Request] = []
         bodies: list[bytes] = []
         events = size = metrics = 0
@@ -326,6 +374,8 @@ class Gateway:
         if not requests:
             return
         result = split(bodies, self.partition_count, self._seed)
+        if len(bodies) == 1 and events == 1 and result.payloads:
+            self._singles.learn(bodies[0], result.payloads[0])
         for request, body, status in zip(requests, bodies, result.status, strict=True):
             request.body = None
             self._bytes -= len(body) + 8 * request.events
@@ -348,21 +398,43 @@ class Gateway:
         if round_.left:
             self._rounds += 1
 
+    def _split_single(self, waiting: deque[Request], *, is_async: bool, now_ns: int) -> bool:
+        """Hand on the one request that waits, if it is one event of a shape that is known. Whether that is done."""
+        request = waiting[0]
+        body = request.body
+        if request.events != 1 or body is None:
+            return False
+        payload = self._singles.split(body)
+        if payload is None:
+            return False
+        waiting.popleft()
+        request.body = None
+        self._bytes -= len(body) + 8
+        request.left[payload.partition] = 1
+        round_ = Round(None, [])
+        append = Append(payload, [request], round_, is_async=is_async, metrics_revision=self.metrics_revision)
+        self._queue(append, now_ns)
+        if round_.left:
+            self._rounds += 1
+        return True
+
     def _queue(self, append: Append, now_ns: int) -> None:
         """Send a new append, or queue it behind those of its partition."""
         partition = append.partition
         self._bytes += len(append.body)
-        if self._in_flight[partition] < self.config.appends_in_flight_max:
-            append.count()
-            self._in_flight[partition] += 1
+        live = self._live[partition]
+        if len(live) < self.config.appends_in_flight_max:
+            if not self._is_slow[partition]:
+                append.count()
+            live.append(append)
             self._send(append, now_ns)
             return
         self._queues[partition].append(append)
         self._queued_bytes += _weight(append)
-        if not self._failing[partition]:
-            append.count()
-        else:
+        if self._failing[partition]:
             self._shed(partition)
+        elif not self._is_slow[partition]:
+            append.count()
 
     def _shed(self, partition: int) -> None:
         """Keep what waits for a failing partition from taking the room of all others: drop the newest.
@@ -377,7 +449,8 @@ class Gateway:
             error = WireError(
                 int(ErrorCode.OVERLOADED),
                 True,
-                f"partition {partition} fails, and too much waits for it",
+                f"partition {partition} can't be written to, and too much waits for it"
+                + self._because(partition),
                 {"retry_after_ms": self.config.retry_after_ms},
             )
             self._fail_all(append, error, not_stored=False)
@@ -395,8 +468,11 @@ class Gateway:
 
     def _send(self, append: Append, now_ns: int) -> None:
         append.attempts += 1
+        append.sent_ns = now_ns
         append.state = AppendState.SENT
-        last = max(request.deadline_ns for request in append.requests)
+        append.due_ns = -1
+        requests = append.requests
+        last = requests[0].deadline_ns if len(requests) == 1 else max([r.deadline_ns for r in requests])
         append.timeout_ns = max(min(self.config.append_timeout_ns, last - now_ns), _ATTEMPT_NS_MIN)
         self._appends.append(append)
 
@@ -406,6 +482,49 @@ class Gateway:
         else:
             self._done(append, now_ns)
 
+    def _recall(self, append: Append, now_ns: int) -> None:
+        """Send an append that is out to its partition's new leader as well."""
+        append.maybe_stored = True
+        self._trouble[append.partition] = "its leader was replaced"
+        self._mark_failing(append)
+        self._send_again(append, now_ns)
+
+    def _mark_failing(self, append: Append) -> None:
+        """An append failed, or might as well have: its partition must not hold up the others."""
+        if append.has_failed:
+            return
+        append.has_failed = True
+        self._failing[append.partition] += 1
+        self._make_slow(append.partition)
+        self._shed(append.partition)
+
+    def _make_slow(self, partition: int) -> None:
+        """Let requests no longer wait for what a partition has under way."""
+        self._is_slow[partition] = True
+        for append in self._live[partition]:
+            if append.uncount():
+                self._rounds -= 1
+        for append in self._queues[partition]:
+            if append.uncount():
+                self._rounds -= 1
+
+    def _look(self, now_ns: int) -> None:
+        """Notice appends that are out for long. Costs a look at each partition, so it is done now and then only."""
+        config = self.config
+        self._look_ns = now_ns + config.patience_ns // 4
+        for partition, live in enumerate(self._live):
+            for append in live:
+                if append.state is not AppendState.SENT or now_ns - append.sent_ns < config.patience_ns:
+                    continue
+                if not self._is_slow[partition]:
+                    self._make_slow(partition)
+                if now_ns - append.sent_ns >= config.stall_ns:
+                    self._mark_failing(append)
+
+    def _because(self, partition: int) -> str:
+        """Why a partition can't be written to, to be put behind a sentence."""
+        return f": {self._trouble[partition]}" if self._trouble[partition] else ""
+
     def _schedule(self, append: Append, due_ns: int) -> None:
         append.due_ns = due_ns
         self._tie += 1
@@ -413,7 +532,7 @@ class Gateway:
 
     def _done(self, append: Append, now_ns: int) -> None:
         """An append that was SENT or WAITING is over: its place goes to the next of its partition."""
-        assert append.state in {AppendState.SENT, AppendState.WAITING}
+        assert append.state is AppendState.SENT or append.state is AppendState.WAITING
         partition = append.partition
         if append.uncount():
             self._rounds -= 1
@@ -421,13 +540,15 @@ class Gateway:
             self._failing[partition] -= 1
         append.state = AppendState.DONE
         self._bytes -= len(append.body)
-        self._in_flight[partition] -= 1
+        self._is_slow[partition] = self._failing[partition] > 0
+        live = self._live[partition]
+        live.remove(append)
         queue = self._queues[partition]
-        while queue and self._in_flight[partition] < self.config.appends_in_flight_max:
+        while queue and len(live) < self.config.appends_in_flight_max:
             following = queue.popleft()
             self._queued_bytes -= _weight(following)
             if following.is_wanted():
-                self._in_flight[partition] += 1
+                live.append(following)
                 self._send(following, now_ns)
             else:
                 self._drop(following)
@@ -447,8 +568,7 @@ class Gateway:
         request.runs.append(PartitionRun(partition, outcome.base_offset, count))
         if not outcome.exceptions:
             return
-        round_ = append.round
-        indexes = event_indexes(round_.part, round_.firsts, append.chunks[number], partition)
+        indexes = append.positions(number)
         for position, reason, offset in outcome.exceptions:
             request.outcomes.append(EventOutcome(int(indexes[position]), reason, partition, offset))
 
@@ -467,6 +587,7 @@ class Gateway:
 
     def _answer(self, request: Request) -> None:
         self._close(request)
+        self.counters.answered(request, self._now_ns)
         runs = request.runs
         if len(runs) > 1:
             runs.sort(key=_partition_of_run)
@@ -488,6 +609,7 @@ class Gateway:
             self._tie = max(self._tie, len(self._deadlines))
 
     def _refuse(self, connection: Any, request_id: int, error: WireError) -> None:
+        count_in(self.counters.refusals, error.code)
         self._answers.append(Answer(connection, request_id, FrameType.ERROR, encode(error)))
 
     def _expire(self, now_ns: int) -> None:
@@ -505,7 +627,9 @@ class Gateway:
                 continue
             for partition, count in sorted(request.left.items()):
                 error = WireError(
-                    int(ErrorCode.TIMEOUT), True, f"partition {partition} did not answer in time"
+                    int(ErrorCode.TIMEOUT),
+                    True,
+                    f"partition {partition} did not answer in time" + self._because(partition),
                 )
                 request.failures.append(PartitionFailure(partition, count, error))
             request.left.clear()

@@ -1,8 +1,9 @@
 """Creating, changing, listing and deleting metrics: transactions on the coordinator's keys `metrics/<code>`.
 
-A key's value is a `schema.MetricRecord`. A metric's **uid** is its key's create revision, which is known only once
-the key is written. So the stored record carries uid 0 and whoever reads it completes it from the key
-(`catalog.metric_of`): one transaction creates a metric, and there is no moment at which it has no uid or a wrong one.
+A key's value is a `schema.MetricRecord`. A metric's **uid** is the epoch base plus its key's create revision, which
+is known only once the key is written. So the stored record carries the base alone and whoever reads it completes it
+from the key (`catalog.metric_of`): one transaction, which requires the base to be as it was read, creates a metric,
+and there is no moment at which it has no uid or a wrong one.
 
 Every change is conditional on what was read, so two administrators never overwrite each other: a creation on the
 key's absence, an update and a deletion on its last revision. A transaction that lost is judged again by what is
@@ -35,6 +36,7 @@ from tallymark_protocol.messages import (
 from tallymark_protocol.model import MetricSchema
 from tallymark_runtime.catalog import METRICS, metric_key, metric_of
 from tallymark_runtime.coordinator.port import Coordinator, Delete, Get, KeyValue, Put, absent, unchanged
+from tallymark_runtime.epochs import read_base
 
 _ATTEMPTS_MAX: Final = 8  # of a change that others keep getting in the way of
 _NEAR_MAX: Final = 3  # similar codes that an error names
@@ -42,8 +44,8 @@ _NEAR_MAX: Final = 3  # similar codes that an error names
 MetricCall = MetricCreate | MetricUpdate | MetricDelete | MetricList
 
 
-def _stored(record: rules.MetricRecord) -> bytes:
-    return rules.encode_record(msgspec.structs.replace(record, uid=0))
+def _stored(record: rules.MetricRecord, base: int) -> bytes:
+    return rules.encode_record(msgspec.structs.replace(record, uid=base))
 
 
 class MetricsAdmin:
@@ -72,13 +74,21 @@ class MetricsAdmin:
         Raises:
             InvalidRequestError: the schema breaks a rule.
             AlreadyExistsError: the code is taken; `identical` says whether by an equal schema.
+            UnavailableError: the code is deleted and created by others all the time.
         """
         record = rules.make_record(0, schema)
         key = metric_key(schema.code)
-        result = await self._coordinator.txn([absent(key)], [Put(key, _stored(record))], [Get(key)])
-        if result.succeeded:
-            self.revision = max(self.revision, result.revision)
-            return msgspec.structs.replace(record, uid=result.revision)
+        for _ in range(_ATTEMPTS_MAX):
+            read = await read_base(self._coordinator)
+            put = Put(key, _stored(record, read.base))
+            result = await self._coordinator.txn([absent(key), read.condition], [put], [Get(key)])
+            if result.succeeded:
+                self.revision = max(self.revision, result.revision)
+                return msgspec.structs.replace(record, uid=read.base + result.revision)
+            if result.results[0]:
+                break
+        else:
+            raise _contended(schema.code)
         (existing,) = result.results[0]
         identical = rules.canonical(metric_of(existing).schema) == rules.canonical(schema)
         raise AlreadyExistsError(
@@ -103,7 +113,8 @@ class MetricsAdmin:
             if rules.canonical(old.schema) == rules.canonical(schema):
                 return old
             record = rules.update_record(old, schema)
-            result = await self._coordinator.txn([unchanged(item)], [Put(key, _stored(record))])
+            stored = _stored(record, old.uid - item.create_revision)
+            result = await self._coordinator.txn([unchanged(item)], [Put(key, stored)])
             if result.succeeded:
                 self.revision = max(self.revision, result.revision)
                 return record

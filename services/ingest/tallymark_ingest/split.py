@@ -55,7 +55,9 @@ class Payload(NamedTuple):
     """One partition's share of a call, with where it came from."""
 
     partition: int
-    data: npt.NDArray[np.uint8]  # a view of the call's output; never written again
+    data: (
+        npt.NDArray[np.uint8] | bytes
+    )  # where it is an array, a view of the call's output; never written again
     event_count: int
     chunks: list[int]  # the chunks in it, in the order of its chunk table, numbered as they were passed
     counts: list[int]  # how many events of each

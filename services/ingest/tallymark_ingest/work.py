@@ -6,13 +6,13 @@ Plain objects with few rules of their own; `gateway` moves them along.
 from __future__ import annotations
 
 import enum
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from tallymark_ingest.split import Payload
+from tallymark_ingest.split import Payload, event_indexes
 from tallymark_protocol.codec import encode
 from tallymark_protocol.errors import Reason, RemoteProtocolError
 from tallymark_protocol.messages import (
@@ -24,6 +24,8 @@ from tallymark_protocol.messages import (
     PartitionFailure,
     PartitionRun,
 )
+
+_FIRST: Final = np.zeros(1, dtype=np.int64)
 
 
 class Answer(NamedTuple):
@@ -48,6 +50,7 @@ class Request:
     """One caller's chunk under way."""
 
     __slots__ = (
+        "arrived_ns",
         "body",
         "connection",
         "deadline_ns",
@@ -61,7 +64,14 @@ class Request:
     )
 
     def __init__(
-        self, connection: Any, request_id: int, body: bytes, events: int, metrics: int, deadline_ns: int
+        self,
+        connection: Any,
+        request_id: int,
+        body: bytes,
+        events: int,
+        metrics: int,
+        deadline_ns: int,
+        arrived_ns: int,
     ) -> None:
         self.connection = connection
         self.request_id = request_id
@@ -69,6 +79,7 @@ class Request:
         self.events = events
         self.metrics = metrics
         self.deadline_ns = deadline_ns
+        self.arrived_ns = arrived_ns
         self.left: dict[int, int] = {}  # once split: partition -> events, of the partitions without an answer
         self.runs: list[PartitionRun] = []
         self.outcomes: list[EventOutcome] = []
@@ -80,8 +91,8 @@ class Round:
 
     __slots__ = ("firsts", "left", "part")
 
-    def __init__(self, part: npt.NDArray[np.uint16], firsts: list[int]) -> None:
-        self.part = part
+    def __init__(self, part: npt.NDArray[np.uint16] | None, firsts: list[int]) -> None:
+        self.part = part  # None: there is one event
         self.firsts = firsts
         self.left = 0  # appends that requests to come should wait for
 
@@ -96,13 +107,16 @@ class Append:
         "chunks",
         "counts",
         "due_ns",
+        "failures",
         "has_failed",
         "is_async",
         "maybe_stored",
         "partition",
         "requests",
         "round",
+        "sent_ns",
         "state",
+        "target",
         "timeout_ns",
     )
 
@@ -115,31 +129,42 @@ class Append:
         is_async: bool,
         metrics_revision: int,
     ) -> None:
+        data = payload.data
         self.partition = payload.partition
         self.is_async = is_async
         header = encode(
             AppendHeader(
                 partition=payload.partition,
-                checksum=google_crc32c.value(payload.data),
+                checksum=google_crc32c.value(data),
                 is_async=is_async,
                 metrics_revision=metrics_revision,
             )
         )
         # The whole frame's body, kept until the append is done: a second attempt sends the same bytes.
-        self.body = b"".join((len(header).to_bytes(2, "little"), header, payload.data.data))
+        self.body = b"".join(
+            (len(header).to_bytes(2, "little"), header, data if isinstance(data, bytes) else data.data)
+        )
         self.chunks = payload.chunks  # numbers of the chunks in the split, in the order of the chunk table
         self.counts = payload.counts
         self.requests = requests  # whose chunks these are, in the same order
         self.round = round_
         self.state = AppendState.QUEUED
         self.attempts = 0
-        self.has_failed = (
-            False  # an attempt failed; its partition counts as failing while there is such an append
-        )
+        self.failures = 0  # of attempts since its partition's leader changed
+        self.has_failed = False  # its partition counts as failing while there is such an append
         self.maybe_stored = False  # an attempt ended without the leader saying that it took nothing
-        self.due_ns = 0  # while WAITING: when to send it again
+        self.due_ns = -1  # while WAITING: when to send it again; while SENT: likewise, -1 for no such time
+        self.sent_ns = 0  # while SENT: since when
+        self.target = ""  # while SENT: to whom, in the shell's words
         self.timeout_ns = 0  # while SENT: for how long to wait for the answer
         self._counted = False
+
+    def positions(self, number: int) -> npt.NDArray[np.int64]:
+        """Where in its chunk each event of the payload's chunk `number` stands."""
+        part = self.round.part
+        if part is None:
+            return _FIRST
+        return event_indexes(part, self.round.firsts, self.chunks[number], self.partition)
 
     def is_wanted(self) -> bool:
         """Whether a request still waits for it."""

@@ -428,6 +428,81 @@ def test_an_unsplit_request_expires():
     assert (error.code, error.retriable) == (ErrorCode.TIMEOUT, True)
 
 
+def test_what_the_old_leader_owes_is_sent_to_the_new_one_in_time():
+    """After `recall_ns` from its sending, and not at all while the leader stays the same."""
+    gateway, leaders = _gateway(recall_ns=100 * MS), _leaders()
+    gateway.ingest("c", 1, encode_chunk([Ev(account=_account(2))]), 0, 0)
+    gateway.tick(0)
+    (append,) = gateway.take_appends()
+    append.target = "old"
+    gateway.leader_changed(2, 10 * MS, "old")
+    gateway.tick(500 * MS)
+    assert gateway.take_appends() == []
+    gateway.leader_changed(2, 20 * MS, "new")
+    assert gateway.next_deadline() == 100 * MS
+    gateway.tick(99 * MS)
+    assert gateway.take_appends() == []
+    gateway.tick(100 * MS)
+    (again,) = gateway.take_appends()
+    assert again is append
+    assert again.attempts == 2
+    # What becomes of the first attempt changes nothing, ...
+    gateway.failed(append, GONE, 110 * MS, sent=True, attempt=1)
+    gateway.tick(10**10)
+    assert gateway.take_appends() == []
+    # ... unless it was answered: then nothing more is waited for, and the second answer is passed over.
+    appended = leaders[2].append(append.body)
+    gateway.answered(append, appended, 120 * MS)
+    gateway.answered(append, leaders[2].append(append.body), 130 * MS)
+    assert [run.count for run in _receipts(gateway)[1].runs] == [1]
+    assert gateway.pending_bytes == 0
+    assert gateway.next_deadline() is None or not gateway.tick(10**12)
+
+
+def test_a_refusal_by_the_new_leader_does_not_say_that_nothing_is_stored():
+    """The old one may have stored it."""
+    gateway = _gateway(recall_ns=0)
+    gateway.ingest("c", 1, encode_chunk([Ev(account=_account(2))]), 0, 0)
+    gateway.tick(0)
+    (append,) = gateway.take_appends()
+    gateway.leader_changed(2, MS, "new")
+    gateway.tick(MS)
+    assert gateway.take_appends() == [append]
+    gateway.failed(append, WireError(int(ErrorCode.DISK_FULL), True, "full"), 2 * MS, sent=True)
+    (failure,) = _receipts(gateway)[1].failures
+    assert not failure.not_stored
+
+
+def test_rounds_that_are_out_for_long_hold_nobody():
+    """A partition that doesn't answer stops counting after `patience_ns`, and fails after `stall_ns`."""
+    gateway, leaders = _gateway(coalesce_ns_max=10**11, patience_ns=100 * MS, stall_ns=300 * MS), _leaders()
+
+    def send(number, partition, now):
+        chunk = encode_chunk([Ev(account=_account(partition))], sequence=number)
+        gateway.ingest("c", number, chunk, 0, now)
+        gateway.tick(now)
+        return gateway.take_appends()
+
+    for number in (1, 2, 3):
+        assert len(send(number, 0, 0)) == 1
+    assert send(4, 1, MS) == []
+    assert gateway.next_deadline() <= 125 * MS
+    for now in range(2, 99):
+        gateway.tick(now * MS)
+    assert gateway.take_appends() == []
+    gateway.tick(130 * MS)
+    _serve(gateway, leaders, gateway.take_appends())
+    assert sorted(_receipts(gateway)) == [4]
+    for number in range(5, 20):
+        _serve(
+            gateway, leaders, send(number, number % 2, 131 * MS)
+        )  # what is for the other waits in its queue
+    assert sorted(_receipts(gateway)) == list(range(5, 20, 2))
+    assert gateway._failing[0] == 0
+    gateway.tick(500 * MS)
+    assert gateway._failing[0] == 3
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_simulation(seed):
     """Random chunks, losses, refusals, delays and resends: one answer a request, no event lost or doubled."""
@@ -438,10 +513,14 @@ def test_simulation(seed):
             appends_in_flight_max=rng.choice([1, 3]),
             pending_bytes_max=rng.choice([200_000, 64 << 20]),
             append_timeout_ns=500 * MS,
+            recall_ns=rng.choice([0, 5 * MS]),
+            patience_ns=rng.choice([MS, 250 * MS]),
+            stall_ns=rng.choice([2 * MS, 1_000 * MS]),
         ),
         random.Random(seed),
     )
     leaders = _leaders()
+    leading = ["a"] * P  # who leads; both share a log, as if replicated
     sent, answered, in_flight = {}, {}, []
     now, number = 0, 0
 
@@ -450,7 +529,9 @@ def test_simulation(seed):
             assert answer.request_id in sent
             assert answer.request_id not in answered, "one answer a request"
             answered[answer.request_id] = answer
-        in_flight.extend(gateway.take_appends())
+        for append in gateway.take_appends():
+            append.target = leading[append.partition]
+            in_flight.append((append, append.attempts))
 
     def check_receipts():
         for request_id, answer in answered.items():
@@ -497,24 +578,26 @@ def test_simulation(seed):
         collect()
         rng.shuffle(in_flight)
         for _ in range(rng.randrange(len(in_flight) + 1) if not calm else len(in_flight)):
-            append = in_flight.pop()
+            append, attempt = in_flight.pop()
             leader = leaders[append.partition]
             fate = rng.random() if not calm else 1.0
             if fate < 0.1:
-                gateway.failed(append, GONE, now, sent=True)
+                gateway.failed(append, GONE, now, sent=True, attempt=attempt)
             elif fate < 0.2:
                 leader.append(append.body)
-                gateway.failed(append, GONE, now, sent=True)
+                gateway.failed(append, GONE, now, sent=True, attempt=attempt)
             elif fate < 0.25:
                 error = WireError(int(ErrorCode.NOT_LEADER), True, "not the leader")
-                gateway.failed(append, error, now, sent=True)
+                gateway.failed(append, error, now, sent=True, attempt=attempt)
             elif fate < 0.28:
                 error = WireError(int(ErrorCode.DISK_FULL), True, "full")
-                gateway.failed(append, error, now, sent=True)
+                gateway.failed(append, error, now, sent=True, attempt=attempt)
             else:
                 gateway.answered(append, leader.append(append.body), now)
             if rng.random() < 0.1:
-                gateway.leader_changed(append.partition, now)
+                if rng.random() < 0.5:
+                    leading[append.partition] = rng.choice("ab")
+                gateway.leader_changed(append.partition, now, leading[append.partition])
         collect()
         if calm and len(answered) == number and not in_flight:
             break

@@ -36,14 +36,14 @@ from tallymark_protocol.messages import (
     Welcome,
 )
 from tallymark_protocol.model import AggType, AlertThreshold, MetricSchema
-from tallymark_runtime.catalog import metric_of
+from tallymark_runtime.catalog import Leader, Node, leader_key, metric_of, node_key
 from tallymark_runtime.clock import RealClock
 from tallymark_runtime.coordinator import MemoryCoordinator
 from tallymark_runtime.peer import PeerClient
 from tallymark_runtime.transport import FrameServer, HandlerBase
 
 from .ingest_helpers import Ev, encode_chunk
-from .ingest_leader import Leader
+from .ingest_leader import Leader as FakeLeader
 
 P = 4
 
@@ -61,7 +61,7 @@ class FakeStore(HandlerBase):
     """Leads every partition. `fate` decides what becomes of each append."""
 
     def __init__(self):
-        self.leaders = [Leader(p) for p in range(P)]
+        self.leaders = [FakeLeader(p) for p in range(P)]
         self.fate = lambda number, partition: "answer"
         self.number = 0
         self.held = []
@@ -123,9 +123,8 @@ class Cluster:
         return self
 
     async def lead(self, partition, address=None):
-        value = {"address": address or self.store.server.address, "epoch": 1, "instance": "a"}
-        encoder = msgspec.json if partition % 2 else msgspec.msgpack
-        await self.coordinator.put(b"leaders/%d" % partition, encoder.encode(value))
+        leader = Leader("store-1", address or self.store.server.address, "a")
+        await self.coordinator.put(leader_key(partition), msgspec.msgpack.encode(leader))
 
     async def client(self):
         client = PeerClient(self.gateway.address, rng=random.Random(2))
@@ -248,7 +247,8 @@ async def test_without_a_leader_requests_wait_for_one(cluster):
 async def test_an_unreadable_leader_key_is_no_leader(cluster):
     """Garbage in the coordinator is survived, and corrected by what comes after."""
     await cluster.start(leaders=())
-    for value in (b"", b"{", b"\xc1", msgspec.json.encode({"address": "nonsense"})):
+    nonsense = Leader("n", "nonsense", "i")
+    for value in (b"", b"{", b"\xc1", b"\xa1\xff", msgspec.msgpack.encode(nonsense)):
         for partition in range(P):
             await cluster.coordinator.put(b"leaders/%d" % partition, value)
     await cluster.coordinator.put(b"leaders/x", b"1")
@@ -349,20 +349,19 @@ async def test_close_answers_what_is_under_way(cluster):
 async def test_topology_and_welcome(cluster):
     """Clients learn limits, the partition count and where to query."""
     await cluster.start()
-    await cluster.coordinator.put(b"nodes/a", msgspec.json.encode({"address": "h:2", "role": "query+alerts"}))
-    await cluster.coordinator.put(
-        b"nodes/b", msgspec.msgpack.encode({"address": "h:3", "roles": ["ingest"], "extra": 1})
-    )
-    await cluster.coordinator.put(b"nodes/c", b"garbage")
+    for role, name in (("query", "a"), ("ingest", "b"), ("alerts", "c")):
+        node = Node(name, f"h:{ord(name)}", role)
+        await cluster.coordinator.put(node_key(role, name), msgspec.msgpack.encode(node))
+    await cluster.coordinator.put(b"nodes/query/d", b"garbage")
     client = await cluster.client()
     while True:
         topology = await client.call(GetTopology(), Topology)
-        if len(topology.gateways) == 2:
+        if topology.alerts:
             break
     assert topology.partition_count == P
-    assert topology.gateways == [cluster.gateway.address, "h:3"]
-    assert topology.query == ["q:1", "h:2"]
-    assert topology.alerts == ["h:2"]
+    assert topology.gateways == [cluster.gateway.address, "h:98"]
+    assert topology.query == ["q:1", "h:97"]
+    assert topology.alerts == ["h:99"]
     assert client.welcome.role == "ingest"
     assert client.welcome.request_events_max == 100_000
     with pytest.raises(InvalidRequestError):

@@ -18,6 +18,8 @@ from tallymark_protocol.messages import (
     AlertRecord,
     AlertsPage,
     AlertsResult,
+    EventsPage,
+    EventsResult,
     QueryAlerts,
     QueryEvents,
     QueryRealtime,
@@ -78,6 +80,7 @@ def totals(
             buckets=[(part.start_ns, part.end_ns) for part in parts],
             filters=request.filters,
             group_by=request.group_by,
+            consistency=request.consistency,
         ),
         period,
     )
@@ -94,6 +97,8 @@ def totals_result(
         buckets=request.buckets,
         as_of={request.partition: answer.as_of},
         agg_type=int(record.schema.agg_type),
+        lag=nonzero({request.partition: answer.lag}),
+        silence_ms=nonzero({request.partition: answer.silence_ms}),
     )
 
 
@@ -103,6 +108,7 @@ def realtime(request: QueryRealtime, partition_count: int) -> StoreRealtime:
         partition=partition_of(request.account_id, partition_count),
         metric_code=request.metric_code,
         account_id=request.account_id,
+        consistency=request.consistency,
     )
 
 
@@ -115,6 +121,8 @@ def realtime_result(partition: int, agg_type: int, answer: RealtimeResult) -> Qu
         buckets=[(answer.start_ns, answer.end_ns)],
         as_of={partition: answer.as_of},
         agg_type=agg_type,
+        lag=nonzero({partition: answer.lag}),
+        silence_ms=nonzero({partition: answer.silence_ms}),
     )
 
 
@@ -134,6 +142,7 @@ def top(
             buckets=[(period.start_ns, period.end_ns)],
             filters=request.filters,
             top=request.limit,
+            consistency=request.consistency,
         )
         for partition in range(partition_count)
     ]
@@ -173,6 +182,8 @@ def merge_top(
         buckets=[(period.start_ns, period.end_ns)],
         as_of={answer.partition: answer.as_of for answer in answers},
         agg_type=agg_type,
+        lag=nonzero({answer.partition: answer.lag for answer in answers}),
+        silence_ms=nonzero({answer.partition: answer.silence_ms for answer in answers}),
     )
 
 
@@ -213,6 +224,18 @@ def events(request: QueryEvents, partition_count: int) -> StoreEvents:
         end_ns=request.end_ns,
         from_offset=decode_cursor(request.cursor),
         limit=request.limit,
+        consistency=request.consistency,
+    )
+
+
+def events_page(partition: int, answer: EventsResult) -> EventsPage:
+    """The caller's page from the store's."""
+    return EventsPage(
+        events=answer.events,
+        cursor="" if answer.next_offset is None else encode_cursor(answer.next_offset),
+        as_of={partition: answer.as_of},
+        lag=nonzero({partition: answer.lag}),
+        silence_ms=nonzero({partition: answer.silence_ms}),
     )
 
 
@@ -234,6 +257,7 @@ def alerts(request: QueryAlerts, partition_count: int) -> list[StoreAlerts]:
             metric_code=request.metric_code,
             from_position=request.since.get(partition, 0),
             limit=request.limit,
+            consistency=request.consistency,
         )
         for partition in partitions
     ]
@@ -248,6 +272,21 @@ def merge_alerts(request: QueryAlerts, asked: list[StoreAlerts], answers: list[A
     more = len(found) > len(shown)
     for question, answer in zip(asked, answers, strict=True):
         left = [alert.position for alert in found[request.limit :] if alert.partition == question.partition]
-        cursor[question.partition] = min(left) if left else answer.next_position
+        after = min(left) if left else answer.next_position
+        # A copy that is behind may not have come as far as its caller.
+        cursor[question.partition] = max(after, question.from_position)
         more = more or answer.more
-    return AlertsPage(alerts=shown, next=cursor, more=more)
+    by_partition = [(q.partition, a) for q, a in zip(asked, answers, strict=True)]
+    return AlertsPage(
+        alerts=shown,
+        next=cursor,
+        more=more,
+        as_of={partition: answer.as_of for partition, answer in by_partition if answer.as_of >= 0},
+        lag=nonzero({partition: answer.lag for partition, answer in by_partition}),
+        silence_ms=nonzero({partition: answer.silence_ms for partition, answer in by_partition}),
+    )
+
+
+def nonzero(by_partition: dict[int, int]) -> dict[int, int]:
+    """What says nothing is left out: leaders never lag."""
+    return {partition: value for partition, value in by_partition.items() if value}

@@ -1,7 +1,7 @@
-"""A query node: answers questions by asking the stores that lead the partitions concerned.
+"""A query node: answers questions by asking the stores that hold the partitions concerned.
 
-Keeps nothing but caches: the metrics and the leaders, followed from the coordinator, and a connection to each leader.
-A lost leader is a retry inside the caller's time, not the caller's error.
+Keeps nothing but caches: metrics and whom to ask, followed from the coordinator (`asking`). What a question means and
+how answers merge is `plan`'s.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import TypeVar
 
 import msgspec
 
-from tallymark_protocol.errors import ErrorCode, NotFoundError, TallymarkError, UnavailableError
+from tallymark_protocol.errors import ErrorCode, NotFoundError
 from tallymark_protocol.messages import (
     PROTOCOL_VERSION,
     AlertsResult,
     Call,
-    EventsPage,
+    Consistency,
     EventsResult,
     Message,
     QueryAlerts,
@@ -31,17 +31,14 @@ from tallymark_protocol.messages import (
 )
 from tallymark_protocol.schema import MetricRecord
 from tallymark_query import plan
-from tallymark_runtime.catalog import LeaderCatalog, MetricCatalog
+from tallymark_query.asking import Asking
+from tallymark_query.counters import QueryCounters
+from tallymark_runtime.catalog import MetricCatalog
 from tallymark_runtime.clock import Clock
 from tallymark_runtime.coordinator import Coordinator
-from tallymark_runtime.peer import PeerClient
 from tallymark_runtime.transport import FrameServer, HandlerBase, ServerConnection
 
-T = TypeVar("T")
-
-RETRY_S = 0.02  # between attempts to reach a partition's leader; doubled up to ...
-RETRY_MAX_S = 0.5
-ATTEMPT_S = 30.0
+RETRY_S = 0.02  # before a question is asked again of a store that has not heard of a metric yet
 
 
 class QueryConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,19 +57,19 @@ class QueryService(HandlerBase):
         self, config: QueryConfig, coordinator: Coordinator, clock: Clock, rng: random.Random
     ) -> None:
         self.address = ""
+        self.counters = QueryCounters()
         self._config = config
         self._coordinator = coordinator
         self._clock = clock
         self._rng = rng
         self._metrics = MetricCatalog(coordinator)
-        self._leaders = LeaderCatalog(coordinator)
-        self._peers: dict[str, PeerClient] = {}
+        self._asking = Asking(coordinator, config.node_id, rng)
         self._server = FrameServer(self, self._welcome)
 
     async def start(self) -> None:
         """Learn of the cluster, then listen."""
         await self._metrics.start()
-        await self._leaders.start()
+        await self._asking.start()
         bound = await self._server.start(self._config.listen)
         self.address = self._config.advertise or bound
 
@@ -80,54 +77,84 @@ class QueryService(HandlerBase):
         """Answer what is under way, then stop. Call it once."""
         await self._server.close()
         await self._metrics.close()
-        await self._leaders.close()
-        for peer in self._peers.values():
-            await peer.close()
+        await self._asking.close()
 
     def _welcome(self) -> Welcome:
         return Welcome(
             version=PROTOCOL_VERSION, node_id=self._config.node_id, role="query", now_ns=self._clock.now_ns()
         )
 
+    @property
+    def partition_count(self) -> int:
+        """Of the cluster."""
+        return self._config.partition_count
+
+    @property
+    def connection_count(self) -> int:
+        """Connections of callers."""
+        return len(self._server.connections)
+
+    def leaderless(self) -> list[int]:
+        """Partitions whose leader isn't known here, in order."""
+        address = self._asking.leaders.address
+        return [number for number in range(self._config.partition_count) if address(number) is None]
+
     # ------------------------------------------------------------ calls
 
     async def on_call(self, connection: ServerConnection, call: Call) -> Message:
         """Answer a query."""
+        counters = self.counters
+        began_ns = self._clock.monotonic_ns()
+        counters.under_way += 1
+        try:
+            answer = await self._answer(connection, call)
+        except BaseException as error:
+            counters.failed(call, error)
+            raise
+        finally:
+            counters.under_way -= 1
+        counters.answered(call, self._clock.monotonic_ns() - began_ns)
+        return answer
+
+    async def _answer(self, connection: ServerConnection, call: Call) -> Message:
         count = self._config.partition_count
         match call:
             case QueryRealtime():
                 record = await self._metric(call.metric_code)
                 asked = plan.realtime(call, count)
-                realtime = await self._ask(asked.partition, asked, RealtimeResult)
+                realtime = await self._asking.ask(asked.partition, asked, RealtimeResult)
                 return plan.realtime_result(asked.partition, int(record.schema.agg_type), realtime)
             case QueryTotals():
                 while True:
                     record = await self._metric(call.metric_code)
                     question, period = plan.totals(call, record, self._clock.now_ns(), count)
-                    answer = await self._ask(question.partition, question, TotalsResult)
+                    answer = await self._asking.ask(question.partition, question, TotalsResult)
                     if await self._is_same_metric(record, [answer]):
                         return plan.totals_result(question, period, record, answer)
+                    call = _at_leader(call)
             case QueryTop():
                 while True:
                     record = await self._metric(call.metric_code)
                     questions, period = plan.top(call, record, self._clock.now_ns(), count)
                     answers = await asyncio.gather(
-                        *(self._ask(q.partition, q, TotalsResult) for q in questions)
+                        *(self._asking.ask(q.partition, q, TotalsResult) for q in questions)
                     )
                     if await self._is_same_metric(record, answers):
                         return plan.merge_top(call, period, record, answers)
+                    call = _at_leader(call)
             case QueryEvents():
                 if call.metric_code is not None:
                     await self._metric(call.metric_code)
                 page = plan.events(call, count)
-                found = await self._ask(page.partition, page, EventsResult)
-                cursor = "" if found.next_offset is None else plan.encode_cursor(found.next_offset)
-                return EventsPage(events=found.events, cursor=cursor)
+                found = await self._asking.ask(page.partition, page, EventsResult)
+                return plan.events_page(page.partition, found)
             case QueryAlerts():
                 if call.metric_code is not None:
                     await self._metric(call.metric_code)
                 wanted = plan.alerts(call, count)
-                pages = await asyncio.gather(*(self._ask(q.partition, q, AlertsResult) for q in wanted))
+                pages = await asyncio.gather(
+                    *(self._asking.ask(q.partition, q, AlertsResult) for q in wanted)
+                )
                 return plan.merge_alerts(call, wanted, pages)
         return await super().on_call(connection, call)
 
@@ -149,34 +176,20 @@ class QueryService(HandlerBase):
         uids = {answer.metric_uid for answer in answers}
         if uids <= {record.uid}:
             return True
-        await self._metrics.wait_revision(max(uids))
+        await self._metrics.wait_uid(max(uids))
         if max(uids) <= record.uid:
             await asyncio.sleep(RETRY_S)
         return False
 
-    async def _ask(self, partition: int, question: Call, kind: type[T]) -> T:
-        """Ask the leader of a partition, again after a failure that may pass; the caller's timeout ends it."""
-        delay = RETRY_S
-        while True:
-            try:
-                return await self._leader(partition).call(question, kind, timeout_s=ATTEMPT_S)
-            except TallymarkError as error:
-                if not error.retriable and error.code != ErrorCode.CLOSED:
-                    raise
-            await asyncio.sleep(delay * (0.5 + self._rng.random()))
-            delay = min(delay * 2, RETRY_MAX_S)
 
-    def _leader(self, partition: int) -> PeerClient:
-        address = self._leaders.address(partition)
-        if address is None:
-            raise UnavailableError(
-                f"partition {partition} has no leader", code=ErrorCode.PARTITION_UNAVAILABLE
-            )
-        peer = self._peers.get(address)
-        if peer is None:
-            peer = PeerClient(address, rng=self._rng, software=self._config.node_id)
-            self._peers[address] = peer
-        return peer
+C = TypeVar("C", QueryTotals, QueryTop)
+
+
+def _at_leader(call: C) -> C:
+    """A copy that was asked has not heard of the metric as it is now: the next question goes to who must have."""
+    if call.consistency is not Consistency.STALE:
+        return call
+    return msgspec.structs.replace(call, consistency=Consistency.LEADER)
 
 
 async def serve(

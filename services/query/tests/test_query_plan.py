@@ -303,3 +303,13 @@ def test_store_requests_carry_what_was_asked() -> None:
     filters = [Filter("r", ["x", "y"])]
     asked, _ = plan.totals(QueryTotals(1, "m", Period(0, 5), filters=filters), SUM, NOW, COUNT)
     assert asked == StoreTotals(partition_of(1, COUNT), "m", 1, [(0, 5)], filters, [])
+
+
+def test_a_copy_that_is_behind_does_not_take_a_cursor_back() -> None:
+    """Its end of the alerts may lie before where the caller has been already."""
+    request = QueryAlerts(account_id=42, since=dict.fromkeys(range(COUNT), 9))
+    asked = plan.alerts(request, COUNT)
+    page = plan.merge_alerts(request, asked, [AlertsResult([], 5, more=False, as_of=70, lag=2)])
+    assert page.next == request.since
+    at = partition_of(42, COUNT)
+    assert (page.as_of, page.lag, page.silence_ms) == ({at: 70}, {at: 2}, {})

@@ -21,6 +21,7 @@ from tallymark_protocol.identifiers import partition_of
 from tallymark_protocol.messages import (
     PROTOCOL_VERSION,
     AlertsResult,
+    EventsPage,
     EventsResult,
     QueryAlerts,
     QueryEvents,
@@ -40,6 +41,7 @@ from tallymark_protocol.messages import (
 from tallymark_protocol.model import AggType, MetricSchema
 from tallymark_protocol.periods import Period
 from tallymark_protocol.schema import encode_record, make_record
+from tallymark_query import asking as asking_module
 from tallymark_query import service as query
 from tallymark_runtime.catalog import Leader, leader_key, metric_key
 from tallymark_runtime.clock import ManualClock
@@ -115,7 +117,7 @@ class World:
 
     async def ask(self, call: Any, timeout_s: float = 20) -> Any:
         kinds = {
-            QueryEvents: query.EventsPage,
+            QueryEvents: EventsPage,
             QueryAlerts: query.plan.AlertsPage,
         }
         return await self.client.call(
@@ -169,7 +171,7 @@ async def test_what_is_wrong_with_a_question_is_said_at_once(world: World) -> No
 
 async def test_a_lost_leader_is_asked_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Until it is there, or another one, whose address the coordinator tells."""
-    monkeypatch.setattr(query, "RETRY_S", 0.001)
+    monkeypatch.setattr(asking_module, "RETRY_S", 0.001)
     other = Store()
     await other.server.start()
     refused: list[Any] = []
@@ -239,17 +241,17 @@ async def test_a_cache_that_is_behind_catches_up(world: World) -> None:
     world.service._metrics._records["m"] = before
     asked = len(world.store.asked)
     waits: list[int] = []
-    wait = world.service._metrics.wait_revision
+    wait = world.service._metrics.wait_uid
 
-    async def wait_revision(revision: int) -> None:
-        waits.append(revision)
+    async def wait_uid(uid: int) -> None:
+        waits.append(uid)
         world.service._metrics._records.pop("m", None)
-        await wait(revision)
+        await wait(uid)
         world.service._metrics._records["m"] = msgspec.structs.replace(
             make_record(world.store.uid, MetricSchema(code="m", agg_type=AggType.SUM))
         )
 
-    world.service._metrics.wait_revision = wait_revision  # type: ignore[method-assign]
+    world.service._metrics.wait_uid = wait_uid  # type: ignore[method-assign]
     found = await world.ask(QueryTotals(ACCOUNT, "m", Period(5, 9)))
     assert found.agg_type == AggType.SUM
     assert waits == [world.store.uid]

@@ -1,0 +1,225 @@
+"""Asking stores: which store a question goes to, and when it is asked again.
+
+Owns the connections to the stores and what the coordinator tells of them. A question about a partition goes to its
+leader, or, with `Consistency.STALE`, to any copy: to a follower rather than to the leader, which has enough to do.
+Reads can be repeated, so whatever may pass is a retry within the caller's time and not the caller's error: a leader
+that is lost, or answers that it is none, and one that was replaced while it was asked. A retry waits for news of the
+partition (another leader, a connection that stands), and no longer than a backoff that grows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from typing import Any, Final, TypeVar
+
+from tallymark_protocol.codec import decode, encode
+from tallymark_protocol.errors import ErrorCode, TallymarkError, UnavailableError
+from tallymark_protocol.messages import (
+    Consistency,
+    FrameType,
+    StoreAlerts,
+    StoreEvents,
+    StoreRealtime,
+    StoreTotals,
+)
+from tallymark_runtime.catalog import AssignmentCatalog, LeaderCatalog, NodeCatalog
+from tallymark_runtime.coordinator import Coordinator
+from tallymark_runtime.pool import PeerPool
+from tallymark_runtime.transport import call_deadline
+
+T = TypeVar("T")
+Question = StoreTotals | StoreRealtime | StoreEvents | StoreAlerts
+
+RETRY_S: Final = 0.02  # between attempts to reach a partition's leader; doubled up to ...
+RETRY_MAX_S: Final = 0.5
+STALE_ATTEMPT_S: Final = 2.0  # for one copy to answer before the next is asked
+CATCH_UP_S: Final = 0.25  # between two questions to the coordinator for who leads
+MARGIN_S = 0.25  # an answer of ours is on the way this long before its caller gives up, or ...
+MARGIN_SHARE = 0.1  # ... this share of the time it has, if that is less
+# Codes of errors that are no final answer though the request may not be repeated as it is: of one connection, and of
+# one copy where others can be asked.
+_MAY_PASS: Final = {
+    False: frozenset({ErrorCode.CLOSED}),
+    True: frozenset({ErrorCode.CLOSED, ErrorCode.PARTITION_DAMAGED}),
+}
+_DOUBTS: Final = frozenset({ErrorCode.NOT_LEADER, ErrorCode.PARTITION_UNAVAILABLE, ErrorCode.CLOSED})
+
+
+class Asking:
+    """Asks stores; see the module's docstring. Use it on one event loop; close it at the end.
+
+    Attributes:
+        leaders: who leads, as far as is known here.
+    """
+
+    def __init__(self, coordinator: Coordinator, node_id: str, rng: random.Random) -> None:
+        self._rng = rng
+        self.leaders = LeaderCatalog(coordinator)
+        self.leaders.on_change = self._on_leader
+        self._nodes = NodeCatalog(coordinator)
+        self._nodes.on_change = self._renew_peers
+        self._assignments = AssignmentCatalog(coordinator)
+        self._peers = PeerPool(rng=rng, software=node_id)
+        self._peers.on_connected = self._on_connected
+        # By partition: questions that are out to its leader, with its address; and retries that wait for news.
+        self._out: dict[int, dict[asyncio.Future[Any], str]] = {}
+        self._waiting: dict[int, set[asyncio.Future[None]]] = {}
+        self._catching_up: asyncio.Task[None] | None = None
+        self._turn = 0  # where the next question to any copy begins
+        self._is_renewing = False  # whether `_do_renew_peers` is about to be called
+        self._is_closed = False
+
+    async def start(self) -> None:
+        """Learn who leads, and who holds copies."""
+        for catalog in (self.leaders, self._nodes, self._assignments):
+            await catalog.start()
+
+    async def close(self) -> None:
+        """Stop following, and close the connections."""
+        self._is_closed = True
+        if self._catching_up is not None:
+            self._catching_up.cancel()
+            await asyncio.gather(self._catching_up, return_exceptions=True)
+        for catalog in (self.leaders, self._nodes, self._assignments):
+            await catalog.close()
+        await self._peers.close()
+
+    def peers(self) -> list[str]:
+        """The addresses of the stores that connections are kept to."""
+        return self._peers.addresses()
+
+    # ------------------------------------------------------------ questions
+
+    async def ask(self, partition: int, question: Question, kind: type[T]) -> T:
+        """Ask about a partition, again after a failure that may pass, until the caller's time is nearly up.
+
+        Raises:
+            UnavailableError: nobody answered in time; says what went wrong last.
+            TallymarkError: what a store answered and would answer again.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = call_deadline()
+        deadline -= min(MARGIN_S, (deadline - loop.time()) * MARGIN_SHARE)
+        body = encode(question)
+        is_stale = question.consistency is Consistency.STALE
+        delay = RETRY_S
+        error: TallymarkError = UnavailableError("no time was left", code=ErrorCode.TIMEOUT)
+        while True:
+            left = deadline - loop.time()
+            for address in self._copies(partition) if is_stale else [self.leaders.address(partition)]:
+                if left <= 0:
+                    break
+                try:
+                    return decode(
+                        kind, await self._attempt(partition, address, body, left, is_stale=is_stale)
+                    )
+                except TallymarkError as failure:
+                    # Of several copies one may be damaged and another one not.
+                    may_pass = failure.retriable or failure.code in _MAY_PASS[is_stale]
+                    if not may_pass:
+                        raise
+                    error = failure
+                left = deadline - loop.time()
+            if error.code in _DOUBTS:
+                self._doubt()
+            wait = min(delay * (0.5 + self._rng.random()), left)
+            if wait <= 0:
+                raise UnavailableError(
+                    f"partition {partition} could not be read in time: {error.message}",
+                    code=error.code,
+                    details=error.details,
+                ) from error
+            await self._wait_news(partition, wait)
+            delay = min(delay * 2, RETRY_MAX_S)
+
+    def _copies(self, partition: int) -> list[str | None]:
+        """The addresses of all copies, in the order in which they are to be asked: the leader last."""
+        leader = self.leaders.address(partition)
+        known = [self._nodes.address("store", node) for node in self._assignments.nodes(partition)]
+        followers = [address for address in known if address is not None and address != leader]
+        self._turn += 1
+        first = self._turn % len(followers) if followers else 0
+        return [*followers[first:], *followers[:first], leader]
+
+    async def _attempt(
+        self, partition: int, address: str | None, body: bytes, left: float, *, is_stale: bool
+    ) -> bytes:
+        if address is None:
+            raise UnavailableError(
+                f"partition {partition} has no leader", code=ErrorCode.PARTITION_UNAVAILABLE
+            )
+        peer = self._peers.get(address)
+        if peer is None:
+            raise UnavailableError(f"there is no store at {address!r:.60}", code=ErrorCode.CLOSED)
+        timeout_s = min(left, STALE_ATTEMPT_S) if is_stale else left
+        future = peer.submit(FrameType.CALL, body, timeout_s=timeout_s)
+        if is_stale:
+            return (await future).body
+        out = self._out.setdefault(partition, {})
+        out[future] = address
+        try:
+            return (await future).body
+        finally:
+            del out[future]
+
+    async def _wait_news(self, partition: int, seconds: float) -> None:
+        """Wait until something has changed about a partition, or for some time."""
+        news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiting = self._waiting.setdefault(partition, set())
+        waiting.add(news)
+        try:
+            async with asyncio.timeout(seconds):
+                await news
+        except TimeoutError:
+            pass
+        finally:
+            waiting.discard(news)
+
+    # ------------------------------------------------------------ news
+
+    def _on_leader(self, partition: int) -> None:
+        self._renew_peers()
+        address = self.leaders.address(partition)
+        if address is None or self._is_closed:
+            return
+        self._peers.add(address)
+        for future, asked in list(self._out.get(partition, {}).items()):
+            if asked != address and not future.done():
+                future.set_exception(
+                    UnavailableError("its leader was replaced while it was asked", code=ErrorCode.NOT_LEADER)
+                )
+        self._tell(partition)
+
+    def _on_connected(self, address: str) -> None:
+        for partition in self._waiting:
+            if self.leaders.address(partition) == address:
+                self._tell(partition)
+
+    def _tell(self, partition: int) -> None:
+        for news in self._waiting.get(partition, ()):
+            if not news.done():
+                news.set_result(None)
+
+    def _renew_peers(self) -> None:
+        if not self._is_renewing:
+            self._is_renewing = True
+            asyncio.get_running_loop().call_soon(self._do_renew_peers)
+
+    def _do_renew_peers(self) -> None:
+        """Be connected to all stores there are, and to all that lead; forget those that are gone."""
+        self._is_renewing = False
+        if not self._is_closed:
+            self._peers.keep({*self.leaders.addresses(), *self._nodes.addresses("store")})
+
+    def _doubt(self) -> None:
+        """Ask the coordinator who leads: what the watch has told may be behind."""
+        if self._catching_up is None and not self._is_closed:
+            self._catching_up = asyncio.get_running_loop().create_task(self._catch_up())
+
+    async def _catch_up(self) -> None:
+        with contextlib.suppress(TallymarkError):  # the coordinator is away: what was known stays
+            await self.leaders.catch_up()
+        await asyncio.sleep(CATCH_UP_S)
+        self._catching_up = None
