@@ -14,7 +14,7 @@ import contextlib
 import enum
 import random
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from tallymark import (
@@ -105,6 +105,7 @@ class Ledger:
         self.rng = random.Random(seed)
         self.facts: dict[tuple[int, str, int, int], Fact] = {}
         self.acknowledged = 0  # entries with an outcome
+        self.stored: Counter[tuple[int, str]] = Counter()  # acknowledged so, by account and metric
         self.alerts: list[object] = []  # as last seen, in order per partition
         self._serial = 0
         self._ids: list[Event] = []  # sent under an id, to be repeated
@@ -192,6 +193,7 @@ class Ledger:
         if entry.outcome is Outcome.OPEN:
             entry.outcome, entry.place = outcome, place
             self.acknowledged += 1
+            self.stored[entry.event.account_id, entry.event.metric_code] += outcome is Outcome.STORED
         assert (entry.outcome, entry.place) == (outcome, place), f"another answer about {entry.event}"
 
     def note(self, entries: list[Entry], receipt) -> None:
@@ -378,12 +380,18 @@ class Load:
     """
 
     def __init__(
-        self, address: str, ledger: Ledger, *, clients: int = 3, calls: int = 3, timeout: float = 60.0
+        self,
+        address: str | list[str],
+        ledger: Ledger,
+        *,
+        clients: int = 3,
+        calls: int = 3,
+        timeout: float = 60.0,
     ) -> None:
         self.ledger = ledger
         self.timeout = timeout  # of the calls: how long the SDK rides out a dead server by itself
         self.failures: list[IngestError] = []  # what callers got to see
-        self._clients = [AsyncClient([address], timeout=60.0) for _ in range(clients)]
+        self._clients = [AsyncClient(address, timeout=60.0) for _ in range(clients)]
         self._calls = calls
         self._fresh = asyncio.Event()
         self._again = asyncio.Event()
@@ -429,9 +437,14 @@ class Load:
         await self._wait(lambda: self.ledger.acknowledged >= target)
 
     async def _wait(self, condition) -> None:
-        async with asyncio.timeout(WAIT_SECONDS_MAX):
-            while not condition():
-                await self._changed.wait()
+        try:
+            async with asyncio.timeout(WAIT_SECONDS_MAX):
+                while not condition():
+                    await self._changed.wait()
+        except TimeoutError:
+            raise AssertionError(
+                f"the callers don't get on; the last failure: {self.failures[-1:]}"
+            ) from None
 
     def _change(self) -> None:
         self._changed.set()

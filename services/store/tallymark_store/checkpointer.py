@@ -3,7 +3,8 @@
 One partition at a time. At one offset, the applied one, the fold's arrays are copied in one go (a memcpy) and the
 producer windows are listed; remembered ids, which never change once written, are then gathered shard by shard with
 the loop running in between. Files are written and synced in a thread. The manifest is switched once everything that
-was in the log by then is committed: what was gathered may have been shaped by it.
+the judge had seen by then is committed (what was gathered may have been shaped by it) and what it covers is on this
+store's own disk: others may have been faster.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tallymark_protocol.errors import UnavailableError
 from tallymark_runtime.clock import Clock
 from tallymark_runtime.disk import Disk, DiskError
 from tallymark_store import checkpoint, container
 from tallymark_store.dedup.index import SHARD_COUNT
 from tallymark_store.partition import Partition
-from tallymark_store.store import Store
+from tallymark_store.store import Offload, Store
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class Checkpointer:
         *,
         interval_s: float,
         events_max: int,
+        offload: Offload = asyncio.to_thread,
     ) -> None:
         self._store = store
         self._disk = disk
@@ -53,10 +56,13 @@ class Checkpointer:
         self._clock = clock
         self._interval_ns = int(interval_s * 1e9)
         self._events_max = events_max
+        self._offload = offload
         self._last_ns = clock.monotonic_ns()
         self._last_events = store.events_folded
         self._lock = asyncio.Lock()
         self.count = 0  # taken since the start
+        self.finished_ns = clock.monotonic_ns()  # when the last was, or the start
+        self.took_ns = 0  # the last one
 
     async def run(self) -> None:
         """Take checkpoints for ever, whenever one is due."""
@@ -83,30 +89,42 @@ class Checkpointer:
             DiskError: the disk refused; the checkpoints before stay in force.
         """
         async with self._lock:
-            self._last_ns = self._clock.monotonic_ns()
+            began_ns = self._last_ns = self._clock.monotonic_ns()
             self._last_events = self._store.events_folded
-            for partition in self._store.partitions.values():
+            for partition in list(self._store.partitions.values()):
                 if partition.error is None:
-                    await self._take_partition(partition)
+                    await self._try_partition(partition)
             # With damage in the log, every start is to read it again from before: to say where the damage lies.
             if all(partition.error is None for partition in self._store.partitions.values()):
                 start = self._store.wal.snapshot()
                 await self._store.wait_synced(start.position)
-                await asyncio.to_thread(checkpoint.write_wal_start, self._disk, start)
+                await self._offload(checkpoint.write_wal_start, self._disk, start)
             self.count += 1
+            self.finished_ns = self._clock.monotonic_ns()
+            self.took_ns = self.finished_ns - began_ns
+
+    async def _try_partition(self, partition: Partition) -> None:
+        try:
+            await self._take_partition(partition)
+        except UnavailableError as error:
+            # A leadership ended, or the copy: what was gathered is of no use, and the next time is near.
+            if self._store.stopped.is_set():
+                raise
+            _log.info("no checkpoint of partition %d: %s", partition.partition, error)
 
     async def _take_partition(self, partition: Partition) -> None:
         previous = self._manifests.get(partition.partition)
         offset = partition.applied
-        if previous is not None and previous.offset == offset:
+        if offset == (0 if previous is None else previous.offset):
             return
+        generation = self._store.generation(partition.partition)
         manifest, state = snapshot_parts(partition)
         id_floor = partition.dedup_floor(manifest.last_append_ns)
         ids = await self._gather_ids(partition, previous.offset if previous else 0, offset)
-        seen = partition.log_end
+        seen = partition.judged_end
         disk = self._disk.at(folder(partition.partition))
         try:
-            written = await asyncio.to_thread(
+            written: checkpoint.Manifest = await self._offload(
                 checkpoint.write,
                 disk,
                 previous,
@@ -119,11 +137,15 @@ class Checkpointer:
             # Found while files were joined; all that is still needed is in memory.
             _log.warning("writing all event ids of partition %d anew: %s", partition.partition, error)
             ids = await self._gather_ids(partition, id_floor, offset)
-            written = await asyncio.to_thread(
+            written = await self._offload(
                 checkpoint.write, disk, None, manifest=manifest, state=state, new_ids=ids, id_floor=id_floor
             )
-        await self._store.wait_committed(partition, seen)
-        await asyncio.to_thread(checkpoint.publish, disk, written)
+        await self._store.wait_committed(partition, seen, generation)
+        await self._store.wait_durable(partition, offset)
+        await self._offload(checkpoint.publish, disk, written)
+        if self._store.partitions.get(partition.partition) is not partition:
+            checkpoint.discard(disk)  # the copy began anew meanwhile
+            return
         self._manifests[partition.partition] = written
         await self._sweep_ids(partition)
 

@@ -1,138 +1,71 @@
-"""One partition at its leader: the judge's state at the log's end, and what waits for the commit.
+"""One copy of a partition: the judge's state, the fold, and at a leader what waits for the commit.
 
-Pure: payloads, times and positions come in, records and answers go out. The driver (`store.py`) owns the log,
-the network and the order of things:
+Pure: payloads, records, times and positions come in, records and answers go out. The driver (`store.py`) owns the
+log, the network and the order of things. At a leader:
 
     prepare(payload) -> Prepared     judged, nothing changed yet but the dedup index
     driver appends the record
     appended(prepared)               windows, positions, the fold's queue
-    driver syncs; commit(offset)     returns the answers that may now be sent
+    commit(offset)                   returns the answers that may now be sent
     fold_step()                      folds one committed record
 
 Every answer carries the offset below which everything must be committed before it is sent: an answer that
 relies on an earlier event (a repeat, a duplicate) is never ahead of that event.
+
+Everywhere else the judge (dedup index, producer windows, schemas) stands where the fold stands, and both take
+committed records from the log (`apply_logged`): what is not committed leaves no trace. Who begins to lead brings the
+judge to the log's end first (`judge_logged`); who stops takes it back (`demote`).
+
+    applied <= judged_end <= log end        a leader's judge: judged_end == log end; else: judged_end == applied
 """
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from tallymark_protocol import limits
-from tallymark_protocol.errors import ErrorCode, Reason, WireError
-from tallymark_protocol.layout import ABSENT, CHUNK_ENTRY_BYTES, PLAIN
+from tallymark_protocol.errors import ErrorCode, Reason, RemoteProtocolError, WireError
+from tallymark_protocol.layout import ABSENT, PLAIN
 from tallymark_protocol.messages import Appended, ChunkOutcome
 from tallymark_protocol.payload import (
-    C_CHUNK_TABLE,
-    C_CHUNKS,
     C_EVENTS,
     C_ID_ENCODING,
     C_TIME_ENCODING,
+    OK,
+    explain,
     metric_codes,
+    place_payload,
 )
-from tallymark_protocol.schema import MetricRecord
+from tallymark_protocol.schema import MetricRecord, decode_record
 from tallymark_store import batch
 from tallymark_store.dedup import NEW, REPEAT, REUSED, UNKNOWN, DedupIndex, ProducerWindows
 from tallymark_store.fold import Fold, SchemaTable
 from tallymark_store.judge import WANTS_LOOKUP, event_keys, judge_events, sealed_events, time_range
-from tallymark_store.wal import PartitionIndex
+from tallymark_store.prepared import (
+    HIGH_WORD,
+    Bytes,
+    FoldItem,
+    Ints,
+    JudgedChunks,
+    LoggedVerdicts,
+    Prepared,
+    Words,
+    chunk_words,
+    exceptions_of,
+)
+from tallymark_store.wal import PartitionIndex, RecordKind, RecordMeta
 
-Bytes = npt.NDArray[np.uint8]
-Ints = npt.NDArray[np.int64]
-
-Words = npt.NDArray[np.uint64]
-
-# A chunk table entry as five words: producer, sequence, first sent, checksum | count << 32, flags (see `layout`).
-_ENTRY_WORDS = CHUNK_ENTRY_BYTES // 8
-_HIGH_WORD = np.uint64(32)
-# What the producer windows take of it: producer, sequence, checksum | count << 32, and first sent to judge by, or
+# What the producer windows take of a row of a chunk table: producer, sequence, checksum | count << 32, and first sent to judge by, or
 # three places of their own to remember it.
 _JUDGED_WORDS = np.array([0, 1, 3, 2])
 _REMEMBERED_WORDS = np.array([0, 1, 3, 0, 0, 0])
 
 _REPEAT_VERDICT = int(Reason.REPEAT)
 _ACCEPTED = int(Reason.ACCEPTED)
-_HAS_ORIGINAL = (int(Reason.DUPLICATE), int(Reason.CONFLICT))
-
-
-class FoldItem(NamedTuple):
-    """A record on its way from the log's end to the cells."""
-
-    end_offset: int
-    base_offset: int
-    append_ns: int
-    data: Bytes
-    columns: Ints
-    verdicts: Bytes | None
-    control: MetricRecord | None
-
-
-class Prepared(NamedTuple):
-    """What the judge made of a payload. `record` is None where nothing is to be appended."""
-
-    answer: Appended
-    commit_offset: int  # the answer may go out once everything below is committed
-    relies_on_commit: bool  # also an ASYNC answer waits for that
-    record: list[bytes | Bytes] | None
-    event_count: int
-    append_ns: int
-    min_time_ns: int
-    max_time_ns: int
-    item: FoldItem | None
-    chunks: Words | None  # table entries, with ...
-    chunk_verdicts: Bytes | None  # ... what the windows said of each
-    first_offsets: Ints | None
-    stored: int
-    has_old_chunks: bool = False  # some chunk is not NEW
-
-
-class JudgedChunks(NamedTuple):
-    """What the producer windows say of the chunks of a payload."""
-
-    verdicts: Bytes  # NEW, REPEAT, REUSED, UNKNOWN
-    # Of a chunk's first event. REPEAT: of the one that is remembered. NEW, and repeats of those: counted as if
-    # only the new chunks were in the record, which is not so here (see `_prepare_mixed`).
-    first_offsets: Ints
-    record_offsets: Ints  # base offset of the record that holds it
-
-
-class LoggedVerdicts(NamedTuple):
-    """The verdict column of a record that is in the log, to answer a repeat with."""
-
-    base_offset: int
-    verdicts: Bytes | None
-    originals: Ints
-
-
-def exceptions_of(
-    verdicts: Bytes | None, originals: Ints, start: int, count: int
-) -> list[tuple[int, int, int]]:
-    """The events of [start, start + count) of a batch that were not stored: (index, reason, original or -1)."""
-    if verdicts is None:
-        return []
-    part = verdicts[start : start + count]
-    at = np.flatnonzero(part)
-    if len(at) == 0:
-        return []
-    reasons = part[at]
-    related = np.full(len(at), -1, dtype=np.int64)
-    has_original = (reasons == _HAS_ORIGINAL[0]) | (reasons == _HAS_ORIGINAL[1])
-    before = verdicts[:start]
-    skip = int(np.count_nonzero((before == _HAS_ORIGINAL[0]) | (before == _HAS_ORIGINAL[1])))
-    many = int(np.count_nonzero(has_original))
-    related[has_original] = originals[skip : skip + many]
-    return list(zip(at.tolist(), reasons.tolist(), related.tolist(), strict=True))
-
-
-def chunk_words(data: Bytes, columns: Ints) -> Words:
-    """The chunk table of a placed payload, a row of words an entry (a copy: payloads are not aligned)."""
-    start = int(columns[C_CHUNK_TABLE])
-    table = data[start : start + CHUNK_ENTRY_BYTES * int(columns[C_CHUNKS])].tobytes()
-    return np.frombuffer(table, dtype=np.uint64).reshape(-1, _ENTRY_WORDS)
 
 
 class Partition:
@@ -157,13 +90,17 @@ class Partition:
         self.schemas_stale = False  # a schema change could not be written; due before the next append
         # Exclusive; everything below is committed. applied <= high_watermark <= log end
         self.high_watermark = self.log_end
-        self.schemas = SchemaTable()  # as of the log's end
+        # Exclusive: up to where schemas, dedup index and producer windows know the log.
+        self.judged_end = 0
+        self.schemas = SchemaTable()  # as of `judged_end`
         self.dedup = DedupIndex(salt=salt)  # likewise, uncommitted suffix included
         self.windows = ProducerWindows(salt=salt)  # likewise
         self.fold = Fold(partition, hash_seed=salt)  # as of `fold.applied`
-        self.last_append_ns = 0  # of the last record below the log's end, as far as it has been replayed
-        self._queue: deque[FoldItem] = deque()  # appended, not folded
-        self._waiting: deque[tuple[int, Callable[[], None]]] = deque()  # (commit offset, send), in log order
+        self.last_append_ns = 0  # of the last record below `judged_end`
+        # Appended by this leader, not folded, without a gap; what lies before the first of them is folded from the log.
+        self._queue: deque[FoldItem] = deque()
+        # (commit offset, send, fail), in log order
+        self._waiting: deque[tuple[int, Callable[[], None], Callable[[], None] | None]] = deque()
         self._work = np.zeros(32, dtype=np.uint64)
 
     @property
@@ -211,7 +148,7 @@ class Partition:
         append_ns = self.stamp(now_ns)
         base = self.log_end
         words = chunk_words(payload, columns)
-        counts = (words[:, 3] >> _HIGH_WORD).view(np.int64)
+        counts = (words[:, 3] >> HIGH_WORD).view(np.int64)
         first_offsets = counts.cumsum()
         first_offsets += base - counts
         judged, new = self._judge_chunks(words, append_ns)
@@ -278,7 +215,7 @@ class Partition:
         n = int(columns[C_EVENTS])
         base = self.log_end
         chunk_verdicts: Bytes = judged.verdicts
-        counts = (words[:, 3] >> _HIGH_WORD).tolist()
+        counts = (words[:, 3] >> HIGH_WORD).tolist()
         verdicts = np.zeros(n, dtype=np.uint8)
         for c in np.flatnonzero(chunk_verdicts).tolist():
             start = int(first_offsets[c]) - base
@@ -443,7 +380,7 @@ class Partition:
             new = prepared.chunk_verdicts == NEW
             words, first_offsets = words[new], first_offsets[new]
         self._remember(words, first_offsets, prepared.item.base_offset, prepared.append_ns)
-        self._queue.append(prepared.item)
+        self._enqueue(prepared.item)
 
     def _remember(self, words: Words, first_offsets: Ints, base: int, append_ns: int) -> None:
         self.windows.insert_rows(words.take(_REMEMBERED_WORDS, axis=1), first_offsets, base, append_ns)
@@ -452,26 +389,41 @@ class Partition:
         """A metric schema record is in the log's buffer at `offset`."""
         self.last_append_ns = append_ns
         self.schemas.put(record, offset)
-        self._queue.append(FoldItem(offset + 1, offset, append_ns, _NOTHING, _NO_COLUMNS, None, record))
+        self._enqueue(FoldItem(offset + 1, offset, append_ns, _NOTHING, _NO_COLUMNS, None, record))
 
     def appended_control(self, offset: int, append_ns: int) -> None:
         """A control record that carries no state is in the log's buffer at `offset`."""
         self.last_append_ns = append_ns
-        self._queue.append(FoldItem(offset + 1, offset, append_ns, _NOTHING, _NO_COLUMNS, None, None))
+        self._enqueue(FoldItem(offset + 1, offset, append_ns, _NOTHING, _NO_COLUMNS, None, None))
+
+    def _enqueue(self, item: FoldItem) -> None:
+        assert item.base_offset == self.judged_end, "a leader judges at the log's end"
+        self.judged_end = item.end_offset
+        self._queue.append(item)
 
     # ------------------------------------------------------------ commit and fold
 
-    def wait_commit(self, offset: int, send: Callable[[], None]) -> None:
-        """Call `send` once everything below `offset` is committed (at once if it is)."""
+    def wait_commit(
+        self, offset: int, send: Callable[[], None], fail: Callable[[], None] | None = None
+    ) -> None:
+        """Call `send` once everything below `offset` is committed (at once if it is).
+
+        `fail` is what `fail_waiting` gives back where that will not be heard of here any more.
+        """
         if offset <= self.high_watermark:
             send()
             return
         # Answers that rely on an older record queue behind newer ones: order is by commit offset only for
         # records, so a late, low offset would sit behind a higher one. It then waits a little longer.
-        self._waiting.append((offset, send))
+        self._waiting.append((offset, send, fail))
+
+    @property
+    def waiting_count(self) -> int:
+        """How many answers wait for a commit."""
+        return len(self._waiting)
 
     def commit(self, offset: int) -> list[Callable[[], None]]:
-        """Everything below `offset` is on the quorum's disks. Returns the answers to send."""
+        """Everything below `offset` is on a majority's disks. Returns the answers to send."""
         assert offset <= self.log_end, "nothing is committed that is not in the log"
         self.high_watermark = max(self.high_watermark, offset)
         ready = []
@@ -488,11 +440,19 @@ class Partition:
     @property
     def fold_behind(self) -> bool:
         """Whether a committed record waits to be folded."""
-        return bool(self._queue) and self._queue[0].end_offset <= self.high_watermark
+        if self._queue and self._queue[0].base_offset == self.fold.applied:
+            return self._queue[0].end_offset <= self.high_watermark
+        return self.fold.applied < self.high_watermark
+
+    @property
+    def folds_from_log(self) -> bool:
+        """Whether the next record to be folded is to be read from the log, for `apply_logged`."""
+        return not self._queue or self._queue[0].base_offset != self.fold.applied
 
     def fold_step(self) -> tuple[int, int]:
         """Fold the next committed record; returns its events and its payload's bytes (0 for a control record)."""
         assert self.fold_behind, "only what is committed is folded"
+        assert not self.folds_from_log, "apply_logged takes what is in the log only"
         item = self._queue[0]  # taken off only once it is in the cells: a failure never passes over a record
         if item.control is not None:
             self.fold.put_schema(item.control, item.base_offset)
@@ -503,9 +463,33 @@ class Partition:
         self._queue.popleft()
         return (item.end_offset - item.base_offset if len(item.data) else 0), len(item.data)
 
-    def fail_waiting(self) -> None:
-        """Drop the answers that will not come: the leadership ended."""
+    def fail_waiting(self) -> list[Callable[[], None]]:
+        """Drop the answers that will not come; returns what is to be called instead of them."""
+        fails = [fail for _, _, fail in self._waiting if fail is not None]
         self._waiting.clear()
+        return fails
+
+    def demote(self) -> int:
+        """Take the judge back to where the fold is: the leadership ended; returns the bytes that left the queue.
+
+        What is committed is judged again as it is folded; what is not is the next leader's to keep or to discard.
+        """
+        freed = sum([len(item.data) for item in self._queue])
+        self._queue.clear()
+        applied = self.applied
+        if self.judged_end > applied:
+            self.dedup.truncate(applied)
+            self.windows.truncate(applied)
+            # Metrics that only the uncommitted suffix knows are gone with it.
+            self.schemas = copy.deepcopy(self.fold.schemas)
+            self.judged_end = applied
+        index = self.index
+        row = index.find(applied - 1)
+        self.last_append_ns = index.row(row).append_ns if row >= 0 else 0
+        self.schemas_stale = False
+        self.epoch = 0
+        self.epoch_due = False
+        return freed
 
     def digest(self) -> str:
         """A digest of all replicated state at the applied offset, whatever the layout of tables.
@@ -525,25 +509,72 @@ class Partition:
         )
         return "-".join(f"{part:032x}" for part in parts)
 
-    # ------------------------------------------------------------ recovery
+    # ------------------------------------------------------------ records of the log
 
-    def replay_batch(self, view: batch.BatchView, columns: Ints, base_offset: int, append_ns: int) -> None:
-        """Put a logged batch's effect into the judge's state and into the cells; it is committed."""
+    def apply_logged(self, meta: RecordMeta, body: Bytes, columns: Ints) -> tuple[int, int]:
+        """Fold the committed record at `applied`; the judge takes it in as well, if it has not.
+
+        `columns` is room for a payload's columns. Returns the record's events and its payload's bytes.
+
+        Raises:
+            RemoteProtocolError: the record makes no sense to this version.
+        """
+        assert meta.base_offset == self.applied, "records are folded in order"
+        view = self._placed(meta, body, columns)
+        if self.judged_end == meta.base_offset:
+            self._judge_logged(meta, body, view, columns)
+        events = size = 0
+        if view is not None:
+            # A writable copy: the fold is compiled for the one kind of array that the judge hands it.
+            verdicts = None if view.verdicts is None else view.verdicts.copy()
+            self.fold.apply(view.data, columns, verdicts, meta.base_offset, meta.append_ns)
+            events, size = meta.count, view.payload_length
+        elif meta.kind == RecordKind.SCHEMA:
+            self.fold.put_schema(decode_record(body.tobytes()), meta.base_offset)
+        self.fold.advance(meta.base_offset + meta.count)
+        self.windows.advance(meta.base_offset + meta.count, meta.append_ns)
+        return events, size
+
+    def judge_logged(self, meta: RecordMeta, body: Bytes, columns: Ints) -> None:
+        """Take the record at `judged_end`, ahead of the fold, into the judge's state; see `apply_logged`."""
+        assert meta.base_offset == self.judged_end, "records are judged in order"
+        self._judge_logged(meta, body, self._placed(meta, body, columns), columns)
+
+    @staticmethod
+    def _placed(meta: RecordMeta, body: Bytes, columns: Ints) -> batch.BatchView | None:
+        """The event batch in a record, its columns found; None for another record."""
+        if meta.kind != RecordKind.EVENTS:
+            return None
+        view = batch.parse(body, 0, len(body))
+        status = place_payload(view.data, view.payload_base, view.payload_length, columns)
+        if status != OK:
+            raise explain(status, "logged payload")
+        if view.event_count != meta.count or int(columns[C_EVENTS]) != meta.count:
+            raise RemoteProtocolError(
+                f"the batch at offset {meta.base_offset} does not hold {meta.count} events"
+            )
+        return view
+
+    def _judge_logged(
+        self, meta: RecordMeta, body: Bytes, view: batch.BatchView | None, columns: Ints
+    ) -> None:
+        if view is not None:
+            self._judge_batch(view, columns, meta.base_offset, meta.append_ns)
+        elif meta.kind == RecordKind.SCHEMA:
+            self.schemas.put(decode_record(body.tobytes()), meta.base_offset)
+        self.last_append_ns = max(self.last_append_ns, meta.append_ns)
+        self.judged_end = meta.base_offset + meta.count
+
+    def _judge_batch(self, view: batch.BatchView, columns: Ints, base_offset: int, append_ns: int) -> None:
         n = int(columns[C_EVENTS])
-        # A writable copy: kernels are compiled for the one kind of array that the judge hands them.
         verdicts = np.zeros(n, dtype=np.uint8) if view.verdicts is None else view.verdicts.copy()
         words = chunk_words(view.data, columns)
-        counts = (words[:, 3] >> _HIGH_WORD).view(np.int64)
+        counts = (words[:, 3] >> HIGH_WORD).view(np.int64)
         starts = counts.cumsum() - counts
         new = verdicts[starts] != _REPEAT_VERDICT
         self._remember(words[new], base_offset + starts[new], base_offset, append_ns)
         if columns[C_ID_ENCODING] == PLAIN:
             self._replay_ids(view.data, columns, verdicts, base_offset)
-        self.last_append_ns = max(self.last_append_ns, append_ns)
-        self.fold.apply(
-            view.data, columns, None if view.verdicts is None else verdicts, base_offset, append_ns
-        )
-        self.fold.advance(base_offset + n)
 
     def _replay_ids(self, data: Bytes, columns: Ints, verdicts: Bytes, base_offset: int) -> None:
         n = int(columns[C_EVENTS])

@@ -1,8 +1,12 @@
-"""From a data directory to partitions that can be led: log, checkpoints, and what the log holds beyond them.
+"""From a data directory to partitions: log, checkpoints, and what the log holds beyond them that is committed.
 
 The log is the truth. A checkpoint that is missing or damaged only costs time: the partition is folded again from its
 first record. A damaged log is another matter: the partitions concerned are refused, with a sentence that says where
 the damage lies and what to do; the others are served.
+
+What is committed is not in the log itself. A checkpoint shows it, REPLICAS records it now and then; of a partition
+whose only copy this is everything is, as it was on a majority's disks when it was on this one. Beyond that, records
+stay in the log and out of all state until a leader tells.
 """
 
 from __future__ import annotations
@@ -20,8 +24,9 @@ from tallymark_store import checkpoint
 from tallymark_store.checkpointer import folder
 from tallymark_store.dedup.producers import ENTRY_DTYPE as WINDOW_DTYPE
 from tallymark_store.fold import Fold
+from tallymark_store.folding import replay
 from tallymark_store.partition import Partition
-from tallymark_store.store import WAY_OUT, replay
+from tallymark_store.store import WAY_OUT
 from tallymark_store.wal import DamagedError, Recovery, Wal, WalConfig, open_wal
 
 _log = logging.getLogger(__name__)
@@ -46,8 +51,11 @@ def recover(
     new_log_id: bytes,
     salt: int,
     report: Callable[[str], None],
+    committed_end: Callable[[Wal, int], int] | None = None,
 ) -> Recovered:
     """Open a store's data directory.
+
+    `committed_end` says of each partition below which offset its log is known to be committed; None: all of it is.
 
     Raises:
         DiskError: the disk cannot be read or written.
@@ -71,6 +79,7 @@ def recover(
         if recovery.is_damaged(number):
             partition.error = _damage_error(number, recovery)
             report(partition.error.message)
+            partition.high_watermark = 0
             partitions[number] = partition
             continue
         partitions[number] = partition
@@ -81,7 +90,8 @@ def recover(
             partitions[number] = partition
             if manifest is not None:
                 manifests[number] = manifest
-            replayed += replay(wal, partition)
+            upto = None if committed_end is None else max(committed_end(wal, number), partition.applied)
+            replayed += replay(wal, partition, upto)
         except DamagedError as error:
             wal.mark_damaged(number)
             partition.error = _error(f"{error.message}; {WAY_OUT}")
@@ -90,7 +100,7 @@ def recover(
             # Bytes that are as they were written, and make no sense: of a later version, or of a defect.
             partition.error = _error(f"partition {number} cannot be read back: {error.message}; {WAY_OUT}")
             report(partition.error.message)
-        partition.high_watermark = partition.log_end
+        partition.high_watermark = partition.applied
     return Recovered(wal, partitions, manifests, recovery, replayed)
 
 
@@ -166,4 +176,5 @@ def _restore(partition: Partition, disk: Disk, manifest: checkpoint.Manifest, sa
     for entries in checkpoint.load_ids(disk, manifest):
         partition.dedup.reserve(len(entries))
         partition.dedup.load(entries)
+    partition.judged_end = manifest.offset
     partition.last_append_ns = manifest.last_append_ns

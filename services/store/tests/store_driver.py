@@ -17,9 +17,10 @@ from tallymark_runtime.disk import MemoryDisk
 from tallymark_store import batch, checkpoint
 from tallymark_store.checkpointer import folder, snapshot_parts
 from tallymark_store.dedup.index import SHARD_COUNT
-from tallymark_store.partition import LoggedVerdicts, Partition, Prepared
+from tallymark_store.folding import replay
+from tallymark_store.partition import Partition
+from tallymark_store.prepared import LoggedVerdicts, Prepared
 from tallymark_store.recovery import Recovered, recover
-from tallymark_store.store import replay
 from tallymark_store.wal import RecordKind, RecordMeta, WalConfig
 
 from .payload_builder import build_payload, place
@@ -128,7 +129,7 @@ class Driver:
         for partition in self.partitions.values():
             for send in partition.commit(partition.log_end):
                 send()
-            while partition.fold_behind:
+            while partition.error is None and partition.fold_behind:
                 partition.fold_step()
 
     # ------------------------------------------------------------ checkpoints

@@ -15,7 +15,7 @@ from tallymark_protocol.identifiers import encode_event_id, encode_text
 from tallymark_protocol.model import AggType, PeriodType, UniqueType
 from tallymark_runtime.disk import DiskError
 from tallymark_store import checkpoint
-from tallymark_store.partition import Prepared, exceptions_of
+from tallymark_store.prepared import Prepared, exceptions_of
 
 from .partition_model import Outcome, PartitionModel
 from .payload_builder import event

@@ -75,8 +75,8 @@ class Life:
     def __init__(self, world: World, service: StoreService) -> None:
         self.world = world
         self.service = service
-        assert service._store is not None
-        self.store = service._store
+        assert service.driver is not None
+        self.store = service.driver
         self.connection = Connection()
         self._next = 0
 
@@ -156,7 +156,7 @@ async def world() -> AsyncIterator[World]:
 
 async def settle(life: Life) -> None:
     """Until the store has heard of everything that the coordinator knows."""
-    await life.service._catalog.wait_revision(life.world.coordinator.revision)
+    await life.service.catalog.wait_revision(life.world.coordinator.revision)
 
 
 def ids(n: int, first: int = 0) -> list[dict[str, Any]]:
@@ -360,8 +360,8 @@ async def test_a_metric_that_the_catalog_has_not_heard_of_is_not_taken_for_delet
     async with world.life() as life:
         revision = await world.create()
         await life.append(ids(1), (1, 0))
-        life.service._catalog._records.clear()
-        life.service._catalog.revision = revision - 1
+        life.service.catalog._records.clear()
+        life.service.catalog.revision = revision - 1
         life.store.refresh_schemas(life.store.partitions[0])
         schemas = life.store.partitions[0].schemas
         assert schemas.slot_of("sum") >= 0

@@ -71,7 +71,7 @@ class Committed(NamedTuple):
 
 
 class Discarded(NamedTuple):
-    """The copy was discarded: register the new copy id, forget all state of the partition."""
+    """Discard the copy, whose new id is persisted: reset the log, forget all state, register the new copy id."""
 
     copy_id: str
 

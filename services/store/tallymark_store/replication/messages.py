@@ -14,7 +14,9 @@ from tallymark_runtime.disk import BytesLike
 from tallymark_store.wal import RecordMeta
 
 Tail = list[tuple[int, int]]  # (epoch, end offset of its last record here), ascending in both
-TAIL_EPOCHS_MAX = 64  # of a tail in a message; where logs parted earlier, the leader asks again from lower down
+TAIL_EPOCHS_MAX = (
+    64  # of a tail in a message; where logs parted earlier, the high watermark is where to go on
+)
 
 
 class Record(msgspec.Struct, frozen=True, gc=False):
@@ -57,11 +59,12 @@ class Promised(Message, frozen=True, gc=False):
 
 
 class Fetch(Message, frozen=True, gc=False):
-    """A candidate asks a more advanced replica for what it lacks. `tail` is its own, from below `below` if that is >= 0."""
+    """A candidate asks a more advanced replica for what it lacks."""
 
     epoch: int
-    tail: Tail
     log_end: int
+    high_watermark: int  # of the candidate: what is committed is the same in both logs
+    tail: Tail
 
 
 class Fetched(Message, frozen=True, gc=False):
@@ -81,7 +84,6 @@ class Append(Message, frozen=True, gc=False):
     prev_epoch: int  # of the record that ends at `base`; 0 at the log's start
     base: int
     high_watermark: int
-    copy_id: str  # the receiver's, as the leader knows it; "" if it doesn't
     record_count: int = 0
 
 
@@ -91,17 +93,20 @@ class Appended(Message, frozen=True, gc=False):
     epoch: int
     copy_id: str
     match_end: int
-    applied: int = 0  # for telemetry and for hand-overs
+    high_watermark: int = 0  # as far as the follower knows; for telemetry
 
 
 class Mismatch(Message, frozen=True, gc=False):
-    """An `Append` did not fit, or came from an epoch below `promised`."""
+    """An `Append` did not fit the log, or is not obeyed at all."""
 
     epoch: int  # of the append
+    base: int  # likewise
     promised: int
     copy_id: str
     log_end: int
+    high_watermark: int
     tail: Tail
+    is_obeyed: bool  # False: the append's epoch is below the promised one, or is another instance's
     is_damaged: bool = False  # it acknowledges nothing before it is told to begin anew
 
 

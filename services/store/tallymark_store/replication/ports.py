@@ -45,10 +45,6 @@ class Log(Protocol):
         """Cut the log at a record boundary. Raises as `append` does."""
         ...
 
-    def reset(self) -> None:
-        """Discard the copy: an empty log. Raises as `append` does."""
-        ...
-
     def read(self, start: int, bytes_max: int) -> list[Record]:
         """Records from the boundary `start` on: at least one if there is one, and no more than fit `bytes_max`.
 
@@ -97,5 +93,7 @@ class ReplicaConfig(msgspec.Struct, frozen=True, kw_only=True):
     heartbeat_ns: int = 250_000_000
     resend_ns: int = 300_000_000  # a request that was not answered is repeated after this
     candidacy_step_ns: int = 100_000_000  # a member waits this long for each rank before it
+    preference_ns: int = 10_000_000_000  # the preferred leader takes over after it has been ready for so long
     window_bytes: int = 32 * 1024 * 1024  # sent to a follower and not acknowledged
+    catch_up_bytes_per_s: int = 128 * 1024 * 1024  # to a copy that is no member yet: live traffic goes first
     message_bytes: int = 4 * 1024 * 1024  # of records in one message

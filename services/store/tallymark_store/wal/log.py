@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from tallymark_runtime.disk import BytesLike, Disk, DiskError, FileMissingError
+from tallymark_runtime.instruments import Histogram
 from tallymark_store.wal.errors import DamagedError, LogFullError
 from tallymark_store.wal.format import (
     LOG_ID_BYTES,
@@ -89,6 +90,9 @@ class Wal:
         # Called once, in whichever thread it happens, when the log has failed.
         self.on_failed: Callable[[BaseException], None] | None = None
         self._needs_segment = recovered.room == SEGMENT_HEADER_BYTES
+        # Written by the thread that syncs, for telemetry.
+        self.sync_ns = Histogram()  # of a group's write and sync together
+        self.synced_bytes = 0
 
     def begin(self) -> None:
         """Finish opening: have a segment to write to, and note durably what recovery has relied upon."""
@@ -112,20 +116,26 @@ class Wal:
             self.fail(error)
             raise
 
-    def truncate(self, partition: int, new_end: int, *, epoch: int, append_ns: int) -> None:
-        """Cut a partition's log between two records, by a record of its own. Raises as `append` does."""
+    def truncate(self, partition: int, new_end: int, *, epoch: int, append_ns: int) -> int:
+        """Cut a partition's log between two records, by a record of its own. Raises as `append` does.
+
+        Returns the number of the group that holds it: groups before it say nothing of this partition any more.
+        """
         try:
             with self._lock:
-                self._writer.truncate(partition, new_end, epoch=epoch, append_ns=append_ns)
+                return self._writer.truncate(partition, new_end, epoch=epoch, append_ns=append_ns)
         except DiskError as error:
             self.fail(error)
             raise
 
-    def reset(self, partition: int, log_start: int, *, epoch: int, append_ns: int) -> None:
-        """Discard a partition's copy; a new one begins, empty and undamaged, at `log_start`."""
+    def reset(self, partition: int, log_start: int, *, epoch: int, append_ns: int) -> int:
+        """Discard a partition's copy; a new one begins, empty and undamaged, at `log_start`.
+
+        Returns a group's number, as `truncate` does.
+        """
         try:
             with self._lock:
-                self._writer.reset(partition, log_start, epoch=epoch, append_ns=append_ns)
+                return self._writer.reset(partition, log_start, epoch=epoch, append_ns=append_ns)
         except DiskError as error:
             self.fail(error)
             raise
@@ -274,6 +284,11 @@ class Wal:
         """The indexes by partition. Only to be read."""
         return self._partitions
 
+    @property
+    def log_id(self) -> bytes:
+        """What tells this log from every other one; 16 random bytes, made with its first segment."""
+        return self._log_id
+
     def log_end(self, partition: int) -> int:
         """Return the partition's log end offset; 0 if nothing was ever written."""
         index = self._partitions.get(partition)
@@ -294,13 +309,19 @@ class Wal:
         The payload is a read-only view, good for as long as it is kept. Its checksum is verified on every read:
         DamagedError if it fails (call `mark_damaged`), DiskError if the disk can't be read.
         """
+        meta, parts = self.read_parts(partition, row)
+        if len(parts) == 1 and isinstance(parts[0], np.ndarray) and not parts[0].flags.writeable:
+            return meta, parts[0]
+        return meta, np.frombuffer(b"".join(bytes(part) for part in parts), np.uint8)
+
+    def read_parts(self, partition: int, row: int) -> tuple[RecordMeta, Sequence[BytesLike]]:
+        """Return a record as `read_record` does, its payload in pieces: of one that isn't synced those it came in."""
         index = self._partitions[partition]
         place = index.row(row)
         with self._lock:
             waiting = self._writer.unsynced.get((place.segment, place.position))
         if waiting is not None:
-            meta, parts = waiting
-            return meta, np.frombuffer(b"".join(bytes(part) for part in parts), np.uint8)
+            return waiting
         try:
             data = self._store.map(place.segment)
         except FileMissingError as error:
@@ -318,7 +339,7 @@ class Wal:
         payload = data[start : start + place.length]
         if len(payload) != place.length or google_crc32c.extend(salt, payload) != header.payload_crc:
             raise self._damaged(partition, place.segment, place.position, "its checksum is wrong")
-        return header.meta, payload
+        return header.meta, (payload,)
 
     @staticmethod
     def _damaged(partition: int, segment: int, position: int, what: str) -> DamagedError:

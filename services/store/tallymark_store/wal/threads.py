@@ -12,6 +12,7 @@ import queue
 import threading
 from collections.abc import Callable
 
+from tallymark_runtime.clock import Clock, RealClock
 from tallymark_store.wal.log import Wal
 from tallymark_store.wal.writer import Group
 
@@ -22,9 +23,15 @@ class WalThreads:
     """Runs a `Wal`; see the module's docstring. `start` it, `wake` it after appends, `close` it."""
 
     def __init__(
-        self, wal: Wal, *, on_synced: Callable[[Group], None], on_failed: Callable[[BaseException], None]
+        self,
+        wal: Wal,
+        *,
+        on_synced: Callable[[Group], None],
+        on_failed: Callable[[BaseException], None],
+        clock: Clock | None = None,  # what syncs are timed by
     ) -> None:
         self._wal = wal
+        self._clock: Clock = RealClock() if clock is None else clock
         wal.on_failed = on_failed
         self._on_synced = on_synced
         # True: there may be work. False: end. At most one True waits in each, so they are bounded.
@@ -57,7 +64,8 @@ class WalThreads:
         self._sync_calls.put(False)
         self._prepare_calls.put(False)
         for thread in self._threads:
-            thread.join(JOIN_SECONDS_MAX)
+            if thread.ident is not None:  # it was started
+                thread.join(JOIN_SECONDS_MAX)
 
     def _wake_prepare(self) -> None:
         if not self._prepare_called:
@@ -78,7 +86,10 @@ class WalThreads:
 
     def _sync(self) -> None:
         while (group := self._wal.take_group()) is not None:
+            began_ns = self._clock.monotonic_ns()
             self._wal.write_group(group)
+            self._wal.sync_ns.observe(self._clock.monotonic_ns() - began_ns)
+            self._wal.synced_bytes += group.size
             self._wal.synced(group)
             self._on_synced(group)
 

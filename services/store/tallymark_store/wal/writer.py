@@ -158,8 +158,12 @@ class WalWriter:
         index.append(meta, segment=segment, position=position, length=length)
         self._group().log_ends[meta.partition] = index.log_end
 
-    def truncate(self, partition: int, new_end: int, *, epoch: int, append_ns: int) -> None:
-        """Cut a partition's log to end at `new_end`, between two records. Raises as `append` does."""
+    def truncate(self, partition: int, new_end: int, *, epoch: int, append_ns: int) -> int:
+        """Cut a partition's log to end at `new_end`, between two records. Raises as `append` does.
+
+        Returns the number of the group that holds the truncation. Only the log ends of this group and of later ones
+        say anything of the partition: an earlier group's sync is about bytes that are no longer in the log.
+        """
         index = self._writable(partition)
         assert index is not None, "only a log that exists can be cut"
         assert index.log_start <= new_end <= index.log_end, "a log is cut inside itself"
@@ -169,11 +173,12 @@ class WalWriter:
         group = self._group()
         group.log_ends[partition] = new_end
         group.truncated.add(partition)
+        return group.number
 
-    def reset(self, partition: int, log_start: int, *, epoch: int, append_ns: int) -> None:
+    def reset(self, partition: int, log_start: int, *, epoch: int, append_ns: int) -> int:
         """Discard a partition's copy, damaged or not: a new one begins, empty, at `log_start`.
 
-        Raises as `append` does, but for DamagedError.
+        Returns a group's number, as `truncate` does. Raises as `append` does, but for DamagedError.
         """
         self._check_alive()
         index = self.partitions.get(partition)
@@ -182,6 +187,7 @@ class WalWriter:
         group = self._group()
         group.log_ends[partition] = log_start
         group.truncated.add(partition)
+        return group.number
 
     def mark_damaged(self, partition: int) -> None:
         """Refuse appends to a partition from now on; the next marker makes that durable."""

@@ -1,0 +1,295 @@
+"""Calls to a store: reads at every consistency, status, digests.
+
+Owns what must be true of this copy before a read is computed, and before its answer is sent: a leader answers while
+its lease lasts, looked at after computing; a quorum read has a majority confirm the leader's epoch first; any
+undamaged copy answers a stale read, and says how far it is behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+
+import msgspec
+
+from tallymark_protocol.errors import ErrorCode, InvalidRequestError, NotFoundError, UnavailableError
+from tallymark_protocol.messages import (
+    AlertsResult,
+    Call,
+    Consistency,
+    EventsResult,
+    Message,
+    PartitionStatus,
+    RealtimeResult,
+    Row,
+    StatusResult,
+    StoreAlerts,
+    StoreDigest,
+    StoreEvents,
+    StoreRealtime,
+    StoreStatus,
+    StoreTotals,
+    TotalsResult,
+)
+from tallymark_protocol.periods import period_of
+from tallymark_runtime.catalog import MetricCatalog
+from tallymark_runtime.clock import Clock
+from tallymark_store.folding import replay
+from tallymark_store.partition import Partition
+from tallymark_store.reads import EventsRead, Reads, TotalsRead, empty_stats
+from tallymark_store.replication.effects import Role
+from tallymark_store.scan.source import WalSource
+from tallymark_store.store import Offload, Store
+from tallymark_store.wal import DamagedError
+
+Read = StoreTotals | StoreRealtime | StoreEvents | StoreAlerts
+READS = (StoreTotals, StoreRealtime, StoreEvents, StoreAlerts)
+
+
+class Calls:
+    """Answers the calls to one store.
+
+    Args:
+        store: the driver.
+        catalog: the metrics.
+        clock: tells the present, for periods.
+        node_id: who answers.
+        check_lease: raises UnavailableError unless this node's lease lasts.
+        offload: runs what takes long.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        catalog: MetricCatalog,
+        clock: Clock,
+        *,
+        node_id: str,
+        check_lease: Callable[[], None],
+        offload: Offload,
+    ) -> None:
+        self.checkpoint_count: Callable[[], int] = lambda: 0
+        self._store = store
+        self._catalog = catalog
+        self._clock = clock
+        self._node_id = node_id
+        self._check_lease = check_lease
+        self._offload = offload
+        self._reads: dict[int, tuple[Partition, Reads]] = {}
+
+    async def call(self, call: Call) -> Message | None:
+        """Answer a call; None where it is no call to a store."""
+        if isinstance(call, READS):
+            return await self._answer(call)
+        if isinstance(call, StoreStatus):
+            return self._status()
+        if isinstance(call, StoreDigest):
+            return await self._digest(call)
+        return None
+
+    # ------------------------------------------------------------ reads
+
+    async def _answer(self, call: Read) -> Message:
+        if call.consistency == Consistency.STALE:
+            return await self._answer_stale(call)
+        store = self._store
+        partition = store.serving(call.partition)
+        generation = store.generation(call.partition)
+        if call.consistency == Consistency.QUORUM:
+            await self._confirm(partition, generation)
+        await store.wait_applied(partition)
+        try:
+            try:
+                answer = await self._compute(partition, call)
+            except InvalidRequestError:
+                # It may name what was declared a moment ago, at another node: look again, once.
+                await self._catalog.catch_up()
+                await store.wait_committed(partition, partition.log_end, generation)
+                await store.wait_applied(partition)
+                answer = await self._compute(partition, call)
+        except DamagedError as error:
+            store.refuse(partition, error)
+            raise
+        # Computed: was this store still the leader, by its own deadline, when it was?
+        store.serving(call.partition)
+        if store.generation(call.partition) != generation:
+            raise UnavailableError(
+                f"partition {call.partition} is not led by this store any more", code=ErrorCode.NOT_LEADER
+            )
+        self._check_lease()
+        return answer
+
+    async def _answer_stale(self, call: Read) -> Message:
+        store = self._store
+        partition = store.partitions.get(call.partition)
+        replica = store.replicas.get(call.partition)
+        if partition is None or replica is None:
+            raise UnavailableError(
+                f"this store has no copy of partition {call.partition}", code=ErrorCode.NOT_LEADER
+            )
+        if partition.error is not None or replica.role is Role.DAMAGED:
+            raise UnavailableError(f"this copy of partition {call.partition} is damaged")
+        leads = replica.role is Role.LEADER
+        lag = 0 if leads else max(partition.high_watermark - partition.applied, 0)
+        silence_ms = 0 if leads else self._silence_ms(call.partition)
+        try:
+            answer = await self._compute(partition, call)
+        except DamagedError as error:
+            store.refuse(partition, error)
+            raise
+        if store.partitions.get(call.partition) is not partition:
+            raise UnavailableError(f"this copy of partition {call.partition} was discarded")
+        assert isinstance(answer, TotalsResult | RealtimeResult | EventsResult | AlertsResult)
+        return msgspec.structs.replace(answer, lag=lag, silence_ms=silence_ms)
+
+    def _silence_ms(self, number: int) -> int:
+        heard_ns = self._store.replicating.heard_ns.get(number)
+        return -1 if heard_ns is None else (self._clock.monotonic_ns() - heard_ns) // 1_000_000
+
+    async def _confirm(self, partition: Partition, generation: int) -> None:
+        """Have a majority confirm that no higher epoch was promised: by committing a record of this one."""
+        self._store.taking_appends(partition.partition)
+        self._store.appends.start_epoch(partition, partition.epoch)
+        await self._store.wait_committed(partition, partition.log_end, generation)
+
+    def _reads_of(self, partition: Partition) -> Reads:
+        found = self._reads.get(partition.partition)
+        if found is None or found[0] is not partition:
+            reads = Reads(partition.fold, WalSource(self._store.wal, partition.partition))
+            found = self._reads[partition.partition] = (partition, reads)
+        return found[1]
+
+    async def _compute(self, partition: Partition, call: Read) -> Message:
+        if call.metric_code is not None and not self._knows(partition, call.metric_code):
+            return await self._read_nothing(partition, call, call.metric_code)
+        reads = self._reads_of(partition)
+        match call:
+            case StoreRealtime():
+                return reads.realtime(call, self._clock.now_ns())
+            case StoreTotals():
+                return await _stepped(reads.plan_totals(call))
+            case StoreEvents():
+                return await _stepped(reads.plan_events(call))
+            case StoreAlerts():
+                as_of = partition.applied
+                return msgspec.structs.replace(reads.alerts(call), as_of=as_of)
+
+    def _knows(self, partition: Partition, code: str) -> bool:
+        """Whether the metric that has this code now, not an older one under the same code, is in the partition."""
+        slot = partition.fold.schemas.slot_of(code)
+        if slot < 0:
+            return False
+        current = self._catalog.get(code)
+        return current is None or current.uid == partition.fold.schemas.record(slot).uid
+
+    async def _read_nothing(self, partition: Partition, call: Read, code: str) -> Message:
+        """Answer about a metric of which this partition has no event: nothing, if there is such a metric.
+
+        A metric gets into a partition's log with its first batch; reads write nothing, also on a full disk.
+        """
+        as_of = partition.applied  # what is folded while the coordinator is asked is not in the answer
+        record = await self._catalog.fetch(code)
+        if record is None:
+            raise NotFoundError(f"there is no metric {code!r}", code=ErrorCode.UNKNOWN_METRIC)
+        schema = record.schema
+        empty = empty_stats(schema.agg_type)
+        match call:
+            case StoreTotals():
+                single = call.account_id is not None and len(call.buckets) == 1 and not call.group_by
+                rows = [Row(empty)] if single else []
+                return TotalsResult(rows, as_of, call.partition, record.uid)
+            case StoreRealtime():
+                at_ns = self._clock.now_ns() if call.at_ns is None else call.at_ns
+                period = period_of(at_ns, schema.period_type, schema.billing_cycle_day, record.zone)
+                return RealtimeResult(empty, period.start_ns, period.end_ns, as_of, call.partition)
+            case StoreEvents():
+                return EventsResult([], None, as_of)
+            case StoreAlerts():
+                position = max(partition.fold.alert_count, call.from_position)
+                return AlertsResult([], position, more=False, as_of=as_of)
+
+    # ------------------------------------------------------------ status and digests
+
+    def _status(self) -> StatusResult:
+        store = self._store
+        held = [
+            (number, partition)
+            for number, partition in sorted(store.partitions.items())
+            if number in store.replicas or partition.error is not None
+        ]
+        return StatusResult(
+            node_id=self._node_id,
+            partitions=[self._partition_status(number, partition) for number, partition in held],
+            log_bytes=store.wal.total_bytes,
+            log_full=store.wal.full,
+            details={
+                "ids": sum(len(p.dedup) for _, p in held),
+                "id_bytes": sum(p.dedup.memory_bytes for _, p in held),
+                "cells": sum(p.fold.cell_count for _, p in held),
+                "fold_bytes": sum(p.fold.memory_bytes() for _, p in held),
+                "checkpoints": self.checkpoint_count(),
+            },
+        )
+
+    def _partition_status(self, number: int, partition: Partition, digest: str = "") -> PartitionStatus:
+        replica = self._store.replicas.get(number)
+        status = PartitionStatus(
+            partition=number,
+            epoch=partition.epoch,
+            log_end=partition.log_end,
+            high_watermark=partition.high_watermark,
+            applied=partition.applied,
+            error=partition.error.message if partition.error else "",
+            digest=digest,
+        )
+        if replica is None:
+            return status
+        error = status.error
+        if not error and replica.role is Role.DAMAGED:
+            error = replica.why
+        elif not error and not replica.leader:
+            error = f"no leader is known: {replica.why}" if replica.why else ""
+        return msgspec.structs.replace(
+            status,
+            error=error,
+            role=replica.role.value,
+            leader=replica.leader,
+            members=[(member.node_id, member.copy_id) for member in replica.membership.members],
+            copy_id=replica.copy_id,
+            lags={
+                node: max(partition.log_end - progress.match_end, 0)
+                for node, progress in sorted(replica.followers.items())
+            },
+        )
+
+    async def _digest(self, call: StoreDigest) -> PartitionStatus:
+        """The digest of the applied state; or of a recount of the log from its first record to the same offset."""
+        store = self._store
+        partition = store.partitions.get(call.partition)
+        if partition is None or (call.partition not in store.replicas and partition.error is None):
+            raise UnavailableError(
+                f"this store has no copy of partition {call.partition}", code=ErrorCode.NOT_LEADER
+            )
+        if partition.error is not None:
+            error = partition.error
+            raise UnavailableError(error.message, code=error.code, retriable=error.retriable)
+        # Of the applied offset, so nothing committed may lie beyond it, and no await comes before the digest.
+        while partition.applied < partition.high_watermark:
+            await store.wait_applied(partition)
+        counted = partition
+        if call.recount:
+            upto = partition.applied
+            counted = Partition(
+                call.partition, dedup_window_ns=partition.dedup_window_ns, indexes=store.wal.partitions
+            )
+            await self._offload(functools.partial(replay, store.wal, counted, upto))
+        status = self._partition_status(call.partition, partition, counted.digest())
+        return msgspec.structs.replace(status, applied=counted.applied)
+
+
+async def _stepped(read: TotalsRead | EventsRead) -> Message:
+    """Do a read's scan in steps, with the loop running in between."""
+    while not read.step():  # noqa: ASYNC110 - the loop works, it does not wait
+        await asyncio.sleep(0)
+    return read.result()

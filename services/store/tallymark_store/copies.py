@@ -1,0 +1,226 @@
+"""The copies of partitions on a store: taken up, begun anew, removed.
+
+Owns what must never be mixed up: a copy's id, its log, its checkpoint and its state in memory belong together, and
+whatever of them is lost takes the others along. What becomes of a copy is decided by replicas and leaders.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+import msgspec
+
+from tallymark_protocol.errors import ErrorCode, TallymarkError, WireError
+from tallymark_runtime.disk import Disk, DiskError
+from tallymark_store import checkpoint
+from tallymark_store.checkpointer import folder
+from tallymark_store.coordination import Coordination
+from tallymark_store.partition import Partition
+from tallymark_store.replication.effects import Role
+from tallymark_store.replication.ports import DurableState, Membership
+from tallymark_store.store import WAY_OUT, Store
+
+_log = logging.getLogger(__name__)
+
+TIDY_S = 1.0  # how often it is looked whether copies were removed
+WATERMARKS_EVERY = 5  # times of these the high watermarks are recorded as well
+
+
+class Copies:
+    """The copies on one store.
+
+    Args:
+        store: the driver.
+        coordination: where copies are registered.
+        node_id: of this store.
+        checkpoints: the folder that holds a folder for each partition.
+        manifests: of the checkpoints in force; shared with who takes them.
+        salt: of this process's tables.
+        new_copy_id: gives random ids.
+        report: told, in sentences, what needs attention.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        coordination: Coordination,
+        *,
+        node_id: str,
+        checkpoints: Disk,
+        manifests: dict[int, checkpoint.Manifest],
+        salt: int,
+        new_copy_id: Callable[[], str],
+        report: Callable[[str], None],
+    ) -> None:
+        self._store = store
+        self._coordination = coordination
+        self._node_id = node_id
+        self._checkpoints = checkpoints
+        self._manifests = manifests
+        self._salt = salt
+        self._new_copy_id = new_copy_id
+        self._report = report
+        self._taking_up: set[int] = set()
+        self._removed: dict[int, str] = {}  # copies that leaders have removed, to be discarded: their ids
+        self._wake = asyncio.Event()  # there is one
+
+    # ------------------------------------------------------------ beginning
+
+    def adopt(self, foundings: dict[int, Membership], damage: str) -> None:
+        """Take up the copies that were found; `damage` is what is wrong with all of them, "" if nothing is."""
+        store = self._store
+        file = store.replicating.file
+        if not file.is_new:
+            for number in sorted(store.wal.partitions):
+                if number not in file.states and store.wal.log_end(number):
+                    # Removed, and the process ended before its log was emptied.
+                    store.wal.reset(number, 0, epoch=0, append_ns=0)
+                    self._forget(number)
+        for number, state in sorted(file.states.items()):
+            self._add(number, state, foundings.get(number), damage)
+
+    def _add(self, number: int, state: DurableState, founding: Membership | None, damage: str) -> None:
+        store = self._store
+        partition = store.partitions[number]
+        if damage and partition.error is None:
+            self._refuse(partition, damage)
+        known = msgspec.structs.replace(
+            state, high_watermark=max(state.high_watermark, partition.high_watermark)
+        )
+        store.replicating.add(number, known, founding=founding, is_damaged=partition.error is not None)
+        replica = store.replicas[number]
+        if replica.role is Role.DAMAGED:
+            if partition.error is None:
+                self._refuse(partition, replica.why)
+            assert partition.error is not None
+            partition.error = store.damage_error(number, partition.error)
+
+    def _refuse(self, partition: Partition, why: str) -> None:
+        message = f"partition {partition.partition}: {why}; {WAY_OUT}"
+        partition.error = WireError(int(ErrorCode.PARTITION_DAMAGED), False, message)
+        self._report(message)
+
+    async def take_up(self, number: int) -> None:
+        """Take part in a partition, under a copy id that is durable and registered.
+
+        Raises:
+            TallymarkError: the coordinator did not answer; call it again.
+        """
+        if number in self._taking_up:
+            return
+        self._taking_up.add(number)
+        try:
+            await self._take_up(number)
+        finally:
+            self._taking_up.discard(number)
+
+    async def _take_up(self, number: int) -> None:
+        store, coordination = self._store, self._coordination
+        registered = await coordination.registered_copy(number)
+        replica = store.replicas.get(number)
+        if replica is not None:
+            if registered != replica.copy_id:  # it was not done when the process ended
+                await coordination.register_copy(number, replica.copy_id)
+            return
+        await coordination.know_foundings()
+        founding = coordination.founding(number)
+        damage = ""
+        if registered and founding is not None:
+            # What was kept under this id is gone. It is not replaced before a majority of others is there: the
+            # disk may only have been forgotten.
+            state = DurableState(registered)
+            damage = "its files are gone, though the copy is registered"
+        else:
+            state = DurableState(self._new_copy_id())
+            store.replicating.persist(number, state)
+            await coordination.register_copy(number, state.copy_id)
+        self._add(number, state, founding, damage)
+        replica = store.replicas[number]
+        store.replicating.call(number, replica.set_wish, coordination.assignment(number))
+        late = coordination.founding(number)
+        if late is not None and founding is None:
+            store.replicating.call(number, replica.set_founding, late)
+        coordination.tell_leader(number)
+
+    # ------------------------------------------------------------ ending
+
+    def on_discarded(self, number: int, copy_id: str) -> None:
+        """A copy begins anew: nothing of what it was may be found again."""
+        self._report(f"partition {number}: this copy begins anew")
+        self._forget(number)
+        self._coordination.register_copy_soon(number, copy_id)
+
+    def _forget(self, number: int) -> None:
+        """Forget all state of a partition but its log: its copy is discarded."""
+        store = self._store
+        checkpoint.discard(self._checkpoints.at(folder(number)))
+        self._manifests.pop(number, None)
+        before = store.partitions[number]
+        fresh = Partition(
+            number, dedup_window_ns=before.dedup_window_ns, indexes=store.wal.partitions, salt=self._salt
+        )
+        fresh.high_watermark = 0
+        store.partitions[number] = fresh
+        store.end_generation(number)
+
+    def on_removed(self, number: int, copy_id: str) -> None:
+        """A leader has removed a copy of this node, and nobody wishes it here any more."""
+        self._removed[number] = copy_id
+        self._wake.set()
+
+    async def tidy(self) -> None:
+        """For ever: have nodes discard copies that were removed, discard those of this node, record watermarks."""
+        turns = 0
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TIDY_S):
+                    await self._wake.wait()
+            self._wake.clear()
+            if self._store.stopped.is_set():
+                return
+            turns += 1
+            if turns % WATERMARKS_EVERY == 0:
+                self.save_watermarks()
+            try:
+                for number, replica in sorted(self._store.replicas.items()):
+                    settled = replica.membership.offset < replica.high_watermark
+                    if replica.role is Role.LEADER and settled:
+                        await self._coordination.remove_copies(number, replica.membership)
+                for number, copy_id in sorted(self._removed.items()):
+                    await self._remove(number, copy_id)
+            except TallymarkError as error:
+                _log.warning("removed copies are left where they are for now: %s", error)
+
+    async def _remove(self, number: int, copy_id: str) -> None:
+        replica = self._store.replicas.get(number)
+        if replica is not None and replica.copy_id == copy_id:
+            if replica.role is Role.LEADER or not self._store.replicating.remove(number):
+                return
+            self._forget(number)
+            self._report(f"partition {number}: this copy was removed")
+        await self._coordination.unregister_copy(number, copy_id)
+        del self._removed[number]
+        if self._node_id in self._coordination.assignment(number):
+            await self.take_up(number)  # wished again meanwhile
+
+    # ------------------------------------------------------------ watermarks
+
+    def save_watermarks(self) -> None:
+        """Record the high watermarks: a log that ends below one has lost something."""
+        file = self._store.replicating.file
+        states = dict(file.states)
+        for number, replica in sorted(self._store.replicas.items()):
+            state = states.get(number)
+            if state is None or replica.role is Role.DAMAGED or state.copy_id != replica.copy_id:
+                continue
+            known = min(replica.high_watermark, replica.durable_end)
+            if known > state.high_watermark:
+                states[number] = msgspec.structs.replace(state, high_watermark=known)
+        if states != file.states:
+            try:
+                file.save_all(states, file.log_id)
+            except DiskError as error:
+                self._store.log_failed(error)

@@ -1,0 +1,202 @@
+"""Folding: the slices of the loop's time in which committed records get into the cells.
+
+Owns the backlog (what was appended here and is not folded yet) and back-pressure by it, and the judge's way to the
+log's end when a leadership begins. A slice stays short, so that reads, acknowledgements and lease renewals come in
+between; what is left waits for the next turn of the loop.
+
+Records that this process has appended as leader come from the partition's queue; all others are read from the log
+when their turn comes, so that memory stays bounded however far behind a copy is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from tallymark_protocol.payload import COLUMNS
+from tallymark_runtime.clock import Clock
+from tallymark_store.partition import Partition
+from tallymark_store.prepared import Ints
+from tallymark_store.wal import DamagedError, Wal
+
+FOLD_SLICE_NS = 15_000_000  # of the loop's time at once
+BACKLOG_HIGH_BYTES = 192 * 1024 * 1024  # appended and not folded: above it, nothing more is read
+BACKLOG_LOW_BYTES = 96 * 1024 * 1024
+
+
+class Folding:
+    """Folds for all partitions of a process.
+
+    Args:
+        wal: where records are read from.
+        partitions: by number; looked at again in each slice.
+        clock: measures slices.
+        pause_reading: called with True when the backlog is too large, with False when it has shrunk.
+        on_damage: called when a record that is to be folded, or judged, cannot be read.
+        on_failed: called when the fold itself fails: totals that lack a record must not be told to anybody.
+
+    Attributes:
+        events_folded: since the start; checkpoints are due by it.
+        backlog_bytes: of payloads appended here and not folded.
+    """
+
+    def __init__(
+        self,
+        wal: Wal,
+        partitions: dict[int, Partition],
+        clock: Clock,
+        *,
+        pause_reading: Callable[[bool], None],
+        on_damage: Callable[[Partition, DamagedError], None],
+        on_failed: Callable[[BaseException], None],
+    ) -> None:
+        self.events_folded = 0
+        self.backlog_bytes = 0
+        self._wal = wal
+        self._partitions = partitions
+        self._clock = clock
+        self._pause_reading = pause_reading
+        self._on_damage = on_damage
+        self._on_failed = on_failed
+        self._loop = asyncio.get_running_loop()
+        self._due = False
+        self._paused = False
+        self._columns: Ints = np.zeros(COLUMNS, dtype=np.int64)
+        # Partitions whose judge is on its way to the log's end, with what is to be called there.
+        self._promoting: dict[int, Callable[[], None]] = {}
+
+    # ------------------------------------------------------------ slices
+
+    def soon(self) -> None:
+        """Fold what is committed, beginning in the next turn of the loop."""
+        if not self._due:
+            self._due = True
+            self._loop.call_soon(self._slice)
+
+    def _slice(self) -> None:
+        self._due = False
+        deadline = self._clock.monotonic_ns() + FOLD_SLICE_NS
+        # Who is about to lead comes first: its clients wait.
+        behind = bool(self._promoting) and self._promote(deadline)
+        for partition in list(self._partitions.values()):
+            if partition.error is not None:
+                continue
+            while partition.fold_behind and self._clock.monotonic_ns() < deadline:
+                if not self.fold_one(partition):
+                    break
+            else:
+                behind = behind or partition.fold_behind
+        if behind:
+            self.soon()
+        self._check_backlog()
+
+    def _check_backlog(self) -> None:
+        if self.backlog_bytes > BACKLOG_HIGH_BYTES and not self._paused:
+            self._paused = True
+            self._pause_reading(True)
+        elif self._paused and self.backlog_bytes < BACKLOG_LOW_BYTES:
+            self._paused = False
+            self._pause_reading(False)
+
+    def fold_one(self, partition: Partition) -> bool:
+        """Fold the next committed record; False where it is damaged."""
+        try:
+            if not partition.folds_from_log:
+                events, size = partition.fold_step()
+                self.backlog_bytes -= size
+            else:
+                found = self._wal.read(partition.partition, partition.applied)
+                assert found is not None, "what is committed is in the log"
+                events, _ = partition.apply_logged(*found, self._columns)
+        except DamagedError as error:
+            self._on_damage(partition, error)
+            return False
+        except Exception as error:
+            self._on_failed(error)
+            raise
+        self.events_folded += events
+        return True
+
+    async def wait_applied(self, partition: Partition) -> None:
+        """Wait until the fold has reached the high watermark as it is now.
+
+        Raises:
+            DamagedError: a record on the way there cannot be read.
+        """
+        target = partition.high_watermark
+        deadline = self._clock.monotonic_ns() + FOLD_SLICE_NS
+        while partition.applied < target:
+            if not self.fold_one(partition):
+                raise DamagedError(
+                    f"partition {partition.partition} has a damaged record at offset {partition.applied}",
+                    partition=partition.partition,
+                )
+            if self._clock.monotonic_ns() > deadline:
+                await asyncio.sleep(0)
+                deadline = self._clock.monotonic_ns() + FOLD_SLICE_NS
+
+    # ------------------------------------------------------------ promotion
+
+    def promote(self, partition: Partition, then: Callable[[], None]) -> None:
+        """Bring the judge to the log's end, in slices, then call `then`; nothing else may write to the log meanwhile."""
+        self._promoting[partition.partition] = then
+        if not self._promote(self._clock.monotonic_ns() + FOLD_SLICE_NS):
+            return
+        self.soon()
+
+    def stop_promoting(self, number: int) -> None:
+        """The leadership ended before it began."""
+        self._promoting.pop(number, None)
+
+    def _promote(self, deadline: int) -> bool:
+        """Judge what is in the logs; whether some of it is left."""
+        for number in sorted(self._promoting):
+            partition = self._partitions[number]
+            while partition.judged_end < partition.log_end:
+                if self._clock.monotonic_ns() >= deadline:
+                    return True
+                if not self._judge_one(partition):
+                    self._promoting.pop(number, None)
+                    break
+            else:
+                self._promoting.pop(number)()
+        return bool(self._promoting)
+
+    def _judge_one(self, partition: Partition) -> bool:
+        try:
+            found = self._wal.read(partition.partition, partition.judged_end)
+            assert found is not None, "the log holds everything up to its end"
+            partition.judge_logged(*found, self._columns)
+        except DamagedError as error:
+            self._on_damage(partition, error)
+            return False
+        except Exception as error:
+            self._on_failed(error)
+            raise
+        return True
+
+    def finish(self, partitions: Iterable[Partition]) -> None:
+        """At the end: fold all that is committed and came from here, so that nothing of it is left in memory only."""
+        for partition in partitions:
+            while partition.error is None and partition.fold_behind and self.fold_one(partition):
+                pass
+
+
+def replay(wal: Wal, partition: Partition, upto: int | None = None) -> int:
+    """Fold what the log holds of a partition from `applied` up to `upto` (None: its end); returns how many records.
+
+    Raises:
+        DamagedError: a record cannot be trusted.
+        RemoteProtocolError: a record makes no sense to this version.
+    """
+    count = 0
+    end = partition.index.log_end if upto is None else upto
+    columns = np.zeros(COLUMNS, dtype=np.int64)
+    while partition.applied < end:
+        found = wal.read(partition.partition, partition.applied)
+        assert found is not None, "the log holds everything from the checkpoint on"
+        partition.apply_logged(*found, columns)
+        count += 1
+    return count

@@ -1,0 +1,567 @@
+"""A store without sockets: its data, its replicas, and what it does at the coordinator.
+
+Everything that is not the same on every machine comes in through a port: disk, clock, randomness, coordinator,
+transport, the log's threads. So the same object serves behind real sockets (`service.StoreService`) and in a
+simulation.
+
+Starting: the data directory is checked and recovered; the lease is granted and the node registered; partitions that
+are assigned to it are taken up; from then on its replicas do what messages, keys and time ask of them. A store that
+holds the only copies waits until it leads them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+
+import msgspec
+
+from tallymark_protocol import limits
+from tallymark_protocol.errors import ErrorCode, UnavailableError, WireError
+from tallymark_protocol.frames import Frame
+from tallymark_protocol.messages import Call, Message
+from tallymark_runtime.assignments import FOUNDING
+from tallymark_runtime.catalog import (
+    Cluster,
+    MetricCatalog,
+    Node,
+    establish_cluster,
+    node_key,
+)
+from tallymark_runtime.clock import Clock
+from tallymark_runtime.coordinator import Coordinator
+from tallymark_runtime.disk import Disk
+from tallymark_runtime.epochs import read_base
+from tallymark_store import checkpoint, recovery
+from tallymark_store.appends import Requester
+from tallymark_store.belonging import check_cluster
+from tallymark_store.calls import Calls
+from tallymark_store.checkpointer import Checkpointer
+from tallymark_store.coordination import Coordination, founding_of, stop_following
+from tallymark_store.copies import Copies
+from tallymark_store.lease import LeaseKeeper, LeaseThread
+from tallymark_store.links import Transport
+from tallymark_store.replicas_file import ReplicasFile, ReplicasFileError
+from tallymark_store.replicating import Identity
+from tallymark_store.replication.effects import Role
+from tallymark_store.replication.ports import Member, Membership, ReplicaConfig
+from tallymark_store.replication.replica import Replica
+from tallymark_store.replication.wal_log import WalLog
+from tallymark_store.store import Offload, Store, ThreadsFactory
+from tallymark_store.wal import Wal, WalConfig, WalThreads
+
+_log = logging.getLogger(__name__)
+
+_START_S = 30.0  # how long a store that holds the only copies waits until it leads them
+_HAND_OVER_S = 1.0  # how long a stop waits for others to take over
+
+
+class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What a store process is told."""
+
+    node_id: str
+    partition_count: int
+    replication_factor: int = 1
+    zone: str = ""  # what may fail as one
+    listen: str = "127.0.0.1:0"
+    advertise: str = ""  # the address by which others reach it, if not the one it listens on
+    wal: WalConfig = WalConfig()
+    checkpoint_interval_s: float = 60.0
+    checkpoint_events: int = 5_000_000
+    dedup_window_ns: int = limits.DEDUP_WINDOW_NS
+    lease_ttl_s: float = 2.0
+    replication: ReplicaConfig | None = None  # None: as follows from the lease
+
+
+def replica_config(config: StoreConfig) -> ReplicaConfig:
+    """The replicas' times, as they follow from the lease."""
+    if config.replication is not None:
+        return config.replication
+    lease_ns = int(config.lease_ttl_s * 1e9)
+    return ReplicaConfig(
+        lease_ns=lease_ns,
+        heartbeat_ns=lease_ns // 8,
+        resend_ns=max(lease_ns // 7, 20_000_000),
+        candidacy_step_ns=max(lease_ns // 20, 10_000_000),
+    )
+
+
+class StoreNode:
+    """One store; see the module. `start` it, then `close` it, or `halt` it.
+
+    Args:
+        config: what it is told.
+        disk: its folder.
+        coordinator: of the cluster.
+        clock: stamps events; its monotonic time is what deadlines run on.
+        rng: for ids and salts.
+        transport: to other stores.
+        address: "host:port" by which it is reached.
+        report: told, in sentences, what takes time or needs attention.
+        threads: makes what writes and syncs the log.
+        offload: runs what waits for the disk.
+        pause_reading: called with True when clients must wait, with False when they need not any more.
+        lease_coordinator: makes a connection of the lease's own; None: the lease is renewed from the loop.
+
+    Attributes:
+        failed: set when the process must end, because its log cannot be trusted any more.
+    """
+
+    def __init__(
+        self,
+        config: StoreConfig,
+        *,
+        disk: Disk,
+        coordinator: Coordinator,
+        clock: Clock,
+        rng: random.Random,
+        transport: Transport,
+        address: str,
+        report: Callable[[str], None],
+        threads: ThreadsFactory = WalThreads,
+        offload: Offload = asyncio.to_thread,
+        pause_reading: Callable[[bool], None] = lambda _: None,
+        lease_coordinator: Callable[[], Coordinator] | None = None,
+    ) -> None:
+        self.failed = asyncio.Event()
+        self.address = address
+        self.catalog = MetricCatalog(coordinator)
+        self.checkpointer: Checkpointer | None = None
+        self._config = config
+        self._disk = disk
+        self._coordinator = coordinator
+        self._clock = clock
+        self._rng = rng
+        self._transport = transport
+        self._report = report
+        self._threads = threads
+        self._offload = offload
+        self._pause_reading = pause_reading
+        self._lease_coordinator = lease_coordinator
+        self._locked = False
+        self._closing = False
+        self._file: ReplicasFile | None = None
+        self._store: Store | None = None
+        self._calls: Calls | None = None
+        self._coordination: Coordination | None = None
+        self._manifests: dict[int, checkpoint.Manifest] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._copies: Copies | None = None
+
+    @property
+    def store(self) -> Store:
+        """The driver, once it runs.
+
+        Raises:
+            UnavailableError: it does not, or not any more.
+        """
+        if self._store is None or self.failed.is_set():
+            raise UnavailableError("the store is not ready")
+        return self._store
+
+    @property
+    def driver(self) -> Store | None:
+        """The driver, whatever state it is in; None before there is one."""
+        return self._store
+
+    @property
+    def lease_deadline_ns(self) -> int:
+        """Until when this node relies on its lease, on the clock's monotonic time; 0 while it has none."""
+        lease = None if self._coordination is None else self._coordination.lease
+        return 0 if lease is None or not lease.lease else lease.deadline_ns
+
+    # ------------------------------------------------------------ start
+
+    async def start(self) -> None:
+        """Recover, register, take part."""
+        config = self._config
+        wanted = Cluster(config.partition_count, cluster_id=f"{self._rng.getrandbits(128):032x}")
+        cluster = await establish_cluster(self._coordinator, wanted)
+        self._disk.lock("LOCK")  # recovery writes; two processes on one log would destroy it
+        self._locked = True
+        check_cluster(self._disk, cluster)
+        if cluster.partition_count != wanted.partition_count:
+            self._report(
+                f"this cluster was created with {cluster.partition_count} partitions, and keeps them: the setting "
+                f"of {wanted.partition_count} is ignored"
+            )
+        await self.catalog.start()
+        identity = Identity(config.node_id, f"{self._rng.getrandbits(64):016x}", cluster.cluster_id)
+        await self._wait_for_namesake()
+        store = await self._recover(cluster, identity)
+        await self._check_history(store)
+        assert self._coordination is not None
+        assert self._copies is not None
+        store.start()
+        await self._coordination.start()
+        loop = asyncio.get_running_loop()
+        self.checkpointer = Checkpointer(
+            store,
+            self._disk.at("checkpoints"),
+            self._manifests,
+            self._clock,
+            interval_s=config.checkpoint_interval_s,
+            events_max=config.checkpoint_events,
+            offload=self._offload,
+        )
+        self._tasks += [
+            loop.create_task(self.checkpointer.run()),
+            loop.create_task(self._copies.tidy()),
+        ]
+        if config.replication_factor == 1:
+            await self._wait_leading(store)
+
+    async def _wait_for_namesake(self) -> None:
+        """An empty data directory under a name that is registered: another process, or the last life of this one.
+
+        The lease of a process that has died runs out. One that lives would be disturbed.
+        """
+        if self._disk.at("wal").list():
+            return
+        key = node_key("store", self._config.node_id)
+        deadline = asyncio.get_running_loop().time() + 1.5 * self._config.lease_ttl_s
+        while await self._coordinator.get(key) is not None:
+            if asyncio.get_running_loop().time() > deadline:
+                raise UnavailableError(
+                    f"the partitions of the node {self._config.node_id!r} are led by another store of that name: give "
+                    f"this one another node_id"
+                )
+            await asyncio.sleep(self._config.lease_ttl_s / 20)
+
+    async def _recover(self, cluster: Cluster, identity: Identity) -> Store:
+        config = self._config
+        foundings: dict[int, Membership] = {}
+        for item in (await self._coordinator.range(FOUNDING)).items:
+            foundings[int(item.key[len(FOUNDING) :])] = founding_of(item)
+        damage = ""
+        try:
+            file = self._file = ReplicasFile(self._disk)
+        except ReplicasFileError as error:
+            # Whatever was promised here is not known: every copy has to begin anew, or the file to be restored.
+            raise UnavailableError(
+                f"{error}; restore it, or the data directory as a whole", retriable=False
+            ) from error
+        salt = self._rng.getrandbits(63)
+
+        def committed_end(wal: Wal, number: int) -> int:
+            log = WalLog(wal, number)
+            state = file.states.get(number)
+            memberships = log.memberships()
+            current = memberships[-1] if memberships else foundings.get(number)
+            if state is None or current is None:
+                return log.log_end if state is None and current is None else 0
+            if current.members == (Member(config.node_id, state.copy_id),):
+                return log.log_end
+            return min(state.high_watermark, log.log_end)
+
+        found = recovery.recover(
+            self._disk,
+            partition_count=cluster.partition_count,
+            dedup_window_ns=config.dedup_window_ns,
+            wal_config=config.wal,
+            new_log_id=self._rng.randbytes(16),
+            salt=salt,
+            report=self._report,
+            committed_end=committed_end,
+        )
+        self._manifests = found.manifests
+        if file.log_id and file.log_id != found.wal.log_id:
+            damage = "its log is gone: another one was begun in its place"
+        elif not file.log_id:
+            file.save_all(file.states, found.wal.log_id)
+        node = Node(config.node_id, self.address, "store", zone=config.zone)
+        self._coordination = Coordination(
+            self._coordinator,
+            identity=identity,
+            node=node,
+            partition_count=cluster.partition_count,
+            replication_factor=config.replication_factor,
+            lease=self._make_lease(),
+            host=self,
+        )
+        store = Store(
+            wal=found.wal,
+            partitions=found.partitions,
+            catalog=self.catalog,
+            clock=self._clock,
+            identity=identity,
+            config=replica_config(config),
+            file=file,
+            transport=self._transport,
+            keys=self._coordination,
+            new_copy_id=self._new_copy_id,
+            pause_reading=self._pause_reading,
+            on_discarded=self._on_discarded,
+            threads=self._threads,
+            offload=self._offload,
+        )
+        store.stopped = self.failed
+        self._store = store
+        self._calls = Calls(
+            store,
+            self.catalog,
+            self._clock,
+            node_id=config.node_id,
+            check_lease=self._check_lease,
+            offload=self._offload,
+        )
+        self._calls.checkpoint_count = self._checkpoint_count
+        self._copies = Copies(
+            store,
+            self._coordination,
+            node_id=config.node_id,
+            checkpoints=self._disk.at("checkpoints"),
+            manifests=found.manifests,
+            salt=salt,
+            new_copy_id=self._new_copy_id,
+            report=self._report,
+        )
+        self._copies.adopt(foundings, damage)
+        return store
+
+    def _make_lease(self) -> LeaseKeeper:
+        connect, ttl_s = self._lease_coordinator, self._config.lease_ttl_s
+        if connect is None:
+            return LeaseKeeper(self._coordinator, self._clock, ttl_s)
+        return LeaseThread(self._coordinator, connect, self._clock, ttl_s)
+
+    async def _check_history(self, store: Store) -> None:
+        """Refuse a coordinator that has seen less than the log: its state was lost, or restored from a backup.
+
+        Revisions only rise, so metrics' uids from it would stand for other metrics than those in the log.
+        """
+        seen = max((self.seen(number) for number in store.partitions), default=0)
+        revision = (await self._coordinator.txn([], [])).revision + (await read_base(self._coordinator)).base
+        if revision < seen:
+            raise UnavailableError(
+                f"the coordinator is at revision {revision}, but the log has seen {seen}: the coordinator's state was "
+                f"lost or belongs to another store; restore it, or run `tallymark cluster recover`",
+                retriable=False,
+            )
+
+    async def _wait_leading(self, store: Store) -> None:
+        """Wait until all that this store alone holds is led here, or refused."""
+        assert self._coordination is not None
+        try:
+            async with asyncio.timeout(max(_START_S, 3 * self._config.lease_ttl_s)):
+                while not (self._coordination.is_placed and self._leads_all(store)):
+                    if self.failed.is_set():
+                        raise UnavailableError("the log has failed")
+                    await asyncio.sleep(0.002)
+        except TimeoutError:
+            waiting = [number for number in sorted(store.replicas) if not self._leads(store, number)]
+            reasons = [f"partition {number}: {store.replicas[number].why}" for number in waiting]
+            raise UnavailableError(
+                f"not every partition could be led: {'; '.join(reasons) or 'they are not placed'}"
+            ) from None
+
+    def _leads_all(self, store: Store) -> bool:
+        return all(self._leads(store, number) for number in store.replicas)
+
+    def _leads(self, store: Store, number: int) -> bool:
+        partition, replica = store.partitions[number], store.replicas[number]
+        alone = replica.membership.members == (Member(self._config.node_id, replica.copy_id),)
+        return partition.epoch > 0 or partition.error is not None or not alone
+
+    def _new_copy_id(self) -> str:
+        return f"{self._rng.getrandbits(128):032x}"
+
+    # ------------------------------------------------------------ end
+
+    async def hand_over(self) -> None:
+        """Have other members take over what this store leads, as far as that takes no longer than a moment."""
+        store = self._store
+        if store is None or self.failed.is_set():
+            return
+        self._closing = True
+        try:
+            async with asyncio.timeout(_HAND_OVER_S):
+                while True:
+                    leading = [
+                        (number, replica)
+                        for number, replica in sorted(store.replicas.items())
+                        if replica.role is Role.LEADER and len(replica.membership.members) > 1
+                    ]
+                    if not leading:
+                        break
+                    for number, replica in leading:
+                        target = _successor(replica, self._config.node_id)
+                        if replica.accepts_appends and target:
+                            store.replicating.call(number, replica.hand_over, target)
+                    await store.wait_news()
+        except (TimeoutError, UnavailableError) as error:
+            _log.warning("not every leadership was handed over: %s", error)
+
+    async def close(self) -> None:
+        """Give the leaderships up, sync the log, stop. Call it once."""
+        self._closing = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        store = self._store
+        if store is not None:
+            await store.close()
+            if self._copies is not None and not self.failed.is_set():
+                self._copies.save_watermarks()
+        await self.catalog.close()
+        if self._coordination is not None:
+            await self._coordination.close()
+        if store is not None:
+            store.wal.close()
+        if self._file is not None:
+            self._file.close()
+        if self._locked:
+            self._disk.unlock()
+
+    def halt(self) -> None:
+        """Stop at once, as in a crash."""
+        self._closing = True
+        for task in self._tasks:
+            task.cancel()
+        if self._store is not None:
+            self._store.halt()
+        if self._coordination is not None:
+            self._coordination.halt()
+        stop_following(self.catalog)
+        if self._locked:
+            self._disk.unlock()
+
+    # ------------------------------------------------------------ requests
+
+    def on_append(self, connection: Requester, frame: Frame) -> None:
+        """Take an APPEND frame; it is answered once, now or later."""
+        try:
+            store = self.store
+        except UnavailableError as error:
+            connection.respond_error(frame.request_id, error)
+            return
+        store.on_append(connection, frame)
+
+    def on_bundle(self, sender: str, data: bytes) -> None:
+        """Take what another store sent; `sender` is who is known to speak, "" if that is not known.
+
+        Raises:
+            RemoteProtocolError: it makes no sense, or is not meant for this store.
+        """
+        if self._store is not None and not self.failed.is_set():
+            self._store.replicating.on_bundle(sender, data)
+
+    async def call(self, call: Call) -> Message | None:
+        """Answer a call; None where it is none to a store. Raises TallymarkError."""
+        _ = self.store
+        assert self._calls is not None
+        return await self._calls.call(call)
+
+    def _check_lease(self) -> None:
+        assert self._coordination is not None
+        if not self._coordination.lease.is_valid:
+            raise UnavailableError("the lease of this store has run out", code=ErrorCode.NOT_LEADER)
+
+    def _on_discarded(self, partition: int, copy_id: str) -> None:
+        assert self._copies is not None
+        self._copies.on_discarded(partition, copy_id)
+
+    def _checkpoint_count(self) -> int:
+        return self.checkpointer.count if self.checkpointer is not None else 0
+
+    # ------------------------------------------------------------ what the coordinator tells
+
+    def _replica(self, partition: int) -> Replica | None:
+        store = self._store
+        return None if store is None or self.failed.is_set() else store.replicas.get(partition)
+
+    def on_leader(self, partition: int, holder: str, epoch: int) -> None:
+        """The leader key is held by a node, or is gone."""
+        replica = self._replica(partition)
+        if replica is None:
+            return
+        self.store.replicating.call(partition, replica.key_changed, holder, epoch)
+        if holder == self._config.node_id:
+            self.store.replicating.call(
+                partition, replica.tick
+            )  # of an earlier life: the sooner it goes the better
+        if not holder and self._speaks_for(replica):
+            # It serves nothing; but without a leader nobody would be told what is wrong with it.
+            assert self._coordination is not None
+            self._coordination.create(partition)
+
+    def _speaks_for(self, replica: Replica) -> bool:
+        """Whether this is a partition's only copy, and damaged."""
+        return replica.role is Role.DAMAGED and replica.membership.members == (
+            Member(self._config.node_id, replica.copy_id),
+        )
+
+    def seen(self, partition: int) -> int:
+        """The highest epoch or metric's uid in a partition's log."""
+        assert self._store is not None
+        held = self._store.partitions[partition]
+        return max(held.index.last_epoch(), *(int(uid) for uid in held.schemas.uids), 0)
+
+    def on_created(self, partition: int, epoch: int, seen: int) -> None:
+        """A leader key was created, when the log had seen `seen`, or (epoch 0) was not."""
+        replica = self._replica(partition)
+        if replica is None or self._speaks_for(replica):
+            return
+        replicating = self.store.replicating
+        if not epoch:
+            replicating.call(partition, replica.key_refused)
+            return
+        if epoch <= seen:
+            # Not tried again: revisions rise with every attempt, and would get there in the end.
+            message = (
+                f"partition {partition}: the leader key has epoch {epoch}, but the log had seen {seen}: the coordinator's "
+                f"state was lost; restore it, or run `tallymark cluster recover`"
+            )
+            _log.critical("%s", message)
+            self.store.partitions[partition].error = WireError(
+                int(ErrorCode.PARTITION_UNAVAILABLE), False, message
+            )
+            assert self._coordination is not None
+            self._coordination.delete(partition, epoch)
+            return
+        replicating.call(partition, replica.key_created, epoch)
+
+    def on_assigned(self, partition: int, nodes: tuple[str, ...]) -> None:
+        """These nodes shall hold the partition."""
+        replica = self._replica(partition)
+        if replica is not None:
+            self.store.replicating.call(partition, replica.set_wish, nodes)
+
+    def on_founded(self, partition: int, membership: Membership) -> None:
+        """The partition was founded."""
+        replica = self._replica(partition)
+        if replica is not None:
+            self.store.replicating.call(partition, replica.set_founding, membership)
+
+    def on_placed(self) -> None:
+        """Every partition is assigned and founded."""
+
+    def on_removed(self, partition: int, copy_id: str) -> None:
+        """A leader has removed this copy, and nobody wishes it here any more."""
+        if self._copies is not None:
+            self._copies.on_removed(partition, copy_id)
+
+    def on_lease_lost(self, reason: str) -> None:  # noqa: ARG002
+        """The leader keys are gone, or may be."""
+        if self._store is None or self.failed.is_set():
+            return
+        for number in sorted(self._store.replicas):
+            self._store.replicating.call(number, self._store.replicas[number].lease_lost)
+
+    async def take_up(self, partition: int) -> None:
+        """Take part in a partition that is assigned to this node."""
+        assert self._copies is not None
+        await self._copies.take_up(partition)
+
+
+def _successor(replica: Replica, own_node: str) -> str:
+    """The member that has most of the log, by node id where several have; "" where none is heard of."""
+    best, best_end = "", -1
+    for node_id, progress in sorted(replica.followers.items()):
+        if node_id == own_node or progress.is_damaged or not progress.heard_ns:
+            continue
+        if replica.membership.has(node_id, progress.copy_id) and progress.match_end > best_end:
+            best, best_end = node_id, progress.match_end
+    return best

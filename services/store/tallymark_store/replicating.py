@@ -1,0 +1,471 @@
+"""The driver of the replicas: messages, time, syncs and keys in; their effects carried out, in order.
+
+One for all partitions of a process. Calls into a replica go through `call`, one at a time: what a call asks for is
+carried out before the next call. Messages that leave in one turn of the loop are gathered by peer and go out together
+at its end (`links`). One timer of the loop serves all replicas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from tallymark_protocol.errors import (
+    BackpressureError,
+    ErrorCode,
+    RemoteProtocolError,
+    TallymarkError,
+    WireError,
+)
+from tallymark_runtime.clock import Clock
+from tallymark_runtime.disk import DiskError
+from tallymark_store import links
+from tallymark_store.links import Outgoing, Transport
+from tallymark_store.partition import Partition
+from tallymark_store.replicas_file import ReplicasFile
+from tallymark_store.replication.effects import (
+    AppendMembership,
+    BeginEpoch,
+    Committed,
+    CreateKey,
+    DeleteKey,
+    Discarded,
+    Effect,
+    Fault,
+    Persist,
+    Role,
+    Send,
+    Serve,
+    StepDown,
+    Truncated,
+)
+from tallymark_store.replication.ports import DurableState, Membership, ReplicaConfig
+from tallymark_store.replication.replica import Replica
+from tallymark_store.replication.wal_log import WalLog
+from tallymark_store.wal import DamagedError, LogFailedError, Wal
+
+_log = logging.getLogger(__name__)
+
+RETRY_NS = 1_000_000_000  # of what found no room
+_TIMER_MIN_S = 0.001
+_OUTBOX_MAX = 100_000  # messages to one peer in one turn; far more than any turn makes
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """Who a store is."""
+
+    node_id: str
+    instance: str  # of this process life
+    cluster_id: str
+
+
+class Keys(Protocol):
+    """What replicas ask of the coordinator. Nothing here waits; results come through `Replicating.call`."""
+
+    def create(self, partition: int) -> None:
+        """Create the leader key; then call `key_created` or `key_refused`."""
+        ...
+
+    def delete(self, partition: int, epoch: int) -> None:
+        """Delete the leader key that was created at this epoch; tried again until it is gone."""
+        ...
+
+
+class Leadership(Protocol):
+    """What the rest of the store does when replicas change: `store.Store`."""
+
+    def begin_epoch(self, partition: Partition, epoch: int) -> None:
+        """Bring the judge to the log's end, then append the epoch start."""
+        ...
+
+    def append_membership(self, partition: Partition, epoch: int, membership: Membership) -> None:
+        """Append a membership record. Raises BackpressureError, DamagedError."""
+        ...
+
+    def serve(self, partition: Partition, epoch: int) -> None:
+        """Take appends and reads."""
+        ...
+
+    def step_down(self, partition: Partition, epoch: int, reason: str) -> None:
+        """Take no more appends; fail what waits; take the judge back."""
+        ...
+
+    def committed(self, partition: Partition, high_watermark: int) -> None:
+        """Everything below is committed."""
+        ...
+
+    def discarded(self, partition: Partition, copy_id: str) -> None:
+        """Forget all state of the partition; its log is empty."""
+        ...
+
+    def log_failed(self, error: BaseException) -> None:
+        """What is on disk is unknown: the process must end."""
+        ...
+
+    def sync_soon(self) -> None:
+        """Something was written to the log: sync it."""
+        ...
+
+    def damage_error(self, number: int, error: WireError) -> WireError:
+        """What is told to those who ask a damaged copy."""
+        ...
+
+
+class Replicating:
+    """All replicas of a process. Part of `store.Store`.
+
+    Attributes:
+        replicas: by partition; those with a copy here.
+        logs: their logs.
+        identity: who this store is.
+    """
+
+    def __init__(
+        self,
+        wal: Wal,
+        partitions: dict[int, Partition],
+        clock: Clock,
+        *,
+        identity: Identity,
+        config: ReplicaConfig,
+        file: ReplicasFile,
+        transport: Transport,
+        keys: Keys,
+        leadership: Leadership,
+        new_copy_id: Callable[[], str],
+    ) -> None:
+        self.replicas: dict[int, Replica] = {}
+        self.logs: dict[int, WalLog] = {}
+        self.identity = identity
+        self.keys = keys
+        self.file = file
+        self.heard_ns: dict[int, int] = {}  # by partition, when a leader was last heard of
+        self._wal = wal
+        self._partitions = partitions
+        self._clock = clock
+        self._config = config
+        self._transport = transport
+        self._leadership = leadership
+        self._new_copy_id = new_copy_id
+        self._loop = asyncio.get_running_loop()
+        self._calls: deque[tuple[int, Callable[..., list[Effect]], tuple[Any, ...]]] = deque()
+        self._calling = False
+        self._dirty: dict[int, None] = {}  # partitions that a leader has appended to; in order
+        self._outbox: dict[str, list[Outgoing]] = {}
+        self._outbox_due = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_ns = 2**63 - 1  # when it fires
+        self._reset_due: dict[int, str] = {}  # discarded copies whose log could not be reset yet
+        self._closed = False
+
+    # ------------------------------------------------------------ replicas
+
+    def add(self, number: int, state: DurableState, *, founding: Membership | None, is_damaged: bool) -> None:
+        """Take up a partition's copy, as it was recovered."""
+        log = self.logs[number] = WalLog(self._wal, number, self._leadership.sync_soon)
+        history = [founding] if founding is not None else []
+        try:
+            history += log.memberships()
+        except (DamagedError, RemoteProtocolError) as error:
+            _log.error("partition %d: %s", number, error)
+            is_damaged = True
+        self.replicas[number] = Replica(
+            number,
+            node_id=self.identity.node_id,
+            instance=self.identity.instance,
+            log=log,
+            state=state,
+            config=self._config,
+            history=history,
+            new_copy_id=self._new_copy_id,
+            is_damaged=is_damaged,
+            now_ns=self._clock.monotonic_ns(),
+        )
+        self._arm(number)
+
+    def remove(self, number: int) -> bool:
+        """Take part in a partition no more, and empty its log; False where there is no room to write that down now.
+
+        The rest of its state is the caller's to forget.
+        """
+        try:
+            self.logs[number].reset()
+        except BackpressureError as error:
+            _log.warning("partition %d: its copy cannot be removed now: %s", number, error.message)
+            return False
+        self.persist(number, None)
+        for where in (self.replicas, self.logs, self.heard_ns, self._reset_due, self._dirty):
+            where.pop(number, None)
+        return True
+
+    def persist(self, number: int, state: DurableState | None) -> None:
+        """Make a copy's state durable.
+
+        Raises:
+            DiskError: it may or may not be; the process must end.
+        """
+        known = self.file.states.get(number)
+        if state is not None and known is not None and known.copy_id == state.copy_id:
+            # Recorded beside the replica, from time to time: what was known once stays known.
+            state = msgspec.structs.replace(
+                state, high_watermark=max(state.high_watermark, known.high_watermark)
+            )
+        try:
+            self.file.save(number, state)
+        except DiskError as error:
+            self._leadership.log_failed(error)
+            raise
+
+    # ------------------------------------------------------------ calls and effects
+
+    def call(self, number: int, method: Callable[..., list[Effect]], *args: Any) -> None:
+        """Call a method of a partition's replica, with the time as its last argument; carry out what it asks for."""
+        self._calls.append((number, method, args))
+        if self._calling:
+            return
+        self._calling = True
+        try:
+            while self._calls and not self._closed:
+                number, method, args = self._calls.popleft()
+                self._call(number, method, args)
+        finally:
+            self._calling = False
+
+    def _call(self, number: int, method: Callable[..., list[Effect]], args: tuple[Any, ...]) -> None:
+        if number in self._reset_due and not self._reset(number):
+            return
+        try:
+            effects = method(*args, self._clock.monotonic_ns())
+            for effect in effects:
+                _HANDLERS[type(effect)](self, number, effect)
+        except DamagedError as error:
+            self._damaged(number, error.message)
+        except LogFailedError:
+            return  # the store has been told, and ends
+        except RemoteProtocolError as error:
+            _log.warning("partition %d: a message was dropped: %s", number, error.message)
+        except Exception as error:
+            self._leadership.log_failed(
+                error
+            )  # a defect: what is believed here is not to be acted upon any more
+            raise
+        self._arm(number)
+
+    def _damaged(self, number: int, reason: str) -> None:
+        replica = self.replicas[number]
+        if replica.role is not Role.DAMAGED:
+            self._calls.appendleft((number, replica.damaged, (reason,)))
+
+    def _on_send(self, number: int, effect: Send) -> None:  # noqa: ARG002
+        waiting = self._outbox.get(effect.to)
+        if waiting is None:
+            waiting = self._outbox[effect.to] = []
+        if len(waiting) < _OUTBOX_MAX:
+            waiting.append(Outgoing(effect.message, effect.records))
+        if not self._outbox_due:
+            self._outbox_due = True
+            self._loop.call_soon(self.flush_outbox)
+
+    def _on_persist(self, number: int, effect: Persist) -> None:
+        self.persist(number, effect.state)
+
+    def _on_create_key(self, number: int, effect: CreateKey) -> None:  # noqa: ARG002
+        self.keys.create(number)
+
+    def _on_delete_key(self, number: int, effect: DeleteKey) -> None:
+        self.keys.delete(number, effect.epoch)
+
+    def _on_begin_epoch(self, number: int, effect: BeginEpoch) -> None:
+        self._leadership.begin_epoch(self._partitions[number], effect.epoch)
+
+    def _on_serve(self, number: int, effect: Serve) -> None:
+        self._leadership.serve(self._partitions[number], effect.epoch)
+
+    def _on_step_down(self, number: int, effect: StepDown) -> None:
+        self._dirty.pop(number, None)
+        self._leadership.step_down(self._partitions[number], effect.epoch, effect.reason)
+
+    def _on_append_membership(self, number: int, effect: AppendMembership) -> None:
+        replica = self.replicas[number]
+        try:
+            self._leadership.append_membership(self._partitions[number], replica.epoch, effect.membership)
+        except BackpressureError as error:
+            # The replica looks, finds nothing appended, and asks again later.
+            _log.warning("partition %d: its members cannot be changed now: %s", number, error.message)
+            self._dirty[number] = None
+            self._leadership.sync_soon()
+
+    def _on_truncated(self, number: int, effect: Truncated) -> None:
+        # Nothing above the high watermark is in any state here but the log's own.
+        partition = self._partitions[number]
+        assert effect.log_end >= partition.high_watermark, "what is committed is never cut off"
+        assert partition.judged_end <= effect.log_end, "only a leader's judge goes ahead of what is committed"
+
+    def _on_committed(self, number: int, effect: Committed) -> None:
+        self._leadership.committed(self._partitions[number], effect.high_watermark)
+
+    def _on_fault(self, number: int, effect: Fault) -> None:
+        partition = self._partitions[number]
+        message = f"partition {number}: this copy cannot be trusted: {effect.reason}"
+        _log.error("%s", message)
+        if partition.error is None:
+            error = WireError(int(ErrorCode.PARTITION_DAMAGED), False, message)
+            partition.error = self._leadership.damage_error(number, error)
+        self._wal.mark_damaged(number)
+        self._leadership.sync_soon()
+
+    def _on_discarded(self, number: int, effect: Discarded) -> None:
+        self._reset_due[number] = effect.copy_id
+        self._reset(number)
+
+    def _reset(self, number: int) -> bool:
+        """Empty the log of a discarded copy; whether that is done."""
+        try:
+            self._leadership.discarded(self._partitions[number], self._reset_due[number])
+            self.logs[number].reset()
+        except BackpressureError as error:
+            _log.warning("partition %d: the discarded copy cannot be emptied now: %s", number, error.message)
+            return False
+        del self._reset_due[number]
+        return True
+
+    # ------------------------------------------------------------ the log
+
+    def mark_appended(self, number: int) -> None:
+        """A leader's log has grown; `flush` tells its replica."""
+        self._dirty[number] = None
+
+    def flush(self) -> None:
+        """Replicate what was appended in this turn of the loop."""
+        if self._dirty:
+            dirty, self._dirty = self._dirty, {}
+            for number in dirty:
+                replica = self.replicas.get(number)
+                if replica is not None and replica.role in (Role.STARTING, Role.LEADER):
+                    self.call(number, replica.appended)
+            self.flush_outbox()
+
+    def synced(self, groups: Sequence[tuple[int, dict[int, int]]]) -> None:
+        """Groups of the log are on disk: (number, log ends by partition), in order."""
+        ends: dict[int, int] = {}
+        logs = self.logs
+        for group, log_ends in groups:
+            for number, end in log_ends.items():
+                log = logs.get(number)
+                durable = None if log is None else log.durable_end(group, end)
+                if durable is not None:
+                    ends[number] = durable
+        for number, end in ends.items():
+            self.call(number, self.replicas[number].synced, end)
+        self.flush_outbox()
+
+    # ------------------------------------------------------------ messages
+
+    def on_bundle(self, sender: str, data: bytes) -> None:
+        """Take what another store sent.
+
+        Raises:
+            RemoteProtocolError: it makes no sense, or is not meant for this store.
+        """
+        bundle = links.decode(data)
+        identity = self.identity
+        if bundle.cluster_id != identity.cluster_id:
+            raise RemoteProtocolError("the other store belongs to another cluster")
+        if bundle.receiver != identity.node_id:
+            raise RemoteProtocolError(f"this is {identity.node_id!r}, not {bundle.receiver!r}")
+        if (sender and bundle.sender != sender) or bundle.sender == identity.node_id or not bundle.sender:
+            raise RemoteProtocolError(f"{bundle.sender!r} cannot be who speaks here")
+        for message, records in bundle.messages:
+            replica = self.replicas.get(message.partition)
+            if replica is not None:
+                self.call(message.partition, replica.step, bundle.sender, message, records)
+                if replica.leader == bundle.sender:
+                    self.heard_ns[message.partition] = self._clock.monotonic_ns()
+
+    def flush_outbox(self) -> None:
+        """Send what waits, one bundle a peer."""
+        self._outbox_due = False
+        if not self._outbox or self._closed:
+            return
+        outbox, self._outbox = self._outbox, {}
+        identity = self.identity
+        for node_id, outgoing in outbox.items():
+            for parts in links.encode(identity.cluster_id, identity.node_id, node_id, outgoing):
+                if not self._transport.send(node_id, parts):
+                    break  # what follows would be out of order, and most likely be dropped as well
+
+    # ------------------------------------------------------------ time
+
+    def _arm(self, number: int) -> None:
+        """See to it that the timer fires when this replica is due."""
+        replica = self.replicas.get(number)
+        if replica is None or self._closed:
+            return
+        due_ns = replica.next_deadline()
+        if due_ns < self._timer_ns:
+            self._set_timer(due_ns)
+
+    def _set_timer(self, due_ns: int) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._timer_ns = due_ns
+        if due_ns < 2**63 - 1:
+            delay_s = (due_ns - self._clock.monotonic_ns()) / 1e9
+            self._timer = self._loop.call_later(max(delay_s, _TIMER_MIN_S), self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self._timer_ns = 0  # nothing is armed while this goes on
+        now_ns = self._clock.monotonic_ns()
+        self._wal.poll_space(now_ns)
+        for number in sorted(self.replicas):
+            replica = self.replicas[number]
+            if replica.next_deadline() <= now_ns or number in self._reset_due:
+                self.call(number, replica.tick)
+        self.flush_outbox()
+        if not self._closed:
+            due_ns = min((replica.next_deadline() for replica in self.replicas.values()), default=2**63 - 1)
+            if self._reset_due:
+                due_ns = min(due_ns, now_ns + RETRY_NS)
+            self._set_timer(due_ns)
+
+    def close(self) -> None:
+        """Do nothing more."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._outbox.clear()
+
+
+_HANDLERS: dict[type, Callable[[Replicating, int, Any], None]] = {
+    Send: Replicating._on_send,
+    Persist: Replicating._on_persist,
+    CreateKey: Replicating._on_create_key,
+    DeleteKey: Replicating._on_delete_key,
+    BeginEpoch: Replicating._on_begin_epoch,
+    Serve: Replicating._on_serve,
+    StepDown: Replicating._on_step_down,
+    AppendMembership: Replicating._on_append_membership,
+    Truncated: Replicating._on_truncated,
+    Committed: Replicating._on_committed,
+    Discarded: Replicating._on_discarded,
+    Fault: Replicating._on_fault,
+}
+
+
+def lag_of(replica: Replica, node_id: str) -> int:
+    """How many offsets of the leader's log a follower is not known to have."""
+    progress = replica.followers.get(node_id)
+    return replica.log.log_end - (progress.match_end if progress is not None else 0)
+
+
+def is_retriable(error: BaseException) -> bool:
+    """Whether the same may be tried again."""
+    return isinstance(error, TallymarkError) and error.retriable

@@ -1,0 +1,212 @@
+"""What a store tells about itself: its log, its partitions at whatever role, and what it judged.
+
+Owns the families' declarations and reads public attributes of the driver when it is asked; nothing here runs
+otherwise. Where a store isn't running yet it tells nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tallymark_runtime.clock import Clock
+from tallymark_runtime.logs import LeadershipChange
+from tallymark_runtime.telemetry import NS, Family, Scrape, add_outcomes
+from tallymark_store.counters import StoreCounters
+from tallymark_store.partition import Partition
+from tallymark_store.replication.effects import Role
+from tallymark_store.replication.replica import Replica
+from tallymark_store.service import StoreService
+from tallymark_store.store import Store
+from tallymark_store.wal import Wal
+
+_PARTITION = ("partition",)
+CHANGES: Final[tuple[LeadershipChange, ...]] = ("gained", "lost", "failed")
+_NAMED_MAX = 3  # partitions that a sentence names
+
+APPENDS = Family("tallymark_store_appends_total", "counter", "Payloads judged as leader.")
+EVENTS = Family(
+    "tallymark_store_events_total",
+    "counter",
+    'Events judged as leader, by outcome: "stored", "repeat" (of a chunk that is in the log already), or why not.',
+    ("outcome",),
+)
+FOLDED = Family("tallymark_store_folded_events_total", "counter", "Events folded into totals, in any role.")
+BACKLOG = Family("tallymark_store_backlog_bytes", "gauge", "Payloads appended and not folded yet.")
+SYNC_SECONDS = Family(
+    "tallymark_store_sync_seconds", "histogram", "A write to the log and its fsync together.", scale=NS
+)
+SYNCED_BYTES = Family("tallymark_store_synced_bytes_total", "counter", "Bytes written to the log and synced.")
+UNSYNCED_BYTES = Family("tallymark_store_unsynced_bytes", "gauge", "Taken into the log and not synced yet.")
+LOG_BYTES = Family("tallymark_store_log_bytes", "gauge", "Size of all log files.")
+LOG_FULL = Family("tallymark_store_log_full", "gauge", "1 while there is no room for more log.")
+CHECKPOINTS = Family("tallymark_store_checkpoints_total", "counter", "Checkpoints taken.")
+CHECKPOINT_AGE = Family(
+    "tallymark_store_checkpoint_age_seconds",
+    "gauge",
+    "Time since the last checkpoint was finished, or since the start.",
+    scale=NS,
+)
+CHECKPOINT_SECONDS = Family(
+    "tallymark_store_checkpoint_seconds", "gauge", "How long the last checkpoint took.", scale=NS
+)
+LEASE_SECONDS = Family(
+    "tallymark_store_lease_seconds",
+    "gauge",
+    "How much longer this node may rely on its lease as it stands; below 0 it has run out.",
+    scale=NS,
+)
+LINK_BYTES = Family(
+    "tallymark_store_link_unsent_bytes",
+    "gauge",
+    "What waits to be sent to another store; absent while there is no connection to it.",
+    ("peer",),
+)
+LINK_DROPS = Family(
+    "tallymark_store_link_drops_total",
+    "counter",
+    "Bundles of messages not sent to other stores, for lack of a connection or of room. What matters is sent again.",
+)
+LOG_END = Family(
+    "tallymark_partition_log_end", "gauge", "Next offset to be written, at this copy.", _PARTITION
+)
+HIGH_WATERMARK = Family(
+    "tallymark_partition_high_watermark",
+    "gauge",
+    "Everything below is on a majority's disks, as far as this copy knows.",
+    _PARTITION,
+)
+APPLIED = Family(
+    "tallymark_partition_applied", "gauge", "Everything below is in this copy's totals.", _PARTITION
+)
+WAITING = Family(
+    "tallymark_partition_waiting_answers", "gauge", "Answers that wait for their commit.", _PARTITION
+)
+EPOCH = Family(
+    "tallymark_partition_epoch",
+    "gauge",
+    "Epoch of this node's leadership; 0 while it does not lead.",
+    _PARTITION,
+)
+ROLE = Family(
+    "tallymark_partition_role",
+    "gauge",
+    "1 for the role that this copy has: follower, candidate, starting, leader or damaged.",
+    ("partition", "role"),
+)
+LEADERSHIP = Family(
+    "tallymark_partition_leadership_changes_total",
+    "counter",
+    'Changes of leadership at this node: "gained", "lost", or "failed" (tried in vain).',
+    ("partition", "change"),
+)
+REPLICA_LAG = Family(
+    "tallymark_partition_replica_lag",
+    "gauge",
+    "At the leader: offsets that a follower has not on disk yet, as far as it has said.",
+    ("partition", "follower"),
+)
+IDS = Family(
+    "tallymark_partition_remembered_ids",
+    "gauge",
+    "Event ids kept to tell duplicates, not swept ones included.",
+    _PARTITION,
+)
+ID_BYTES = Family(
+    "tallymark_partition_remembered_bytes",
+    "gauge",
+    "Memory of event ids and producers' sequences.",
+    _PARTITION,
+)
+CELLS = Family("tallymark_partition_cells", "gauge", "Period and day cells.", _PARTITION)
+FOLD_BYTES = Family(
+    "tallymark_partition_totals_bytes", "gauge", "Memory of cells, sets and alerts.", _PARTITION
+)
+
+
+class StoreTelemetry:
+    """Reads a store. Give it to `Telemetry.add`."""
+
+    def __init__(self, service: StoreService, clock: Clock) -> None:
+        self._service = service
+        self._clock = clock
+
+    def __call__(self, scrape: Scrape) -> None:
+        """Add what there is to tell now."""
+        service, now_ns = self._service, self._clock.monotonic_ns()
+        store = service.driver
+        if store is None:
+            return
+        _add_counters(scrape, store.counters)
+        scrape.add(FOLDED, store.events_folded)
+        scrape.add(BACKLOG, store.backlog_bytes)
+        _add_log(scrape, store.wal)
+        for number, partition in sorted(store.partitions.items()):
+            _add_partition(scrape, partition, store.replicas.get(number))
+            for change in CHANGES:
+                changes = store.counters.leadership.get((number, change), 0)
+                scrape.add(LEADERSHIP, changes, str(number), change)
+        checkpointer = service.checkpointer
+        if checkpointer is not None:
+            scrape.add(CHECKPOINTS, checkpointer.count)
+            scrape.add(CHECKPOINT_AGE, now_ns - checkpointer.finished_ns)
+            scrape.add(CHECKPOINT_SECONDS, checkpointer.took_ns)
+        deadline_ns = service.node.lease_deadline_ns
+        scrape.add(LEASE_SECONDS, deadline_ns - now_ns if deadline_ns else 0)
+        scrape.add(LINK_DROPS, service.peers.dropped)
+        for node_id, waiting in sorted(service.peers.unsent_bytes().items()):
+            scrape.add(LINK_BYTES, waiting, node_id)
+
+
+def _add_counters(scrape: Scrape, counters: StoreCounters) -> None:
+    scrape.add(APPENDS, counters.appends)
+    add_outcomes(scrape, EVENTS, counters.stored, counters.outcomes)
+
+
+def _add_log(scrape: Scrape, wal: Wal) -> None:
+    scrape.add_histogram(SYNC_SECONDS, wal.sync_ns)
+    scrape.add(SYNCED_BYTES, wal.synced_bytes)
+    scrape.add(UNSYNCED_BYTES, wal.buffer_bytes)
+    scrape.add(LOG_BYTES, wal.total_bytes)
+    scrape.add(LOG_FULL, wal.full)
+
+
+def _add_partition(scrape: Scrape, partition: Partition, replica: Replica | None) -> None:
+    label = str(partition.partition)
+    log_end = partition.log_end
+    scrape.add(LOG_END, log_end, label)
+    scrape.add(HIGH_WATERMARK, partition.high_watermark, label)
+    scrape.add(APPLIED, partition.applied, label)
+    scrape.add(WAITING, partition.waiting_count, label)
+    scrape.add(EPOCH, partition.epoch, label)
+    scrape.add(IDS, len(partition.dedup), label)
+    scrape.add(ID_BYTES, partition.dedup.memory_bytes + partition.windows.memory_bytes, label)
+    scrape.add(CELLS, partition.fold.cell_count, label)
+    scrape.add(FOLD_BYTES, partition.fold.memory_bytes(), label)
+    if replica is None:
+        return
+    for role in Role:
+        scrape.add(ROLE, replica.role is role, label, role.value)
+    if replica.role is Role.LEADER:
+        for node, progress in sorted(replica.followers.items()):
+            scrape.add(REPLICA_LAG, max(log_end - progress.match_end, 0), label, node)
+
+
+def store_problem(store: Store | None) -> str:
+    """Why a store doesn't take its part in every partition that it holds a copy of; "" where it does."""
+    if store is None:
+        return "is starting"
+    problems = []
+    for number, partition in sorted(store.partitions.items()):
+        replica = store.replicas.get(number)
+        if partition.error is not None:
+            problems.append(f"partition {number} is refused ({partition.error.message})")
+        elif replica is None:
+            continue  # no copy of it is here
+        elif replica.role is Role.DAMAGED:
+            problems.append(f"partition {number} is damaged ({replica.why})")
+        elif replica.role is not Role.LEADER and not (replica.role is Role.FOLLOWER and replica.leader):
+            problems.append(f"partition {number} has no leader that this copy follows ({replica.role.value})")
+    if not problems:
+        return ""
+    more = f", and {len(problems) - _NAMED_MAX} more" if len(problems) > _NAMED_MAX else ""
+    return "; ".join(problems[:_NAMED_MAX]) + more

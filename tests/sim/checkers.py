@@ -1,0 +1,321 @@
+"""The invariants, by their numbers, looked at after every turn of every store, and at the end.
+
+An omniscient observer: it keeps the one log that was ever committed, record by record, as whoever commits first has
+it, and holds everybody else to it. `Model` reads that log along and says what its verdicts must be.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import google_crc32c
+
+from tallymark_store.folding import replay
+from tallymark_store.partition import Partition
+from tallymark_store.replication.effects import Role
+from tallymark_store.wal import DamagedError, Position, RecordKind, Wal
+
+from .clients import Ledger, Part
+from .logbook import Model, parse_batch
+from .loop import SECOND, SimulationError, World
+from .process import Process
+from .trace import Trace
+
+
+class Committed(NamedTuple):
+    """A record as it was committed first."""
+
+    base: int
+    count: int
+    kind: int
+    epoch: int
+    append_ns: int
+    checksum: int
+
+
+class Seen:
+    """What one copy showed last."""
+
+    __slots__ = ("applied", "copy_id", "high_watermark", "life", "log_end")
+
+    def __init__(self) -> None:
+        self.life = 0
+        self.copy_id = ""
+        self.high_watermark = 0
+        self.applied = 0
+        self.log_end = 0
+
+
+class Checkers:
+    """All of them, for all partitions."""
+
+    def __init__(
+        self,
+        world: World,
+        rng: random.Random,
+        trace: Trace,
+        ledger: Ledger,
+        processes: dict[str, Process],
+        partitions: int,
+    ) -> None:
+        self.committed: list[list[Committed]] = [[] for _ in range(partitions)]
+        self.ends = [0] * partitions  # of what is known to be committed; exclusive
+        self.models = [Model(number) for number in range(partitions)]
+        self.commits = 0
+        self.leaderships: list[dict[int, tuple[str, int]]] = [{} for _ in range(partitions)]  # epoch -> who
+        self.digests_compared = 0
+        self._rows: list[dict[int, int]] = [
+            {} for _ in range(partitions)
+        ]  # base offset -> position in `committed`
+        self._digests: list[dict[int, tuple[str, str]]] = [{} for _ in range(partitions)]
+        self._seen: dict[tuple[str, int], Seen] = {}
+        self._world = world
+        self._rng = rng
+        self._trace = trace
+        self._ledger = ledger
+        self._processes = processes
+        self._early: list[list[Part]] = [[] for _ in range(partitions)]
+
+    # ------------------------------------------------------------ during the run
+
+    def after_turn(self, process: Process) -> None:
+        """LOG-2, LOG-3, LOG-4, and that a majority has what is said to be committed."""
+        store = process.store
+        if store is None:
+            return
+        for number, replica in store.replicas.items():
+            partition = store.partitions.get(number)
+            if partition is None:
+                continue
+            seen = self._seen.get((process.name, number))
+            if seen is None:
+                seen = self._seen[process.name, number] = Seen()
+            if (seen.life, seen.copy_id) != (process.life, replica.copy_id):
+                seen.life, seen.copy_id = process.life, replica.copy_id
+                seen.high_watermark = seen.applied = seen.log_end = 0
+            high_watermark, applied = replica.high_watermark, partition.applied
+            if high_watermark != seen.high_watermark or applied != seen.applied:
+                self._moved(process, number, seen, high_watermark, applied)
+            seen.log_end = partition.log_end
+            if seen.log_end < high_watermark:
+                raise SimulationError(
+                    f"LOG-4: {process} partition {number}: the log ends at {seen.log_end}, below {high_watermark}"
+                )
+
+    def recovered(self, process: Process, wal: Wal) -> None:
+        """LOG-5: what was on disk is there after a restart, or is known to be damaged."""
+        for number, durable_end in process.durable_ends.items():
+            seen = self._seen.get((process.name, number))
+            index = wal.partitions.get(number)
+            if seen is None or (wal._writer.unproven if index is None else index.damaged):
+                continue  # nothing known of it, or known to be damaged
+            end = min(durable_end, seen.high_watermark)
+            found = 0 if index is None else index.log_end
+            if found < end and not (index is None and process.was_wiped):
+                raise SimulationError(
+                    f"LOG-5: {process} partition {number} was committed and on disk to {end}, and ends at {found} after "
+                    f"a restart, as if nothing was wrong"
+                )
+
+    def _moved(self, process: Process, number: int, seen: Seen, high_watermark: int, applied: int) -> None:
+        where = f"{process} partition {number}"
+        if high_watermark < seen.high_watermark or applied < seen.applied:
+            raise SimulationError(
+                f"LOG-4: {where}: from high watermark {seen.high_watermark}, applied {seen.applied} back to "
+                f"{high_watermark}, {applied}"
+            )
+        if applied > high_watermark:
+            raise SimulationError(
+                f"LOG-4: {where}: applied {applied} above the high watermark {high_watermark}"
+            )
+        if high_watermark > seen.high_watermark:
+            self._advance(process, number, seen.high_watermark, high_watermark)
+        seen.high_watermark = high_watermark
+        if applied > seen.applied:
+            seen.applied = applied
+            if self._rng.random() < 0.05:
+                self.compare_digest(process, number)
+
+    def _advance(self, process: Process, number: int, start: int, end: int) -> None:
+        store = process.store
+        assert store is not None
+        replica = store.replicas[number]
+        index = store.wal.partitions[number]
+        if end > self.ends[number]:
+            self._check_commit(process, number, end)
+        row = index.find(start)
+        at = start
+        while at < end:
+            try:
+                meta, payload = store.wal.read_record(number, row)
+            except DamagedError:
+                if process.is_tainted:
+                    return  # the node has not noticed yet
+                raise
+            record = Committed(
+                meta.base_offset,
+                meta.count,
+                int(meta.kind),
+                meta.epoch,
+                meta.append_ns,
+                google_crc32c.value(payload.tobytes()),
+            )
+            known = self._rows[number].get(record.base)
+            if known is not None:
+                if self.committed[number][known] != record:
+                    raise SimulationError(
+                        f"LOG-2: {process} partition {number} has committed {record}, others "
+                        f"{self.committed[number][known]}"
+                    )
+            elif record.base != self.ends[number]:
+                raise SimulationError(
+                    f"LOG-2: {process} partition {number} has committed {record}, which is no record of the others"
+                )
+            else:
+                self._add(number, record, payload)
+            at = record.base + record.count
+            row += 1
+        if at != end:
+            raise SimulationError(
+                f"LOG-4: {process} partition {number}: the high watermark {end} is inside a record"
+            )
+        self._trace(
+            process.name,
+            "partition %d is committed to %d (%s, epoch %d)",
+            number,
+            end,
+            replica.role.value,
+            replica.epoch,
+        )
+
+    def _add(self, number: int, record: Committed, payload: object) -> None:
+        self._rows[number][record.base] = len(self.committed[number])
+        previous = self.committed[number][-1] if self.committed[number] else None
+        if previous is not None and record.epoch < previous.epoch:
+            raise SimulationError(f"LOG-3: partition {number}: the epoch falls from {previous} to {record}")
+        if previous is not None and record.append_ns < previous.append_ns:
+            raise SimulationError(f"LOG-3: partition {number}: log time falls from {previous} to {record}")
+        self.committed[number].append(record)
+        self.ends[number] = record.base + record.count
+        self.commits += 1
+        if record.kind == RecordKind.EVENTS:
+            self.models[number].take(parse_batch(record.base, payload))  # type: ignore[arg-type]
+
+    def _check_commit(self, process: Process, number: int, end: int) -> None:
+        """Whoever says first that something is committed: one leader an epoch, and a majority has it on disk."""
+        store = process.store
+        assert store is not None
+        replica = store.replicas[number]
+        if replica.role not in (Role.LEADER, Role.STARTING):
+            return  # its leader has died since, or has stepped down in the same turn
+        who = (process.name, process.life)
+        known = self.leaderships[number].setdefault(replica.epoch, who)
+        if known != who:
+            raise SimulationError(
+                f"LOG-3: partition {number} epoch {replica.epoch}: {process} commits, and so has {known[0]}"
+            )
+        last_epoch = replica.log.epoch_before(end)
+        holders = []
+        members = replica.membership.members
+        for member in members:
+            other = self._processes.get(member.node_id)
+            if other is not None and self._has(other, number, end, last_epoch):
+                holders.append(member.node_id)
+        if len(holders) <= len(members) // 2:
+            raise SimulationError(
+                f"LOG-1: {process} says that partition {number} is committed to {end}, but of its members "
+                f"{[m.node_id for m in members]} only {holders} have that on disk"
+            )
+
+    def _has(self, process: Process, number: int, end: int, epoch: int) -> bool:
+        """Whether a copy surely has the log up to `end` on its disk. One that is down is believed to."""
+        if process.lost_ends.get(number, 0) >= end and self._world.now_ns - process.lost_ns < 3 * SECOND:
+            return True  # it had, when it said so
+        if process.store is None:
+            return process.durable_ends.get(number, 0) >= end
+        index = process.store.wal.partitions.get(number)
+        at = -1 if index is None else index.find(end - 1)
+        if index is None or at < 0:
+            return False
+        row = index.row(at)
+        is_synced = Position(row.segment, row.position) < process.store.wal.synced_end
+        return is_synced and row.base_offset + row.count == end and row.epoch == epoch
+
+    def answered(self, part: Part) -> None:
+        """LOG-1 and DEDUP-1: what was acknowledged is committed, and the log says what the answer said."""
+        if part.is_async:
+            return
+        self.check_answer(part)
+
+    def check_answer(self, part: Part) -> None:
+        """The log's word against the answer's."""
+        logged = self.models[part.partition].chunks.get(part.identity)
+        if logged is None:
+            raise SimulationError(
+                f"LOG-1: {part} was acknowledged at {part.outcome}, but is not in what is committed, which ends at "
+                f"{self.ends[part.partition]}"
+            )
+        if logged != part.outcome:
+            raise SimulationError(f"DEDUP-1: {part} was answered {part.outcome}, but the log says {logged}")
+
+    def compare_digest(self, process: Process, number: int) -> None:
+        """FOLD-1: one applied offset, one state."""
+        assert process.store is not None
+        partition = process.store.partitions[number]
+        digest = partition.digest()
+        known = self._digests[number].setdefault(partition.applied, (digest, process.name))
+        self.digests_compared += 1
+        if known[0] != digest:
+            raise SimulationError(
+                f"FOLD-1: partition {number} at {partition.applied}: {process} has {digest}, {known[1]} has {known[0]}"
+            )
+
+    # ------------------------------------------------------------ after healing
+
+    def at_rest(self, members: Iterable[tuple[Process, int]], salt: int) -> None:
+        """Everything that was acknowledged is there, once; every copy is the log's and only the log's doing."""
+        for part in self._ledger.parts.values():
+            if part.outcome is not None and not part.is_async:
+                self.check_answer(part)
+        recounted: set[int] = set()
+        for process, number in members:
+            store = process.store
+            assert store is not None
+            partition = store.partitions[number]
+            if partition.applied != self.ends[number]:
+                raise SimulationError(
+                    f"LIVE-1: {process} partition {number} has applied {partition.applied} of {self.ends[number]}"
+                )
+            self.compare_digest(process, number)
+            index = store.wal.partitions[number]
+            for row, record in enumerate(self.committed[number]):
+                try:
+                    meta, payload = store.wal.read_record(number, row)
+                except DamagedError:
+                    if process.is_tainted:
+                        break  # nobody has read it yet: known to be bad when somebody does
+                    raise
+                found = Committed(
+                    meta.base_offset,
+                    meta.count,
+                    int(meta.kind),
+                    meta.epoch,
+                    meta.append_ns,
+                    google_crc32c.value(payload.tobytes()),
+                )
+                if found != record:
+                    raise SimulationError(f"LOG-2: {process} partition {number} holds {found}, not {record}")
+            if index.log_end < self.ends[number]:
+                raise SimulationError(f"LOG-1: {process} partition {number} ends at {index.log_end}")
+            if number not in recounted and not process.is_tainted:
+                recounted.add(number)
+                counted = Partition(
+                    number, dedup_window_ns=partition.dedup_window_ns, indexes=store.wal.partitions, salt=salt
+                )
+                replay(store.wal, counted, partition.applied)
+                if counted.digest() != partition.digest():
+                    raise SimulationError(
+                        f"FOLD-1: {process} partition {number} is not what its log counts to"
+                    )

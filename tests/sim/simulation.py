@@ -1,0 +1,400 @@
+"""A whole run from one seed: stores, coordinator, clients, what goes wrong, and whoever looks on.
+
+Safety first: faults for some virtual seconds while clients write and read, all invariants looked at after every turn.
+Then everything heals, and the cluster has to be alive: writes succeed, everything that waits is answered, copies
+come to agree. Then the ledger, the log and the totals are compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from tallymark_protocol.frames import Frame
+from tallymark_protocol.model import AggType, MetricSchema
+from tallymark_protocol.schema import encode_record, make_record
+from tallymark_runtime.assignments import Copy, copy_key
+from tallymark_runtime.catalog import Leader, leader_key, metric_key
+from tallymark_runtime.coordinator import Put
+from tallymark_store.node import StoreConfig
+from tallymark_store.replication.effects import Role
+from tallymark_store.replication.ports import Member
+from tallymark_store.wal import WalConfig
+
+from .checkers import Checkers
+from .clients import METRIC_COUNT, Clients, Connection, Ledger, Part
+from .clock import EPOCH_NS, SimClock
+from .coordination import Etcd
+from .faults import Faults, draw_kinds
+from .loop import MILLISECOND, SECOND, SimulationError, World
+from .network import Network, Weather
+from .process import Process
+from .readers import Readers
+from .trace import Trace
+
+LEASE_S = 2.0
+LIVE_NS = 8 * SECOND  # after healing, by when a new write must be answered: twice the lease, and starting up
+REST_NS = 40 * SECOND  # by when everything must have come to rest
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run is told beside its seed; the rest is drawn."""
+
+    kinds: tuple[str, ...] | None = None  # of faults
+    safety_ns: int = 7 * SECOND
+    nodes: int = 0  # 0: drawn
+    partitions: int = 0  # 0: drawn
+    is_destructive: bool = False
+    chunks: int = 36
+    reads: int = 18
+    mean_ms: int = 0  # between faults; 0: drawn
+
+
+class Result(msgspec.Struct, frozen=True):
+    """What happened, in numbers."""
+
+    seed: int
+    events: int
+    acknowledged: int
+    commits: int
+    epochs: int
+    faults: dict[str, int]
+    live_ms: int  # from healing to the last of the first new writes
+
+
+class Failure(SimulationError):
+    """A run that found something: which one, what, and what led to it."""
+
+    def __init__(self, seed: int, error: BaseException, trace: str) -> None:
+        super().__init__(f"seed {seed}: {error}")
+        self.seed = seed
+        self.error = error
+        self.trace = trace
+
+
+class Simulation:
+    """One run. `run` it once."""
+
+    def __init__(self, seed: int, options: Options | None = None) -> None:
+        self.seed = seed
+        self.options = options = options or Options()
+        rng = random.Random(seed)
+        self.rng = rng
+        self.world = World()
+        self.trace = Trace(self.world)
+        self.network = Network(self.world, random.Random(rng.getrandbits(64)), self.trace)
+        self.etcd = Etcd(self.world, self.network, random.Random(rng.getrandbits(64)), self.trace)
+        self.partition_count = options.partitions or rng.choice((1, 2, 2, 3))
+        count = options.nodes or rng.choice((3, 3, 3, 4, 5))
+        factor = 5 if count == 5 and rng.random() < 0.4 else 3
+        self.ledger = Ledger()
+        self.processes: dict[str, Process] = {}
+        self.defect: BaseException | None = None
+        names = [f"s{i}" for i in range(1, count + 1)]
+        self.checkers = Checkers(
+            self.world,
+            random.Random(rng.getrandbits(64)),
+            self.trace,
+            self.ledger,
+            self.processes,
+            self.partition_count,
+        )
+        config = StoreConfig(
+            node_id="",
+            partition_count=self.partition_count,
+            replication_factor=factor,
+            lease_ttl_s=LEASE_S,
+            wal=WalConfig(segment_bytes=rng.choice((16, 64, 256)) * 1024),
+            checkpoint_interval_s=rng.choice((1.5, 600.0, 600.0)),
+        )
+        for name in names:
+            clock = SimClock(
+                self.world,
+                drift_ppm=rng.choice((0, 0, rng.randint(-20_000, 20_000))),
+                offset_ns=rng.randint(-300, 300) * MILLISECOND,
+            )
+            self.processes[name] = Process(
+                name,
+                self.world,
+                self.network,
+                self.etcd,
+                random.Random(rng.getrandbits(64)),
+                self.trace,
+                config=config,
+                clock=clock,
+                on_turn=self._turn,
+                on_recovered=self.checkers.recovered,
+                on_defect=self._defect,
+            )
+        for process in self.processes.values():
+            process.peers = self.processes
+        self.faults = Faults(
+            self,
+            random.Random(rng.getrandbits(64)),
+            kinds=draw_kinds(rng) if options.kinds is None else options.kinds,
+            is_destructive=options.is_destructive,
+        )
+        self.weather = Weather(
+            loss=rng.choice((0.0, 0.0, 0.01, 0.05)),
+            doubled=rng.choice((0.0, 0.0, 0.02, 0.1)),
+            slow=rng.choice((0.0, 0.01, 0.05)),
+        )
+        self.slow_syncs = rng.choice((0.0, 0.0, 0.02, 0.1))
+        self.network.weather = self.weather
+        for process in self.processes.values():
+            process.slow_syncs = self.slow_syncs
+        self._holders = ["" for _ in range(self.partition_count)]
+        self._held_before = ["" for _ in range(self.partition_count)]
+        self._belief_rng = random.Random(rng.getrandbits(64))
+        self.clients = Clients(
+            self.world,
+            self.network,
+            random.Random(rng.getrandbits(64)),
+            self.trace,
+            self.ledger,
+            partition_count=self.partition_count,
+            targets=names,
+            deliver=self._deliver,
+            believed=self._believed,
+            on_answer=self._answered,
+            now_ns=lambda: EPOCH_NS + self.world.now_ns,
+            metrics_revision=lambda: self._metrics_revision,
+            is_async=rng.choice((0.0, 0.0, 0.0, 0.2)),
+        )
+        self.readers = Readers(self, random.Random(rng.getrandbits(64)))
+        self._metrics_revision = 0
+        self.live_ms = 0
+
+    # ------------------------------------------------------------ what the parts ask for
+
+    def _deliver(self, name: str, connection: Connection, frame: Frame) -> None:
+        self.processes[name].take_append(connection, frame)
+
+    def _believed(self, partition: int) -> str:
+        if self._belief_rng.random() < 0.15:
+            return self._held_before[partition]
+        return self._holders[partition]
+
+    def key_changed(self, key: bytes, value: bytes | None) -> None:
+        """A key of the coordinator was changed."""
+        for number in range(self.partition_count):
+            if key == leader_key(number):
+                self._held_before[number] = self._holders[number]
+                self._holders[number] = (
+                    "" if value is None else msgspec.msgpack.decode(value, type=Leader).node_id
+                )
+                self.trace(
+                    "etcd",
+                    "partition %d: the leader key is held by %s",
+                    number,
+                    self._holders[number] or "nobody",
+                )
+
+    def members(self, number: int) -> tuple[Member, ...]:
+        """Who is a member by the most advanced log that can be seen."""
+        best: tuple[int, tuple[Member, ...]] = (-1, ())
+        for process in self.processes.values():
+            if process.store is not None:
+                replica = process.store.replicas.get(number)
+                if replica is not None and replica.high_watermark > best[0]:
+                    best = (replica.high_watermark, replica.membership.members)
+        return best[1]
+
+    def member_copy_ids(self, number: int) -> set[str]:
+        return {member.copy_id for member in self.members(number)}
+
+    def copy_ids(self, process: Process) -> dict[int, str]:
+        """The copy ids that a process has registered."""
+        found = {}
+        for number in range(self.partition_count):
+            item = self.etcd.state.get(copy_key(number, process.name))
+            if item is not None:
+                found[number] = msgspec.msgpack.decode(item.value, type=Copy).copy_id
+        return found
+
+    def restart(self, process: Process) -> None:
+        """Start a process that is down."""
+        if not process.is_up:
+            process.start()
+
+    def _turn(self, process: Process) -> None:
+        self.checkers.after_turn(process)
+        if process.ended:
+            process.ended = False
+            self.world.after(1, self._end, process, process.life)
+
+    def _end(self, process: Process, life: int) -> None:
+        if process.life == life and process.is_up:
+            process.crash("it has ended", is_power_lost=False)
+            self.world.after(self.rng.randint(20, 1_000) * MILLISECOND, self.restart, process)
+
+    def _defect(self, what: str, error: BaseException | None) -> None:
+        if self.defect is None:
+            self.defect = SimulationError(f"{what}: {type(error).__name__}: {error}")
+            self.defect.__cause__ = error
+
+    def _answered(self, part: Part) -> None:
+        self.checkers.answered(part)
+
+    # ------------------------------------------------------------ running
+
+    def run(self) -> Result:
+        """Run to the end.
+
+        Raises:
+            Failure: something must not be.
+        """
+        try:
+            self._run()
+        except BaseException as error:
+            cause = self.defect or error
+            if isinstance(cause, KeyboardInterrupt):
+                raise
+            raise Failure(self.seed, cause, self.trace.text()) from cause
+        finally:
+            for process in self.processes.values():
+                if process.is_up:
+                    process.crash("the simulation ends", is_power_lost=False)
+        return Result(
+            self.seed,
+            self.world.events,
+            self.ledger.acknowledged,
+            self.checkers.commits,
+            sum(len(epochs) for epochs in self.checkers.leaderships),
+            self.faults.counts,
+            self.live_ms,
+        )
+
+    def _run(self) -> None:
+        rng, world, options = self.rng, self.world, self.options
+        for i in range(METRIC_COUNT):
+            record = make_record(0, MetricSchema(code=f"m{i}", agg_type=AggType.SUM))
+            self._metrics_revision = self.etcd.txn(
+                [], [Put(metric_key(f"m{i}"), encode_record(record))], []
+            ).revision
+        for process in self.processes.values():
+            world.after(rng.randint(0, 200) * MILLISECOND, self.restart, process)
+        mean_ms = rng.choice((200, 500, 1_200))
+        self.faults.plan(options.safety_ns, (options.mean_ms or mean_ms) * MILLISECOND)
+        for _ in range(options.chunks):
+            world.at(rng.randint(300 * MILLISECOND, options.safety_ns), self.clients.send, rng.randrange(3))
+        for _ in range(options.chunks // 4):
+            world.at(rng.randint(SECOND, options.safety_ns), self.clients.repeat)
+        self.readers.plan(options.safety_ns, options.reads)
+        self._go(options.safety_ns, None)
+        self.faults.heal()
+        healed_ns = world.now_ns
+        fresh: list[Part] = []
+        while {part.partition for part in fresh} != set(range(self.partition_count)):
+            fresh += self.clients.send(rng.randrange(3)).parts.values()
+        alive = self._go(healed_ns + LIVE_NS, lambda: all(part.outcome is not None for part in fresh))
+        self.live_ms = (world.now_ns - healed_ns) // MILLISECOND
+        if options.is_destructive:
+            self._go(healed_ns + LIVE_NS, None)
+            return
+        if not alive:
+            waiting = [part for part in fresh if part.outcome is None]
+            raise SimulationError(f"LIVE-1: {LIVE_NS / 1e9} s after healing {waiting} have no answer")
+        self.clients.is_calm = True
+        if not self._go(healed_ns + REST_NS, self._is_at_rest):
+            raise SimulationError(f"LIVE-1: not at rest {REST_NS / 1e9} s after healing: {self._unrest()}")
+        self._go(world.now_ns + 300 * MILLISECOND, None)
+        self.checkers.at_rest(list(self._copies()), salt=rng.getrandbits(62))
+        self.readers.check_totals()
+        self._go(world.now_ns + SECOND, self.readers.is_done)
+        if not self.readers.is_done():
+            raise SimulationError("LIVE-1: reads were not answered after healing")
+        if self.ledger.acknowledged < self.ledger.asked:
+            raise SimulationError("not everything was answered")
+
+    def _go(self, until_ns: int, condition: Any) -> bool:
+        def stop() -> bool:
+            return self.defect is not None or (condition is not None and condition())
+
+        found = self.world.run(until_ns, stop)
+        if self.defect is not None:
+            raise self.defect
+        return found
+
+    def _copies(self) -> Iterator[tuple[Process, int]]:
+        """All members' copies."""
+        for number in range(self.partition_count):
+            for member in self.members(number):
+                yield self.processes[member.node_id], number
+
+    def _is_at_rest(self) -> bool:
+        if self.world.events % 50:
+            return False
+        return not self._unrest()
+
+    def _unrest(self) -> str:
+        """What is not as it will be; "" where nothing is."""
+        if pending := self.ledger.pending():
+            return f"{pending} have no answer"
+        for number in range(self.partition_count):
+            end = self.checkers.ends[number]
+            members = self.members(number)
+            if not members:
+                return f"nobody knows the members of partition {number}"
+            leaders = 0
+            for member in members:
+                process = self.processes[member.node_id]
+                if process.store is None:
+                    return f"{process} is down"
+                replica = process.store.replicas.get(number)
+                partition = process.store.partitions.get(number)
+                if replica is None or partition is None or replica.copy_id != member.copy_id:
+                    return f"{process} has another copy of partition {number}"
+                if partition.applied != end or replica.high_watermark != end or replica.log.log_end != end:
+                    return (
+                        f"{process} partition {number} has applied {partition.applied}, committed "
+                        f"{replica.high_watermark}, written {replica.log.log_end} of {end}; it is {replica.role.value}"
+                    )
+                leaders += replica.role is Role.LEADER
+            if leaders != 1:
+                return f"partition {number} has {leaders} leaders"
+        return ""
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Collect what dead processes left only where nobody is disturbed by it: between runs, and silently.
+
+    A killed process's tasks end where they are; their collection closes coroutines in the middle, or before they
+    ever ran, which Python tells about.
+    """
+    was_enabled = gc.isenabled()
+    hook = sys.unraisablehook
+    gc.disable()
+    sys.unraisablehook = lambda _: None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                yield
+            finally:
+                gc.collect()
+    finally:
+        sys.unraisablehook = hook
+        if was_enabled:
+            gc.enable()
+
+
+def run_seeds(seeds: range, options: Options | None = None) -> list[Result]:
+    """Run seeds one after another.
+
+    Raises:
+        Failure: of the first that fails.
+    """
+    results = []
+    for start in range(seeds.start, seeds.stop, 10):
+        with undisturbed():
+            results += [Simulation(seed, options).run() for seed in range(start, min(start + 10, seeds.stop))]
+    return results
