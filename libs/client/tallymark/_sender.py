@@ -14,8 +14,8 @@ store counts them once. A parked flight keeps its identity, so that whoever asks
 a task of its own: links and timers call it, and its callers wait on futures.
 
 **The window.** A partition remembers `PRODUCER_WINDOW` sequences of a producer. The sender keeps the span from
-its oldest unresolved sequence to its newest below half of that. Where a parked flight alone holds the span, later
-chunks go under a new producer id instead of waiting for someone to come back for it.
+its oldest unresolved sequence to its newest below half of that, and goes on under a new producer id beyond it: chunks
+for a partition that is without a leader for a moment must not hold up those for the others.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from tallymark_protocol.errors import (
 from tallymark_protocol.messages import FrameType, PartitionFailure, PartitionRun, Receipt
 
 SPAN_MAX: Final = limits.PRODUCER_WINDOW // 2
-FLIGHTS_MAX: Final = SPAN_MAX  # under way at once
+FLIGHTS_MAX: Final = 4_096  # under way at once
 FLIGHT_BYTES_MAX: Final = 4 * limits.REQUEST_BYTES_MAX  # of all under way
 # Stop retrying a little before the stores would forget, by a clock that isn't theirs.
 RETRY_SECONDS_MAX: Final = limits.CHUNK_RETRY_NS_MAX / 1e9 - 5.0
@@ -81,9 +81,8 @@ class Producer:
     def __init__(self, producer_id: int) -> None:
         self.producer_id = producer_id
         self.next_sequence = 1
-        # By sequence, ascending, whether the flight is parked: then nobody may ever come back for it. No flights,
-        # so that those that nobody else holds are freed.
-        self.unresolved: dict[int, bool] = {}
+        # Sequences, ascending. No flights, so that those that nobody else holds are freed.
+        self.unresolved: dict[int, None] = {}
 
     def has_room(self) -> bool:
         """Whether the next sequence is within the span."""
@@ -183,30 +182,21 @@ class Sender:
             return False
         return not self._active or self._active_bytes + size <= FLIGHT_BYTES_MAX
 
-    def _has_sequence(self) -> bool:
-        if self._producer.has_room():
-            return True
-        oldest_is_parked = next(iter(self._producer.unresolved.values()))
-        if not oldest_is_parked:
-            return False
-        self._producer = Producer(self._rng.getrandbits(64))
-        return True
-
-    def _can_admit(self, flight: Flight) -> bool:
-        return self._fits(flight.size) and (flight.producer is not None or self._has_sequence())
+    def _producer_with_room(self) -> Producer:
+        if not self._producer.has_room():
+            self._producer = Producer(self._rng.getrandbits(64))
+        return self._producer
 
     def _admit(self, flight: Flight) -> None:
         """Count a flight among those under way, give it an identity, and send it."""
         self._active[flight] = None
         self._active_bytes += flight.size
         if flight.producer is None:
-            producer = self._producer
+            producer = self._producer_with_room()
             flight.producer = producer
             flight.sequence = producer.next_sequence
             producer.next_sequence += 1
-            producer.unresolved[flight.sequence] = False
-        elif flight.sequence in flight.producer.unresolved:
-            flight.producer.unresolved[flight.sequence] = False
+            producer.unresolved[flight.sequence] = None
         flight.state = FlightState.WAITING
         if self._sweep is None or flight.deadline < self._sweep_at:
             self._arm(flight.deadline)
@@ -234,7 +224,7 @@ class Sender:
         flight.deadline = deadline
         flight.attempts = 0
         flight.error = None
-        if self._admissions or not self._can_admit(flight):
+        if self._admissions or not self._fits(flight.size):
             return False
         self._admit(flight)
         return True
@@ -271,7 +261,7 @@ class Sender:
                 if not granted.done():
                     granted.set_result(None)
                 continue
-            if not self._can_admit(flight):
+            if not self._fits(flight.size):
                 return
             self._admissions.popleft()
             granted.set_result(None)
@@ -419,8 +409,6 @@ class Sender:
         if error is not None:
             flight.error = error
         self._leave(flight, FlightState.PARKED)
-        if flight.producer is not None and flight.sequence in flight.producer.unresolved:
-            flight.producer.unresolved[flight.sequence] = True
         self._wake(flight)
 
     def abandon(self, flight: Flight) -> None:
