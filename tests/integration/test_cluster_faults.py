@@ -7,14 +7,24 @@ READ-1 and LIVE-1, from outside.
 """
 
 import asyncio
+import shutil
+from pathlib import Path
 
 import pytest
 from cluster import Cluster
-from cluster_load import World
 
 from tallymark_runtime.assignments import COPIES
+from tallymark_runtime.disk import RealDisk
+from tallymark_store.wal import RECORD_HEADER_BYTES, open_wal
+from tallymark_store.wal.format import segment_name
 
 pytestmark = pytest.mark.timeout(600)  # the first start compiles the kernels
+
+# A start reads what lies beyond the last checkpoint.
+NO_CHECKPOINTS = {
+    "TALLYMARK_CHECKPOINT_INTERVAL_SECONDS": "1e9",
+    "TALLYMARK_CHECKPOINT_EVENTS": str(10**12),
+}
 
 
 async def test_leaders_killed(world):
@@ -84,6 +94,40 @@ async def test_disk_wiped(world):
         await other.start()
 
 
+async def test_disk_rotted(world, tmp_path):
+    """A store starts with a bit of its log flipped: the copy it concerns begins anew, and the others don't."""
+    victim = world.cluster.stores[0]
+    suffix = b"/" + victim.node_id.encode()
+    before = await copies(world.cluster, suffix)
+    settings, victim.environment = victim.environment, victim.environment | NO_CHECKPOINTS
+    victim.kill()
+    async with world.load():
+        await victim.start()
+        await world.wait_acknowledged()
+    # Nothing is being sent, and an idle log says so: no byte of it can be taken for a torn end.
+    victim.kill()
+    rot(victim.data / "store" / "wal", tmp_path / "wal")
+    victim.environment = settings
+    async with world.load():
+        await victim.start()
+        await world.wait_acknowledged()
+    after = await copies(world.cluster, suffix)
+    assert [key for key, copy_id in after.items() if copy_id != before[key]] == [COPIES + b"0" + suffix]
+
+
+def rot(wal_folder: Path, scratch: Path) -> None:
+    """Flip a bit in the last record of partition 0."""
+    shutil.copytree(wal_folder, scratch)  # opening a log writes to it
+    wal, _ = open_wal(RealDisk(scratch), new_log_id=bytes(16))
+    index = wal.partitions[0]
+    row = index.row(len(index) - 1)
+    wal.close()
+    path = wal_folder / segment_name(row.segment)
+    content = bytearray(path.read_bytes())
+    content[row.position + RECORD_HEADER_BYTES // 2] ^= 1
+    path.write_bytes(content)
+
+
 async def copies(cluster: Cluster, suffix: bytes) -> dict[bytes, bytes]:
     """The copy ids registered for a node, by key."""
     found = await cluster.coordinated(COPIES)
@@ -106,25 +150,3 @@ async def test_gateways_killed(world):
             gateway.kill()
             await world.wait_acknowledged()
             await gateway.start()
-
-
-async def test_restarted_within_its_lease(tmp_path):
-    """A leader killed and back while etcd still holds its key: it leads again only under a new epoch."""
-    cluster = Cluster(tmp_path, settings={"lease_ttl_seconds": 20.0})
-    world = World(cluster, 100)
-    try:
-        await world.start()
-        async with world.load():
-            victim = await cluster.busiest()
-            victim.kill()
-            before = await cluster.epochs()
-            led = [number for number, (node, _) in before.items() if node == victim.node_id]
-            assert led, "etcd has not noticed yet"
-            await victim.start()
-            await world.wait_acknowledged()
-        await cluster.wait_leaders()
-        after = await cluster.epochs()
-        for number in led:
-            assert after[number][1] > before[number][1], f"partition {number} goes on in a dead life's epoch"
-    finally:
-        cluster.close()

@@ -15,6 +15,7 @@ import google_crc32c
 from tallymark_store.folding import replay
 from tallymark_store.partition import Partition
 from tallymark_store.replication.effects import Role
+from tallymark_store.replication.replica import Replica
 from tallymark_store.wal import DamagedError, Position, RecordKind, Wal
 
 from .clients import Ledger, Part
@@ -38,7 +39,17 @@ class Committed(NamedTuple):
 class Seen:
     """What one copy showed last."""
 
-    __slots__ = ("applied", "copy_id", "high_watermark", "life", "log_end")
+    __slots__ = (
+        "applied",
+        "copy_id",
+        "damaged",
+        "high_watermark",
+        "life",
+        "log_end",
+        "promised",
+        "promised_by",
+        "role",
+    )
 
     def __init__(self) -> None:
         self.life = 0
@@ -46,6 +57,10 @@ class Seen:
         self.high_watermark = 0
         self.applied = 0
         self.log_end = 0
+        self.role = Role.FOLLOWER
+        self.damaged = ""  # copy id under which it was damaged, in this life
+        self.promised = 0  # also of earlier lives
+        self.promised_by = ""  # the copy that promised
 
 
 class Checkers:
@@ -93,8 +108,24 @@ class Checkers:
             if seen is None:
                 seen = self._seen[process.name, number] = Seen()
             if (seen.life, seen.copy_id) != (process.life, replica.copy_id):
+                seen.damaged = seen.damaged if seen.life == process.life else ""
                 seen.life, seen.copy_id = process.life, replica.copy_id
                 seen.high_watermark = seen.applied = seen.log_end = 0
+                seen.role = Role.FOLLOWER
+            if replica.promised != seen.promised and replica.role is not Role.DAMAGED:
+                if replica.promised < seen.promised and seen.promised_by == replica.copy_id:
+                    raise SimulationError(
+                        f"LOG-3: {process} partition {number} has promised {seen.promised}, and now only "
+                        f"{replica.promised}"
+                    )
+                seen.promised, seen.promised_by = replica.promised, replica.copy_id
+            if replica.role is not Role.FOLLOWER and replica.role is not seen.role:
+                self._became(process, number, seen, replica)
+            seen.role = replica.role
+            if seen.damaged == replica.copy_id and replica.role is not Role.DAMAGED:
+                raise SimulationError(
+                    f"LOG-1: {process} partition {number}: a damaged copy counts again under its id"
+                )
             high_watermark, applied = replica.high_watermark, partition.applied
             if high_watermark != seen.high_watermark or applied != seen.applied:
                 self._moved(process, number, seen, high_watermark, applied)
@@ -102,6 +133,18 @@ class Checkers:
             if seen.log_end < high_watermark:
                 raise SimulationError(
                     f"LOG-4: {process} partition {number}: the log ends at {seen.log_end}, below {high_watermark}"
+                )
+
+    def _became(self, process: Process, number: int, seen: Seen, replica: Replica) -> None:
+        """LOG-1: whoever takes over has everything that was ever committed."""
+        if replica.role is Role.DAMAGED:
+            seen.damaged = replica.copy_id
+        elif replica.role in (Role.STARTING, Role.LEADER) and self.committed[number]:
+            last, end = self.committed[number][-1], self.ends[number]
+            if replica.log.log_end < end or replica.log.epoch_before(end) != last.epoch:
+                raise SimulationError(
+                    f"LOG-1: {process} takes over partition {number} with a log to {replica.log.log_end}, without "
+                    f"{last}, which was committed"
                 )
 
     def recovered(self, process: Process, wal: Wal) -> None:
@@ -113,7 +156,7 @@ class Checkers:
                 continue  # nothing known of it, or known to be damaged
             end = min(durable_end, seen.high_watermark)
             found = 0 if index is None else index.log_end
-            if found < end and not (index is None and process.was_wiped):
+            if found < end and not (index is None and process.wiped):
                 raise SimulationError(
                     f"LOG-5: {process} partition {number} was committed and on disk to {end}, and ends at {found} after "
                     f"a restart, as if nothing was wrong"
@@ -217,6 +260,11 @@ class Checkers:
                 f"LOG-3: partition {number} epoch {replica.epoch}: {process} commits, and so has {known[0]}"
             )
         last_epoch = replica.log.epoch_before(end)
+        if last_epoch != replica.epoch:
+            raise SimulationError(
+                f"LOG-3: {process} says in epoch {replica.epoch} that partition {number} is committed to {end}, where a "
+                f"record of epoch {last_epoch} ends"
+            )
         holders = []
         members = replica.membership.members
         for member in members:

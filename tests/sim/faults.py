@@ -308,7 +308,7 @@ class Faults:
         process.disk = MemoryDisk()
         process.lost_ends, process.durable_ends = process.durable_ends, {}
         process.lost_ns = self._s.world.now_ns
-        process.was_wiped = True
+        process.wiped += 1
         self._s.trace("faults", "%s has an empty disk", process)
         return self._restart_later(process)
 
@@ -355,7 +355,7 @@ class Faults:
                     store.wal.read_record(number, row)
             except DamagedError:
                 return False
-            if old.get(number) == replica.copy_id and process.was_wiped:
+            if old.get(number) == replica.copy_id and process.wiped:
                 return False
         return True
 

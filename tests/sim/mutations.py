@@ -12,6 +12,7 @@ from unittest import mock
 
 import msgspec
 
+from tallymark_store.copies import Copies
 from tallymark_store.node import StoreNode
 from tallymark_store.partition import Partition
 from tallymark_store.replicating import Replicating
@@ -21,7 +22,6 @@ from tallymark_store.replication.election import Candidacy
 from tallymark_store.replication.follower import Following
 from tallymark_store.replication.leader import Leading
 from tallymark_store.replication.messages import Appended
-from tallymark_store.replication.ports import Membership
 from tallymark_store.replication.replica import Replica
 from tallymark_store.wal.scan import Scan
 
@@ -103,16 +103,17 @@ def forget_promises() -> list[Patch]:
     "freeze",
 )
 def commit_stale_epochs() -> list[Patch]:
-    original = Leading._advance_commit
+    original = Leading._lead
 
-    def advance(self: Any, now_ns: int) -> None:
+    def lead(self: Any, granted: Any, now_ns: int) -> None:
+        original(self, granted, now_ns)
+        for progress in self._followers.values():
+            progress.match_end = progress.next_offset
         start, self._start_offset = self._start_offset, -1
-        try:
-            original(self, now_ns)
-        finally:
-            self._start_offset = start
+        self._advance_commit(now_ns)
+        self._start_offset = start
 
-    return [(Leading, "_advance_commit", advance)]
+    return [(Leading, "_lead", lead)]
 
 
 @_mutation("a restarted process goes on under the epoch of its earlier life", "kill", "power")
@@ -298,15 +299,25 @@ def keep_truncated_chunks() -> list[Patch]:
 # ---------------------------------------------------------------- copies and members
 
 
-@_mutation("a copy counts by its node, whatever its copy id", "wipe", "power", "rot")
+@_mutation(
+    "a copy whose files are gone takes part as if nothing was wrong",
+    "wipe",
+    "kill_all",
+    "power",
+    "isolate",
+    "slow_disk",
+    mean_ms=200,
+)
 def vote_with_a_wiped_copy() -> list[Patch]:
-    def has(self: Membership, node_id: str, copy_id: str) -> bool:
-        return any(member.node_id == node_id for member in self.members)
+    original = Copies._add
 
-    return [(Membership, "has", has)]
+    def add(self: Any, number: int, state: Any, founding: Any, damage: str) -> None:
+        original(self, number, state, founding, "")
+
+    return [(Copies, "_add", add)]
 
 
-@_mutation("a copy that was discarded keeps its id", "wipe", "rot", "power")
+@_mutation("a copy that was discarded keeps its id", "wipe", "kill_all", "power", "isolate", mean_ms=200)
 def keep_the_copy_id() -> list[Patch]:
     def on_rebuild(self: Any, message: Any) -> None:
         if self.role is not Role.DAMAGED or message.copy_id != self.copy_id or message.epoch < self.promised:

@@ -70,7 +70,7 @@ class Process:
         self.is_serving = False
         self.is_stopping = False
         self.is_tainted = False
-        self.was_wiped = False
+        self.wiped = 0  # how often its disk was lost
         self.recorded_end = Position(0, 0)  # of the log: the last group on disk says that this is durable
         self.ended = False  # by itself: it is to be started again
         self.durable_ends: dict[int, int] = {}
@@ -171,6 +171,10 @@ class Process:
         self.loop = None
         self.gate.is_open = False
         self._world.graveyard.append((self.node, self.coordinator))
+        if self.node is not None and self.node.driver is not None:
+            # They reserve a lot of address space, which a run of many lives would use up.
+            for partition in self.node.driver.partitions.values():
+                del partition.fold, partition.dedup, partition.windows
         self.node = self.coordinator = None
         self.is_serving = False
         if is_power_lost:

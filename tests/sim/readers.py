@@ -9,11 +9,11 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from tallymark_protocol.errors import NotFoundError, TallymarkError
+from tallymark_protocol.errors import NotFoundError, TallymarkError, UnavailableError
 from tallymark_protocol.messages import RealtimeResult, StoreRealtime
 
 from .clients import ACCOUNTS, METRIC_COUNT
-from .loop import SimulationError
+from .loop import MILLISECOND, SimulationError
 from .process import Process
 
 
@@ -106,7 +106,7 @@ class Readers:
     def check_totals(self) -> None:
         """Ask every leader for every total, and compare."""
         for number in range(self._s.partition_count):
-            process = self._s.processes[self._s._holders[number]]
+            process = next(iter(self._s.processes.values()))
             for (account, metric), total in sorted(self._s.checkers.models[number].totals.items()):
                 self._check(process, number, account, metric, total)
 
@@ -116,6 +116,9 @@ class Readers:
         self._waiting += 1
 
         def answer(result: Any, error: BaseException | None) -> None:
+            if isinstance(error, UnavailableError) and error.retriable:
+                self._s.world.after(50 * MILLISECOND, again)
+                return
             self._waiting -= 1
             found = error if error is not None else _sum(result)
             if found != total:
@@ -124,4 +127,8 @@ class Readers:
                     f"counts to {total}"
                 )
 
-        process.call(StoreRealtime(number, metric, account), answer)
+        def again() -> None:
+            holder = self._s.processes.get(self._s._holders[number], process)
+            holder.call(StoreRealtime(number, metric, account), answer)
+
+        again()

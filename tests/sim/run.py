@@ -7,9 +7,8 @@ import logging
 import multiprocessing
 import sys
 import time
-import traceback
 
-from .simulation import Failure, Options, Result, run_seeds
+from .simulation import Failure, Options, Result, run_seed
 
 
 def _work(task: tuple[int, int, Options]) -> tuple[list[Result], tuple[int, str, str] | None]:
@@ -20,10 +19,9 @@ def _work(task: tuple[int, int, Options]) -> tuple[list[Result], tuple[int, str,
     results: list[Result] = []
     for seed in range(start, stop):
         try:
-            results += run_seeds(range(seed, seed + 1), options)
+            results += [run_seed(seed, options)]
         except Failure as failure:
-            text = "".join(traceback.format_exception(failure.error))
-            return results, (seed, f"{failure}\n{text}", failure.trace)
+            return results, (seed, f"{failure}\n{failure.where}", failure.trace)
     return results, None
 
 

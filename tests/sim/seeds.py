@@ -16,7 +16,7 @@ def check(start: int, options: Options | None = None, *, count: int = STEP) -> N
         run_seeds(range(start, start + count), options)
     except Failure as failure:
         trace = "\n".join(failure.trace.splitlines()[-300:])
-        message = f"{trace}\n\n{failure}\nagain: make sim START={failure.seed} SEEDS=1"
-        raise AssertionError(message) from failure.error
+        message = f"{trace}\n\n{failure.where}\n{failure}\nagain: make sim START={failure.seed} SEEDS=1"
+        raise AssertionError(message) from None
     finally:
         logging.disable(logging.NOTSET)

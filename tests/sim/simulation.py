@@ -11,6 +11,7 @@ import contextlib
 import gc
 import random
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -70,12 +71,13 @@ class Result(msgspec.Struct, frozen=True):
 
 
 class Failure(SimulationError):
-    """A run that found something: which one, what, and what led to it."""
+    """A run that found something: which one, what and where, and what led to it."""
 
-    def __init__(self, seed: int, error: BaseException, trace: str) -> None:
-        super().__init__(f"seed {seed}: {error}")
+    def __init__(self, seed: int, what: str, where: str, trace: str) -> None:
+        super().__init__(f"seed {seed}: {what}")
         self.seed = seed
-        self.error = error
+        self.what = what
+        self.where = where  # the traceback
         self.trace = trace
 
 
@@ -257,7 +259,9 @@ class Simulation:
             cause = self.defect or error
             if isinstance(cause, KeyboardInterrupt):
                 raise
-            raise Failure(self.seed, cause, self.trace.text()) from cause
+            where = "".join(traceback.format_exception(cause))
+            what = str(cause) or repr(cause)
+            raise Failure(self.seed, what, where, self.trace.text()) from None
         finally:
             for process in self.processes.values():
                 if process.is_up:
@@ -308,7 +312,7 @@ class Simulation:
         self._go(world.now_ns + 300 * MILLISECOND, None)
         self.checkers.at_rest(list(self._copies()), salt=rng.getrandbits(62))
         self.readers.check_totals()
-        self._go(world.now_ns + SECOND, self.readers.is_done)
+        self._go(world.now_ns + 5 * SECOND, self.readers.is_done)
         if not self.readers.is_done():
             raise SimulationError("LIVE-1: reads were not answered after healing")
         if self.ledger.acknowledged < self.ledger.asked:
@@ -373,6 +377,8 @@ def undisturbed() -> Iterator[None]:
     was_enabled = gc.isenabled()
     hook = sys.unraisablehook
     gc.disable()
+    if not gc.get_freeze_count():
+        gc.freeze()  # what was there before any run takes long to look through, and stays
     sys.unraisablehook = lambda _: None
     try:
         with warnings.catch_warnings():
@@ -381,10 +387,26 @@ def undisturbed() -> Iterator[None]:
                 yield
             finally:
                 gc.collect()
+                gc.collect()  # what was cut off in the middle may do something more when it is closed
     finally:
         sys.unraisablehook = hook
         if was_enabled:
             gc.enable()
+
+
+def run_seed(seed: int, options: Options | None = None) -> Result:
+    """Run one seed, and leave nothing of it behind.
+
+    Raises:
+        Failure: it found something.
+    """
+    with undisturbed():
+        try:
+            return Simulation(seed, options).run()
+        except Failure as failure:
+            # A new one, without the frames that hold the whole simulation.
+            found = Failure(failure.seed, failure.what, failure.where, failure.trace)
+    raise found
 
 
 def run_seeds(seeds: range, options: Options | None = None) -> list[Result]:
@@ -393,8 +415,4 @@ def run_seeds(seeds: range, options: Options | None = None) -> list[Result]:
     Raises:
         Failure: of the first that fails.
     """
-    results = []
-    for start in range(seeds.start, seeds.stop, 10):
-        with undisturbed():
-            results += [Simulation(seed, options).run() for seed in range(start, min(start + 10, seeds.stop))]
-    return results
+    return [run_seed(seed, options) for seed in seeds]

@@ -4,6 +4,7 @@
     copies/<partition>/<node>    `Copy`: the copy id under which a node's copy takes part
     founding/<partition>         `Founding`: the members of the empty log, made once
     draining/<node>              `Draining`: the node shall hold nothing
+    lives/<node>                 `Life`: how often its store was started; an older disk knows of fewer
 
 The fact, who makes a partition's quorum, is in its log. See docs/replication.md.
 """
@@ -16,6 +17,7 @@ ASSIGNMENTS = b"assignments/"
 COPIES = b"copies/"
 FOUNDING = b"founding/"
 DRAINING = b"draining/"
+LIVES = b"lives/"
 
 
 class Assignment(msgspec.Struct, frozen=True):
@@ -30,6 +32,9 @@ class Copy(msgspec.Struct, frozen=True):
 
     copy_id: str  # random; renewed whenever the copy is discarded
     is_removed: bool = False  # by the leader: this copy is no member any more, and its node is to discard it
+    removed_at: int = (
+        0  # the epoch of that leader; says nothing about a copy that has obeyed a later one since
+    )
 
 
 class Founding(msgspec.Struct, frozen=True):
@@ -42,6 +47,12 @@ class Draining(msgspec.Struct, frozen=True):
     """A node that shall hold nothing."""
 
     successor: str = ""  # who was to take its copies, if somebody in particular
+
+
+class Life(msgspec.Struct, frozen=True):
+    """How often a store was started, as its disk says as well: a disk that says less was put back from a backup."""
+
+    number: int
 
 
 def assignment_key(partition: int) -> bytes:
@@ -62,3 +73,8 @@ def founding_key(partition: int) -> bytes:
 def draining_key(node_id: str) -> bytes:
     """The key that tells that a node shall hold nothing."""
     return DRAINING + node_id.encode()
+
+
+def life_key(node_id: str) -> bytes:
+    """The key that tells how often a node's store was started."""
+    return LIVES + node_id.encode()

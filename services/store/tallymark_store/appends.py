@@ -22,6 +22,7 @@ from tallymark_protocol.errors import (
     ErrorCode,
     RemoteProtocolError,
     TallymarkError,
+    UnavailableError,
     WireError,
 )
 from tallymark_protocol.messages import AppendHeader, FrameType
@@ -117,10 +118,11 @@ class Appends:
     ) -> None:
         # Judging first and finding no room then would mean to take every id out of the index again.
         self._wal.check_room(batch.encoded_bytes_max(len(payload), int(columns[C_EVENTS])))
+        now_ns = self._now_ns(partition)
         base = partition.log_end
         read = functools.partial(self.read_verdicts, partition.partition)
         try:
-            prepared = partition.prepare(payload, columns, header.checksum, slots, self._clock.now_ns(), read)
+            prepared = partition.prepare(payload, columns, header.checksum, slots, now_ns, read)
             if prepared.record is not None:
                 meta = RecordMeta(
                     partition.partition,
@@ -203,12 +205,24 @@ class Appends:
         view = batch.parse(body, 0, len(body))
         return LoggedVerdicts(meta.base_offset, view.verdicts, view.originals)
 
+    def _now_ns(self, partition: Partition) -> int:
+        """The wall time to stamp a record with.
+
+        Raises:
+            UnavailableError: this node's clock is too far from those of a majority.
+        """
+        now_ns = self._clock.now_ns()
+        fault = self._store.replicating.fitness.clock_fault(partition.partition, now_ns)
+        if fault:
+            raise UnavailableError(fault, code=ErrorCode.NOT_LEADER)
+        return now_ns
+
     # ------------------------------------------------------------ control records
 
     def _write(self, partition: Partition, kind: RecordKind, epoch: int, payload: bytes) -> tuple[int, int]:
         """Append a control record of this leadership; returns its offset and append time."""
         offset = partition.log_end
-        append_ns = partition.stamp(self._clock.now_ns())
+        append_ns = partition.stamp(self._now_ns(partition))
         meta = RecordMeta(partition.partition, kind, epoch, offset, 1, append_ns, append_ns, append_ns)
         self._wal.append(meta, [payload])
         return offset, append_ns
@@ -265,6 +279,7 @@ class Appends:
 
         Raises:
             LogFullError, LogBusyError: there is no room now.
+            UnavailableError: this node's clock must not stamp.
         """
         partition.schemas_stale = True
         current = {record.uid: record for record in self._catalog.all()}
@@ -280,5 +295,5 @@ class Appends:
         """Likewise, at the beginning of a leadership; where there is no room, before the next append."""
         try:
             self.refresh_schemas(partition)
-        except BackpressureError as error:
+        except (BackpressureError, UnavailableError) as error:
             _log.warning("changes of metrics wait to be written: %s", error)

@@ -138,8 +138,7 @@ class Calls:
         except DamagedError as error:
             store.refuse(partition, error)
             raise
-        if store.partitions.get(call.partition) is not partition:
-            raise UnavailableError(f"this copy of partition {call.partition} was discarded")
+        store.folding.check_kept(partition)
         assert isinstance(answer, TotalsResult | RealtimeResult | EventsResult | AlertsResult)
         return msgspec.structs.replace(answer, lag=lag, silence_ms=silence_ms)
 
@@ -168,12 +167,19 @@ class Calls:
             case StoreRealtime():
                 return reads.realtime(call, self._clock.now_ns())
             case StoreTotals():
-                return await _stepped(reads.plan_totals(call))
+                return await self._stepped(partition, reads.plan_totals(call))
             case StoreEvents():
-                return await _stepped(reads.plan_events(call))
+                return await self._stepped(partition, reads.plan_events(call))
             case StoreAlerts():
                 as_of = partition.applied
                 return msgspec.structs.replace(reads.alerts(call), as_of=as_of)
+
+    async def _stepped(self, partition: Partition, read: TotalsRead | EventsRead) -> Message:
+        """Do a read's scan in steps, with the loop running in between."""
+        while not read.step():
+            await asyncio.sleep(0)
+            self._store.folding.check_kept(partition)
+        return read.result()
 
     def _knows(self, partition: Partition, code: str) -> bool:
         """Whether the metric that has this code now, not an older one under the same code, is in the partition."""
@@ -283,13 +289,14 @@ class Calls:
             counted = Partition(
                 call.partition, dedup_window_ns=partition.dedup_window_ns, indexes=store.wal.partitions
             )
-            await self._offload(functools.partial(replay, store.wal, counted, upto))
+            try:
+                await self._offload(functools.partial(replay, store.wal, counted, upto))
+            except DamagedError as error:
+                store.folding.check_kept(partition)
+                store.refuse(partition, error)  # only a recount has looked at what lies below the checkpoint
+                raise
+            finally:
+                # Whatever was found then, or failed: it was another log's.
+                store.folding.check_kept(partition)
         status = self._partition_status(call.partition, partition, counted.digest())
         return msgspec.structs.replace(status, applied=counted.applied)
-
-
-async def _stepped(read: TotalsRead | EventsRead) -> Message:
-    """Do a read's scan in steps, with the loop running in between."""
-    while not read.step():  # noqa: ASYNC110 - the loop works, it does not wait
-        await asyncio.sleep(0)
-    return read.result()

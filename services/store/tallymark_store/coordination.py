@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -41,7 +41,17 @@ from tallymark_runtime.catalog import (
     leader_key,
     node_key,
 )
-from tallymark_runtime.coordinator import Compare, Coordinator, Delete, KeyValue, Put, Target, unchanged
+from tallymark_runtime.coordinator import (
+    Compare,
+    Coordinator,
+    Delete,
+    Get,
+    KeyValue,
+    Put,
+    Target,
+    absent,
+    unchanged,
+)
 from tallymark_runtime.epochs import create_leader_key
 from tallymark_runtime.placement import establish_assignments, found_partitions
 from tallymark_store.lease import LeaseKeeper
@@ -70,7 +80,7 @@ class Host(Protocol):
         ...
 
     def on_removed(self, partition: int, copy_id: str) -> None:
-        """A leader says that this copy of this node is no member any more, and is not wished."""
+        """A leader says that this copy of this node is no member any more, and is not wished: `removed_copies`."""
         ...
 
     def on_lease_lost(self, reason: str) -> None:
@@ -92,6 +102,14 @@ class Host(Protocol):
     async def take_up(self, partition: int) -> None:
         """Take part in a partition that is assigned to this node, if that is not done yet. Raises TallymarkError."""
         ...
+
+
+class Removal(NamedTuple):
+    """A leader's mark on a registration of this node: the copy is to be discarded."""
+
+    item: KeyValue
+    copy: Copy
+    wish: KeyValue | None  # by which it is not wished since before the mark; None: the mark does not stand
 
 
 class Watched(Catalog):
@@ -253,6 +271,10 @@ class Coordination:
             except (TallymarkError, TimeoutError) as error:
                 # It may be there all the same: then it is seen, and deleted, or runs out with its lease.
                 _log.warning("the leader key of partition %d could not be created: %s", partition, error)
+            except Exception:
+                # A defect. The replica would wait for its answer for ever, and give no key up meanwhile.
+                self._host.on_created(partition, 0, seen)
+                raise
             if lease != self.lease.lease:
                 epoch = 0  # created under a lease that is over
         self._host.on_created(partition, epoch, seen)
@@ -353,11 +375,30 @@ class Coordination:
     def _ignore(self, partition: int, item: KeyValue) -> None:
         """Nothing follows from it."""
 
-    async def registered_copy(self, partition: int) -> str:
-        """The copy id under which this node's copy is registered; "" where it is not. Raises TallymarkError."""
-        item = await self._coordinator.get(copy_key(partition, self._identity.node_id))
-        copy = None if item is None else copy_of(item)
-        return "" if copy is None or copy.is_removed else copy.copy_id
+    async def registration(self, partition: int) -> KeyValue | None:
+        """This node's registration for a partition: see `copy_of`. Raises TallymarkError."""
+        return await self._coordinator.get(copy_key(partition, self._identity.node_id))
+
+    async def register_new_copy(
+        self, partition: int, copy_id: str, before: KeyValue | None, *, is_founded: bool
+    ) -> bool:
+        """Register a copy that was just begun; False if anything is not as it was seen.
+
+        Args:
+            partition: its number.
+            copy_id: of the copy.
+            before: the registration that it replaces.
+            is_founded: whether the partition's founding was seen. If not, this copy may be named in it.
+
+        Raises:
+            TallymarkError: the coordinator did not answer.
+        """
+        key = copy_key(partition, self._identity.node_id)
+        compares = [absent(key) if before is None else unchanged(before)]
+        if not is_founded:
+            compares.append(absent(founding_key(partition)))
+        put = Put(key, msgspec.msgpack.encode(Copy(copy_id)))
+        return (await self._coordinator.txn(compares, [put])).succeeded
 
     async def register_copy(self, partition: int, copy_id: str) -> None:
         """Register this node's copy. Raises TallymarkError."""
@@ -379,34 +420,84 @@ class Coordination:
 
         self._spawn(register())
 
-    async def remove_copies(self, partition: int, members: Membership) -> None:
+    async def remove_copies(self, partition: int, *, epoch: int, members: Membership) -> None:
         """As leader, have the nodes discard their copies that neither count nor are wished. Raises TallymarkError.
 
         They are told by a mark on their registration, of the copy that it names. A registration that is gone says
         nothing: the coordinator's state may be older than the copy.
-        """
-        own = [item for item in self._copies.items() if item.key.startswith(COPIES + b"%d/" % partition)]
-        for item in own:
-            node_id = item.key.split(b"/", 2)[2].decode("utf-8", "replace")
-            copy = copy_of(item)
-            if copy.is_removed or any(member.node_id == node_id for member in members.members):
-                continue
-            wish = await self._coordinator.get(assignment_key(partition))
-            if wish is None or node_id in assignment_of(wish).nodes:
-                continue
-            mark = msgspec.structs.replace(copy, is_removed=True)
-            await self._coordinator.txn(
-                [unchanged(wish), unchanged(item)], [Put(item.key, msgspec.msgpack.encode(mark))]
-            )
 
-    async def unregister_copy(self, partition: int, copy_id: str) -> None:
-        """Delete the registration of a copy of this node that is discarded. Raises TallymarkError."""
-        key = copy_key(partition, self._identity.node_id)
-        item = await self._coordinator.get(key)
-        if item is not None and copy_of(item).copy_id == copy_id:
-            await self._coordinator.txn([unchanged(item)], [Delete(key)])
+        The mark is set only if the leader key is still that of this epoch, and the wish still what this node's
+        replica has been told: so no other leader can have made the copy a member since, nor this one.
+        """
+        leader = self._leaders.item(leader_key(partition))
+        wish = self._assignments.item(assignment_key(partition))
+        if leader is None or epoch_of(leader) != epoch or wish is None:
+            return
+        staying = {member.node_id for member in members.members} | set(assignment_of(wish).nodes)
+        prefix = COPIES + b"%d/" % partition
+        compares = [Compare(leader.key, Target.CREATE_REVISION, "=", leader.create_revision), unchanged(wish)]
+        marks: list[Put] = []
+        for item in self._copies.items():
+            if not item.key.startswith(prefix):
+                continue
+            copy = copy_of(item)
+            if not copy.is_removed and item.key[len(prefix) :].decode("utf-8", "replace") not in staying:
+                mark = msgspec.structs.replace(copy, is_removed=True, removed_at=epoch)
+                compares.append(unchanged(item))
+                marks.append(Put(item.key, msgspec.msgpack.encode(mark)))
+        if marks:
+            await self._coordinator.txn(compares, marks)  # where it fails, all that is looked at again
+
+    def removed_copies(self) -> list[int]:
+        """Partitions in which this node's registration is marked as removed, as far as is known."""
+        found = []
+        for partition in range(self._partition_count):
+            item = self._copies.item(copy_key(partition, self._identity.node_id))
+            if item is not None and copy_of(item).is_removed:
+                found.append(partition)
+        return found
+
+    async def removal(self, partition: int) -> Removal | None:
+        """The mark on this node's registration, as it is now; None where there is none. Raises TallymarkError."""
+        item = await self.registration(partition)
+        if item is None or not copy_of(item).is_removed:
+            return None
+        wish = await self._coordinator.get(assignment_key(partition))
+        stands = (
+            wish is not None
+            # Whoever wished for something else since may have had this copy made a member again.
+            and wish.mod_revision < item.mod_revision
+            and self._identity.node_id not in assignment_of(wish).nodes
+        )
+        return Removal(item, copy_of(item), wish if stands else None)
+
+    async def confirm_removal(self, removal: Removal) -> bool:
+        """Whether a mark still stands, and nothing that it goes by has changed. Raises TallymarkError."""
+        if removal.wish is None:
+            return False
+        compares = [unchanged(removal.item), unchanged(removal.wish)]
+        # With a read in it: a transaction without one may be answered by a member that is behind.
+        return (await self._coordinator.txn(compares, [Get(removal.item.key)])).succeeded
+
+    async def take_back_removal(self, removal: Removal, copy_id: str) -> bool:
+        """Register this copy in place of a mark that does not stand; whether that was done. Raises TallymarkError."""
+        put = Put(removal.item.key, msgspec.msgpack.encode(Copy(copy_id)))
+        return (await self._coordinator.txn([unchanged(removal.item)], [put])).succeeded
+
+    async def unregister_copy(self, removal: Removal) -> bool:
+        """Delete the registration of a copy that was discarded; whether that was done. Raises TallymarkError."""
+        return (await self._coordinator.txn([unchanged(removal.item)], [Delete(removal.item.key)])).succeeded
 
     # ------------------------------------------------------------ the beginning of a cluster
+
+    def _own_wishes(self) -> dict[int, int]:
+        """The partitions that this node shall hold, and the revision of that wish."""
+        found = {}
+        for partition in range(self._partition_count):
+            item = self._assignments.item(assignment_key(partition))
+            if item is not None and self._identity.node_id in assignment_of(item).nodes:
+                found[partition] = item.mod_revision
+        return found
 
     async def _settle(self) -> None:
         """See to it that every partition is assigned and founded; every store does, until it is done."""
@@ -417,16 +508,14 @@ class Coordination:
                     self._coordinator, self._partition_count, self._replication_factor
                 ):
                     await self._assignments.catch_up()
-                    await asyncio.gather(
-                        *(
-                            self._host.take_up(partition)
-                            for partition in range(self._partition_count)
-                            if self._identity.node_id in self.assignment(partition)
-                        )
-                    )
+                    taken_up = self._own_wishes()
+                    await asyncio.gather(*(self._host.take_up(partition) for partition in taken_up))
                     if not await found_partitions(self._coordinator, self._partition_count):
                         await self._foundings.catch_up()
                         self.is_placed = True
+                        for partition, revision in self._own_wishes().items():
+                            if taken_up.get(partition) != revision:  # wished while the others were taken up
+                                self._spawn(self._take_up(partition))
                         self._host.on_placed()
                         return
             except TallymarkError as error:

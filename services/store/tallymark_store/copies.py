@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Collection
 
 import msgspec
 
-from tallymark_protocol.errors import ErrorCode, TallymarkError, WireError
+from tallymark_protocol.errors import ErrorCode, TallymarkError, UnavailableError, WireError
 from tallymark_runtime.disk import Disk, DiskError
 from tallymark_store import checkpoint
 from tallymark_store.checkpointer import folder
-from tallymark_store.coordination import Coordination
+from tallymark_store.coordination import Coordination, copy_of
 from tallymark_store.partition import Partition
 from tallymark_store.replication.effects import Role
 from tallymark_store.replication.ports import DurableState, Membership
@@ -63,14 +64,13 @@ class Copies:
         self._salt = salt
         self._new_copy_id = new_copy_id
         self._report = report
-        self._taking_up: set[int] = set()
-        self._removed: dict[int, str] = {}  # copies that leaders have removed, to be discarded: their ids
-        self._wake = asyncio.Event()  # there is one
+        self._changing: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)  # taken up, or removed
+        self._wake = asyncio.Event()  # a copy of this node was removed by a leader
 
     # ------------------------------------------------------------ beginning
 
-    def adopt(self, foundings: dict[int, Membership], damage: str) -> None:
-        """Take up the copies that were found; `damage` is what is wrong with all of them, "" if nothing is."""
+    def adopt(self, foundings: dict[int, Membership], older: Collection[int] = ()) -> None:
+        """Take up the copies that were found; those in `older` are known to have been further than they are."""
         store = self._store
         file = store.replicating.file
         if not file.is_new:
@@ -80,6 +80,14 @@ class Copies:
                     store.wal.reset(number, 0, epoch=0, append_ns=0)
                     self._forget(number)
         for number, state in sorted(file.states.items()):
+            # What was begun after the log was lost is as good as any: it lies in the present one.
+            damage = ""
+            if file.is_lost(number):
+                damage = "its log is gone: another one was begun in its place"
+            elif number in older:
+                damage = (
+                    "the data directory is older than this store's last start: it was put back from a backup"
+                )
             self._add(number, state, foundings.get(number), damage)
 
     def _add(self, number: int, state: DurableState, founding: Membership | None, damage: str) -> None:
@@ -107,19 +115,17 @@ class Copies:
         """Take part in a partition, under a copy id that is durable and registered.
 
         Raises:
-            TallymarkError: the coordinator did not answer; call it again.
+            TallymarkError: the coordinator did not answer, or something is on its way; call it again.
         """
-        if number in self._taking_up:
-            return
-        self._taking_up.add(number)
-        try:
+        async with self._changing[number]:
             await self._take_up(number)
-        finally:
-            self._taking_up.discard(number)
 
     async def _take_up(self, number: int) -> None:
         store, coordination = self._store, self._coordination
-        registered = await coordination.registered_copy(number)
+        if number in store.replicas and not await self._settle_removal(number):
+            raise UnavailableError(f"partition {number}: the copy that was removed is still there")
+        item = await coordination.registration(number)
+        registered = "" if item is None or copy_of(item).is_removed else copy_of(item).copy_id
         replica = store.replicas.get(number)
         if replica is not None:
             if registered != replica.copy_id:  # it was not done when the process ended
@@ -136,7 +142,11 @@ class Copies:
         else:
             state = DurableState(self._new_copy_id())
             store.replicating.persist(number, state)
-            await coordination.register_copy(number, state.copy_id)
+            if not await coordination.register_new_copy(
+                number, state.copy_id, item, is_founded=founding is not None
+            ):
+                store.replicating.persist(number, None)
+                raise UnavailableError(f"partition {number}: its founding or its copies have just changed")
         self._add(number, state, founding, damage)
         replica = store.replicas[number]
         store.replicating.call(number, replica.set_wish, coordination.assignment(number))
@@ -166,9 +176,8 @@ class Copies:
         store.partitions[number] = fresh
         store.end_generation(number)
 
-    def on_removed(self, number: int, copy_id: str) -> None:
-        """A leader has removed a copy of this node, and nobody wishes it here any more."""
-        self._removed[number] = copy_id
+    def on_removed(self) -> None:
+        """A leader has removed a copy of this node, and nobody wishes it here any more: `tidy` sees to it."""
         self._wake.set()
 
     async def tidy(self) -> None:
@@ -188,23 +197,49 @@ class Copies:
                 for number, replica in sorted(self._store.replicas.items()):
                     settled = replica.membership.offset < replica.high_watermark
                     if replica.role is Role.LEADER and settled:
-                        await self._coordination.remove_copies(number, replica.membership)
-                for number, copy_id in sorted(self._removed.items()):
-                    await self._remove(number, copy_id)
+                        await self._coordination.remove_copies(
+                            number, epoch=replica.epoch, members=replica.membership
+                        )
+                for number in self._coordination.removed_copies():
+                    async with self._changing[number]:
+                        await self._settle_removal(number)
             except TallymarkError as error:
                 _log.warning("removed copies are left where they are for now: %s", error)
 
-    async def _remove(self, number: int, copy_id: str) -> None:
-        replica = self._store.replicas.get(number)
-        if replica is not None and replica.copy_id == copy_id:
-            if replica.role is Role.LEADER or not self._store.replicating.remove(number):
-                return
-            self._forget(number)
-            self._report(f"partition {number}: this copy was removed")
-        await self._coordination.unregister_copy(number, copy_id)
-        del self._removed[number]
-        if self._node_id in self._coordination.assignment(number):
-            await self.take_up(number)  # wished again meanwhile
+    async def _settle_removal(self, number: int) -> bool:
+        """Discard a copy that a leader has removed, or take the mark back; False if it must be tried again.
+
+        A mark says that the copy was no member, by the log of the leader of its epoch, and that nobody wished it. It
+        may be old when it is read: the copy may have become a member again, and what it acknowledged may count. That
+        takes a later wish, or a later leader, whose epoch the copy has then promised before it counted. With neither
+        there, nobody counts on it; and from that check on it says nothing more, under this id, until it is gone.
+        """
+        store, coordination = self._store, self._coordination
+        removal = await coordination.removal(number)
+        if removal is None:
+            return True
+        replica = store.replicas.get(number)
+        if replica is None:  # it was discarded before the process ended, or before the coordinator was away
+            return await coordination.unregister_copy(removal)
+        if (
+            removal.wish is None
+            or replica.copy_id != removal.copy.copy_id
+            or replica.promised > removal.copy.removed_at
+        ):
+            return await coordination.take_back_removal(removal, replica.copy_id)
+        if replica.is_contending:
+            store.replicating.call(number, replica.resign, "this copy was removed")
+            return False
+        store.replicating.silence(number)
+        try:
+            if not await coordination.confirm_removal(removal) or not store.replicating.remove(number):
+                return False
+        finally:
+            store.replicating.speak(number)
+        self._forget(number)
+        self._report(f"partition {number}: this copy was removed")
+        coordination.tell_leader(number)  # a key that this node holds has nobody to give it up any more
+        return await coordination.unregister_copy(removal)
 
     # ------------------------------------------------------------ watermarks
 
@@ -221,6 +256,6 @@ class Copies:
                 states[number] = msgspec.structs.replace(state, high_watermark=known)
         if states != file.states:
             try:
-                file.save_all(states, file.log_id)
+                file.save_all(states)
             except DiskError as error:
                 self._store.log_failed(error)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from tallymark_protocol.errors import ErrorCode, UnavailableError
 from tallymark_protocol.payload import COLUMNS
 from tallymark_runtime.clock import Clock
 from tallymark_store.partition import Partition
@@ -124,6 +125,7 @@ class Folding:
 
         Raises:
             DamagedError: a record on the way there cannot be read.
+            UnavailableError: the copy was discarded meanwhile.
         """
         target = partition.high_watermark
         deadline = self._clock.monotonic_ns() + FOLD_SLICE_NS
@@ -135,7 +137,19 @@ class Folding:
                 )
             if self._clock.monotonic_ns() > deadline:
                 await asyncio.sleep(0)
+                self.check_kept(partition)
                 deadline = self._clock.monotonic_ns() + FOLD_SLICE_NS
+
+    def check_kept(self, partition: Partition) -> None:
+        """See that a partition's copy is still the one that is here, after an await: its log may be another one's.
+
+        Raises:
+            UnavailableError: it was discarded, or removed.
+        """
+        if self._partitions.get(partition.partition) is not partition:
+            raise UnavailableError(
+                f"this copy of partition {partition.partition} was discarded", code=ErrorCode.NOT_LEADER
+            )
 
     # ------------------------------------------------------------ promotion
 

@@ -5,7 +5,8 @@ and is the body of one REPLICATE frame. Little-endian::
 
     0   u32  CRC-32C of everything behind it up to the records' payloads
     4   u32  length of the head
-    8        the head: MessagePack of `Envelope` (who speaks to whom, in which cluster; the messages)
+    8        the head: MessagePack of `Envelope` (who speaks to whom, in which cluster, and how it
+            stands with its clock and its room; the messages)
         records' payloads, one after another, in the order of the head
 
 Beside each message the head carries its records' metas, `_META.size` bytes each::
@@ -70,12 +71,20 @@ class Outgoing(NamedTuple):
     records: Sequence[Record]
 
 
+class Standing(msgspec.Struct, frozen=True, array_like=True):
+    """What a store tells of itself in every bundle."""
+
+    wall_ns: int = 0  # its wall time when the bundle was made; 0 = it doesn't say
+    is_full: bool = False  # its log has no room
+
+
 class Envelope(msgspec.Struct, frozen=True, array_like=True):
     """The head of a bundle."""
 
     cluster_id: str
     sender: str  # node id
     receiver: str  # node id: addresses are reused, names are not
+    standing: Standing
     messages: list[tuple[AnyMessage, bytes]]  # each with its records' metas
 
 
@@ -85,11 +94,16 @@ class Bundle(NamedTuple):
     cluster_id: str
     sender: str
     receiver: str
+    standing: Standing
     messages: list[tuple[AnyMessage, list[Record]]]
 
 
 def encode(
-    cluster_id: str, sender: str, receiver: str, outgoing: Sequence[Outgoing]
+    cluster_id: str,
+    sender: str,
+    receiver: str,
+    outgoing: Sequence[Outgoing],
+    standing: Standing = Standing(),  # noqa: B008 - it is frozen
 ) -> list[list[BytesLike]]:
     """Pack messages into bundles, in order; each bundle is a list of parts that follow each other."""
     bundles: list[list[BytesLike]] = []
@@ -125,7 +139,7 @@ def encode(
             or head_bytes + room > HEAD_BYTES_MAX // 2
             or len(entries) >= MESSAGES_MAX
         ):
-            bundles.append(_close(cluster_id, sender, receiver, entries, payloads))
+            bundles.append(_close(cluster_id, sender, receiver, standing, entries, payloads))
             entries, payloads, head_bytes, body_bytes = [], [], 0, 0
         entries.append((message, metas))
         for record in records:
@@ -133,7 +147,7 @@ def encode(
         head_bytes += room
         body_bytes += payload_bytes
     if entries:
-        bundles.append(_close(cluster_id, sender, receiver, entries, payloads))
+        bundles.append(_close(cluster_id, sender, receiver, standing, entries, payloads))
     return bundles
 
 
@@ -145,10 +159,11 @@ def _close(
     cluster_id: str,
     sender: str,
     receiver: str,
+    standing: Standing,
     entries: list[tuple[AnyMessage, bytes]],
     payloads: list[BytesLike],
 ) -> list[BytesLike]:
-    head = _encode_head(Envelope(cluster_id, sender, receiver, entries))
+    head = _encode_head(Envelope(cluster_id, sender, receiver, standing, entries))
     length = len(head).to_bytes(4, "little")
     checksum = google_crc32c.extend(google_crc32c.value(length), head)
     return [_PREFIX.pack(checksum, len(head)) + head, *payloads]
@@ -175,6 +190,8 @@ def decode(data: bytes) -> Bundle:
         raise RemoteProtocolError(f"malformed bundle: {error}") from error
     if len(envelope.messages) > MESSAGES_MAX:
         raise RemoteProtocolError("malformed bundle: it holds too many messages")
+    if not 0 <= envelope.standing.wall_ns < 2**63:
+        raise RemoteProtocolError(f"malformed bundle: the sender's clock is at {envelope.standing.wall_ns}")
     messages: list[tuple[AnyMessage, list[Record]]] = []
     for message, metas in envelope.messages:
         _check(message, metas)
@@ -185,7 +202,7 @@ def decode(data: bytes) -> Bundle:
         messages.append((message, records))
     if at != len(data):
         raise RemoteProtocolError("malformed bundle: it is longer than its records")
-    return Bundle(envelope.cluster_id, envelope.sender, envelope.receiver, messages)
+    return Bundle(envelope.cluster_id, envelope.sender, envelope.receiver, envelope.standing, messages)
 
 
 def _check(message: AnyMessage, metas: bytes) -> None:

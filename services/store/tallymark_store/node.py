@@ -19,19 +19,21 @@ from collections.abc import Callable
 import msgspec
 
 from tallymark_protocol import limits
-from tallymark_protocol.errors import ErrorCode, UnavailableError, WireError
+from tallymark_protocol.errors import ErrorCode, RemoteProtocolError, UnavailableError, WireError
 from tallymark_protocol.frames import Frame
 from tallymark_protocol.messages import Call, Message
-from tallymark_runtime.assignments import FOUNDING
+from tallymark_runtime.assignments import FOUNDING, Life, assignment_key, life_key
 from tallymark_runtime.catalog import (
+    CLUSTER,
     Cluster,
     MetricCatalog,
     Node,
+    decode_value,
     establish_cluster,
     node_key,
 )
 from tallymark_runtime.clock import Clock
-from tallymark_runtime.coordinator import Coordinator
+from tallymark_runtime.coordinator import Coordinator, Get
 from tallymark_runtime.disk import Disk
 from tallymark_runtime.epochs import read_base
 from tallymark_store import checkpoint, recovery
@@ -39,7 +41,7 @@ from tallymark_store.appends import Requester
 from tallymark_store.belonging import check_cluster
 from tallymark_store.calls import Calls
 from tallymark_store.checkpointer import Checkpointer
-from tallymark_store.coordination import Coordination, founding_of, stop_following
+from tallymark_store.coordination import Coordination, assignment_of, founding_of, stop_following
 from tallymark_store.copies import Copies
 from tallymark_store.lease import LeaseKeeper, LeaseThread
 from tallymark_store.links import Transport
@@ -50,7 +52,7 @@ from tallymark_store.replication.ports import Member, Membership, ReplicaConfig
 from tallymark_store.replication.replica import Replica
 from tallymark_store.replication.wal_log import WalLog
 from tallymark_store.store import Offload, Store, ThreadsFactory
-from tallymark_store.wal import Wal, WalConfig, WalThreads
+from tallymark_store.wal import DamagedError, Wal, WalConfig, WalThreads
 
 _log = logging.getLogger(__name__)
 
@@ -235,7 +237,6 @@ class StoreNode:
         foundings: dict[int, Membership] = {}
         for item in (await self._coordinator.range(FOUNDING)).items:
             foundings[int(item.key[len(FOUNDING) :])] = founding_of(item)
-        damage = ""
         try:
             file = self._file = ReplicasFile(self._disk)
         except ReplicasFileError as error:
@@ -267,10 +268,8 @@ class StoreNode:
             committed_end=committed_end,
         )
         self._manifests = found.manifests
-        if file.log_id and file.log_id != found.wal.log_id:
-            damage = "its log is gone: another one was begun in its place"
-        elif not file.log_id:
-            file.save_all(file.states, found.wal.log_id)
+        file.use_log(found.wal.log_id)
+        older = await self._begin_life(file, found.wal, foundings)
         node = Node(config.node_id, self.address, "store", zone=config.zone)
         self._coordination = Coordination(
             self._coordinator,
@@ -318,8 +317,61 @@ class StoreNode:
             new_copy_id=self._new_copy_id,
             report=self._report,
         )
-        self._copies.adopt(foundings, damage)
+        self._copies.adopt(foundings, older)
         return store
+
+    async def _begin_life(
+        self, file: ReplicasFile, wal: Wal, foundings: dict[int, Membership]
+    ) -> frozenset[int]:
+        """Count this start; return the copies that may have acknowledged more than this disk knows of.
+
+        The number is raised on the disk first, then at the coordinator. So a disk with a lower one than is known
+        there is one from before the last start: put back from a backup, or forgotten and found again. Whatever its
+        copies acknowledged since is not on it, and others may count on that. They begin anew.
+        """
+        key = life_key(self._config.node_id)
+        item = await self._coordinator.get(key)
+        known = 0
+        if item is not None:
+            life = decode_value(Life, item)
+            assert isinstance(life, Life)
+            known = life.number
+        older: set[int] = set()
+        if not file.is_new and file.life < known:
+            for number in sorted(file.states):
+                if await self._is_only_copy(number, file, wal, foundings):
+                    self._report(
+                        f"partition {number}: the data directory is older than this store's last start; there is no "
+                        f"other copy, so what was acknowledged since is lost"
+                    )
+                else:
+                    older.add(number)
+        states = {
+            number: msgspec.structs.replace(state, is_damaged=True) if number in older else state
+            for number, state in file.states.items()
+        }
+        file.begin_life(max(file.life, known) + 1, states)
+        await self._coordinator.put(key, msgspec.msgpack.encode(Life(file.life)))
+        return frozenset(older)
+
+    async def _is_only_copy(
+        self, number: int, file: ReplicasFile, wal: Wal, foundings: dict[int, Membership]
+    ) -> bool:
+        """Whether nobody else has ever held a partition, as far as this log says, nor shall."""
+        try:
+            history = WalLog(wal, number).memberships()
+        except (DamagedError, RemoteProtocolError):
+            return False
+        if number in foundings:
+            history.insert(0, foundings[number])
+        own = (Member(self._config.node_id, file.states[number].copy_id),)
+        wish = await self._coordinator.get(assignment_key(number))
+        return (
+            bool(history)
+            and all(membership.members == own for membership in history)
+            and wish is not None
+            and assignment_of(wish).nodes == (self._config.node_id,)
+        )
 
     def _make_lease(self) -> LeaseKeeper:
         connect, ttl_s = self._lease_coordinator, self._config.lease_ttl_s
@@ -333,7 +385,9 @@ class StoreNode:
         Revisions only rise, so metrics' uids from it would stand for other metrics than those in the log.
         """
         seen = max((self.seen(number) for number in store.partitions), default=0)
-        revision = (await self._coordinator.txn([], [])).revision + (await read_base(self._coordinator)).base
+        # With a read in it: a transaction without one may be answered by a member that is behind.
+        now = await self._coordinator.txn([], [Get(CLUSTER)])
+        revision = now.revision + (await read_base(self._coordinator)).base
         if revision < seen:
             raise UnavailableError(
                 f"the coordinator is at revision {revision}, but the log has seen {seen}: the coordinator's state was "
@@ -476,6 +530,8 @@ class StoreNode:
         """The leader key is held by a node, or is gone."""
         replica = self._replica(partition)
         if replica is None:
+            if holder == self._config.node_id:
+                self._give_up_key(partition, epoch)
             return
         self.store.replicating.call(partition, replica.key_changed, holder, epoch)
         if holder == self._config.node_id:
@@ -486,6 +542,11 @@ class StoreNode:
             # It serves nothing; but without a leader nobody would be told what is wrong with it.
             assert self._coordination is not None
             self._coordination.create(partition)
+
+    def _give_up_key(self, partition: int, epoch: int) -> None:
+        """Delete a leader key of this node that no replica knows of: nobody could lead for as long as it is there."""
+        if self._store is not None and not self.failed.is_set() and self._coordination is not None:
+            self._coordination.delete(partition, epoch)
 
     def _speaks_for(self, replica: Replica) -> bool:
         """Whether this is a partition's only copy, and damaged."""
@@ -502,7 +563,11 @@ class StoreNode:
     def on_created(self, partition: int, epoch: int, seen: int) -> None:
         """A leader key was created, when the log had seen `seen`, or (epoch 0) was not."""
         replica = self._replica(partition)
-        if replica is None or self._speaks_for(replica):
+        if replica is None:
+            if epoch:
+                self._give_up_key(partition, epoch)
+            return
+        if self._speaks_for(replica):
             return
         replicating = self.store.replicating
         if not epoch:
@@ -538,10 +603,10 @@ class StoreNode:
     def on_placed(self) -> None:
         """Every partition is assigned and founded."""
 
-    def on_removed(self, partition: int, copy_id: str) -> None:
+    def on_removed(self, partition: int, copy_id: str) -> None:  # noqa: ARG002
         """A leader has removed this copy, and nobody wishes it here any more."""
         if self._copies is not None:
-            self._copies.on_removed(partition, copy_id)
+            self._copies.on_removed()
 
     def on_lease_lost(self, reason: str) -> None:  # noqa: ARG002
         """The leader keys are gone, or may be."""

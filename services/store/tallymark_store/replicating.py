@@ -20,11 +20,13 @@ from tallymark_protocol.errors import (
     ErrorCode,
     RemoteProtocolError,
     TallymarkError,
+    UnavailableError,
     WireError,
 )
 from tallymark_runtime.clock import Clock
 from tallymark_runtime.disk import DiskError
 from tallymark_store import links
+from tallymark_store.fitness import Fitness
 from tallymark_store.links import Outgoing, Transport
 from tallymark_store.partition import Partition
 from tallymark_store.replicas_file import ReplicasFile
@@ -122,6 +124,7 @@ class Replicating:
     Attributes:
         replicas: by partition; those with a copy here.
         logs: their logs.
+        fitness: whether this store can lead as well as others.
         identity: who this store is.
     """
 
@@ -145,6 +148,9 @@ class Replicating:
         self.keys = keys
         self.file = file
         self.heard_ns: dict[int, int] = {}  # by partition, when a leader was last heard of
+        self.fitness = Fitness(
+            wal, clock, self.replicas, node_id=identity.node_id, lease_ns=config.lease_ns, call=self.call
+        )
         self._wal = wal
         self._partitions = partitions
         self._clock = clock
@@ -160,7 +166,9 @@ class Replicating:
         self._outbox_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ns = 2**63 - 1  # when it fires
+        self._silent: set[int] = set()  # replicas that hear and say nothing
         self._reset_due: dict[int, str] = {}  # discarded copies whose log could not be reset yet
+        self._emptying: set[int] = set()  # discarded copies whose log's reset is not synced yet
         self._closed = False
 
     # ------------------------------------------------------------ replicas
@@ -188,6 +196,14 @@ class Replicating:
         )
         self._arm(number)
 
+    def silence(self, number: int) -> None:
+        """Have a replica hear and say nothing, as if it were cut off, and try for nothing, until it may `speak`."""
+        self._silent.add(number)
+
+    def speak(self, number: int) -> None:
+        """Take a `silence` back."""
+        self._silent.discard(number)
+
     def remove(self, number: int) -> bool:
         """Take part in a partition no more, and empty its log; False where there is no room to write that down now.
 
@@ -201,6 +217,7 @@ class Replicating:
         self.persist(number, None)
         for where in (self.replicas, self.logs, self.heard_ns, self._reset_due, self._dirty):
             where.pop(number, None)
+        self._emptying.discard(number)
         return True
 
     def persist(self, number: int, state: DurableState | None) -> None:
@@ -210,11 +227,20 @@ class Replicating:
             DiskError: it may or may not be; the process must end.
         """
         known = self.file.states.get(number)
-        if state is not None and known is not None and known.copy_id == state.copy_id:
-            # Recorded beside the replica, from time to time: what was known once stays known.
-            state = msgspec.structs.replace(
-                state, high_watermark=max(state.high_watermark, known.high_watermark)
-            )
+        if state is not None and known is not None:
+            if known.copy_id == state.copy_id:
+                # Recorded beside the replica, from time to time: what was known once stays known.
+                state = msgspec.structs.replace(
+                    state,
+                    high_watermark=max(state.high_watermark, known.high_watermark),
+                    is_damaged=state.is_damaged or known.is_damaged,
+                )
+            else:
+                # Until the log is empty on disk, too, the bytes in it are those of the discarded copy.
+                state = msgspec.structs.replace(state, is_damaged=True)
+        self._save(number, state)
+
+    def _save(self, number: int, state: DurableState | None) -> None:
         try:
             self.file.save(number, state)
         except DiskError as error:
@@ -237,7 +263,7 @@ class Replicating:
             self._calling = False
 
     def _call(self, number: int, method: Callable[..., list[Effect]], args: tuple[Any, ...]) -> None:
-        if number in self._reset_due and not self._reset(number):
+        if number in self._reset_due and not self._reset(number) and not _is_news(method):
             return
         try:
             effects = method(*args, self._clock.monotonic_ns())
@@ -261,7 +287,9 @@ class Replicating:
         if replica.role is not Role.DAMAGED:
             self._calls.appendleft((number, replica.damaged, (reason,)))
 
-    def _on_send(self, number: int, effect: Send) -> None:  # noqa: ARG002
+    def _on_send(self, number: int, effect: Send) -> None:
+        if number in self._silent:
+            return
         waiting = self._outbox.get(effect.to)
         if waiting is None:
             waiting = self._outbox[effect.to] = []
@@ -275,6 +303,10 @@ class Replicating:
         self.persist(number, effect.state)
 
     def _on_create_key(self, number: int, effect: CreateKey) -> None:  # noqa: ARG002
+        if number in self._silent or self.fitness.clock_fault(number):
+            # It would be given up again: as if the coordinator were away.
+            self._calls.append((number, self.replicas[number].key_refused, ()))
+            return
         self.keys.create(number)
 
     def _on_delete_key(self, number: int, effect: DeleteKey) -> None:
@@ -294,7 +326,7 @@ class Replicating:
         replica = self.replicas[number]
         try:
             self._leadership.append_membership(self._partitions[number], replica.epoch, effect.membership)
-        except BackpressureError as error:
+        except (BackpressureError, UnavailableError) as error:
             # The replica looks, finds nothing appended, and asks again later.
             _log.warning("partition %d: its members cannot be changed now: %s", number, error.message)
             self._dirty[number] = None
@@ -318,6 +350,10 @@ class Replicating:
             partition.error = self._leadership.damage_error(number, error)
         self._wal.mark_damaged(number)
         self._leadership.sync_soon()
+        # The log's own mark comes with its next marker, which waits until the log is idle.
+        state = self.file.states.get(number)
+        if state is not None and state.copy_id == self.replicas[number].copy_id:
+            self.persist(number, msgspec.structs.replace(state, is_damaged=True))
 
     def _on_discarded(self, number: int, effect: Discarded) -> None:
         self._reset_due[number] = effect.copy_id
@@ -332,7 +368,15 @@ class Replicating:
             _log.warning("partition %d: the discarded copy cannot be emptied now: %s", number, error.message)
             return False
         del self._reset_due[number]
+        self._emptying.add(number)
         return True
+
+    def _emptied(self, number: int) -> None:
+        """The log of a discarded copy is empty on disk: what comes now is the new copy's."""
+        self._emptying.discard(number)
+        state = self.file.states.get(number)
+        if state is not None and state.copy_id == self.replicas[number].copy_id:
+            self._save(number, msgspec.structs.replace(state, is_damaged=False))
 
     # ------------------------------------------------------------ the log
 
@@ -352,17 +396,24 @@ class Replicating:
 
     def synced(self, groups: Sequence[tuple[int, dict[int, int]]]) -> None:
         """Groups of the log are on disk: (number, log ends by partition), in order."""
-        ends: dict[int, int] = {}
-        logs = self.logs
+        latest: dict[int, tuple[int, int]] = {}
         for group, log_ends in groups:
             for number, end in log_ends.items():
-                log = logs.get(number)
-                durable = None if log is None else log.durable_end(group, end)
-                if durable is not None:
-                    ends[number] = durable
-        for number, end in ends.items():
-            self.call(number, self.replicas[number].synced, end)
+                latest[number] = (group, end)
+        for number, (group, end) in latest.items():
+            if number in self.replicas:
+                self.call(number, self._synced, number, group, end)
         self.flush_outbox()
+
+    def _synced(self, number: int, group: int, end: int, now_ns: int) -> list[Effect]:
+        # Looked at only now: a discarded copy's log may have been emptied just before this call.
+        replica = self.replicas.get(number)
+        durable = None if replica is None else self.logs[number].durable_end(group, end)
+        if replica is None or durable is None:
+            return []
+        if number in self._emptying and replica.role is not Role.DAMAGED:
+            self._emptied(number)
+        return replica.synced(durable, now_ns)
 
     # ------------------------------------------------------------ messages
 
@@ -380,9 +431,10 @@ class Replicating:
             raise RemoteProtocolError(f"this is {identity.node_id!r}, not {bundle.receiver!r}")
         if (sender and bundle.sender != sender) or bundle.sender == identity.node_id or not bundle.sender:
             raise RemoteProtocolError(f"{bundle.sender!r} cannot be who speaks here")
+        self.fitness.heard(bundle.sender, bundle.standing)
         for message, records in bundle.messages:
             replica = self.replicas.get(message.partition)
-            if replica is not None:
+            if replica is not None and message.partition not in self._silent:
                 self.call(message.partition, replica.step, bundle.sender, message, records)
                 if replica.leader == bundle.sender:
                     self.heard_ns[message.partition] = self._clock.monotonic_ns()
@@ -394,8 +446,9 @@ class Replicating:
             return
         outbox, self._outbox = self._outbox, {}
         identity = self.identity
+        standing = self.fitness.standing()
         for node_id, outgoing in outbox.items():
-            for parts in links.encode(identity.cluster_id, identity.node_id, node_id, outgoing):
+            for parts in links.encode(identity.cluster_id, identity.node_id, node_id, outgoing, standing):
                 if not self._transport.send(node_id, parts):
                     break  # what follows would be out of order, and most likely be dropped as well
 
@@ -424,6 +477,7 @@ class Replicating:
         self._timer_ns = 0  # nothing is armed while this goes on
         now_ns = self._clock.monotonic_ns()
         self._wal.poll_space(now_ns)
+        self.fitness.consider(now_ns)
         for number in sorted(self.replicas):
             replica = self.replicas[number]
             if replica.next_deadline() <= now_ns or number in self._reset_due:
@@ -458,6 +512,21 @@ _HANDLERS: dict[type, Callable[[Replicating, int, Any], None]] = {
     Discarded: Replicating._on_discarded,
     Fault: Replicating._on_fault,
 }
+
+
+# What the coordinator tells does not touch the log, and is told only once.
+_NEWS = (
+    Replica.key_created,
+    Replica.key_refused,
+    Replica.key_changed,
+    Replica.lease_lost,
+    Replica.set_founding,
+    Replica.set_wish,
+)
+
+
+def _is_news(method: Callable[..., list[Effect]]) -> bool:
+    return getattr(method, "__func__", None) in _NEWS
 
 
 def lag_of(replica: Replica, node_id: str) -> int:

@@ -36,6 +36,7 @@ from tallymark_store.wal import DamagedError, Group, Position, Wal, WalThreads
 
 _log = logging.getLogger(__name__)
 
+CLOCKS_S = 0.02  # how often it is looked whether all members' clocks are known
 MARKER_DELAY_S = 0.05  # an idle log is marked within 100 ms of its last sync
 WAY_OUT = (
     "nothing was dropped. Restore the data directory as a whole from a backup, or this partition from a healthy "
@@ -118,6 +119,7 @@ class Store:
         ] = {}  # by partition: how often a leadership, or a copy, has ended here
         self.counters = StoreCounters()
         self._offload = offload
+        self._config = config
         self._loop = asyncio.get_running_loop()
         self._flush_due = False
         self._marker: asyncio.TimerHandle | None = None
@@ -241,10 +243,16 @@ class Store:
     def begin_epoch(self, partition: Partition, epoch: int) -> None:
         """Bring the judge to the log's end, then append the epoch start."""
         number = partition.partition
+        decide_ns = self.clock.monotonic_ns() + self._config.lease_ns // 2
 
         def start() -> None:
-            replica = self.replicas[number]
-            if replica.role is not Role.STARTING or replica.epoch != epoch:
+            replica = self.replicas.get(number)
+            if self._halted or replica is None or replica.role is not Role.STARTING or replica.epoch != epoch:
+                return
+            must_decide = self.clock.monotonic_ns() >= decide_ns
+            if not self.replicating.fitness.may_begin(number, must_decide=must_decide):
+                if replica.role is Role.STARTING and replica.epoch == epoch:
+                    self._loop.call_later(CLOCKS_S, start)
                 return
             try:
                 self.appends.start_epoch(partition, epoch)
@@ -265,6 +273,9 @@ class Store:
             partition.epoch = epoch
             partition.epoch_due = True
             self._notify()
+        elif self.replicating.fitness.others_have_room(partition.partition):
+            self.replicating.call(partition.partition, replica.resign, "there is no room to begin the epoch")
+            return
 
         def again() -> None:
             if replica.role is Role.STARTING and replica.epoch == epoch and not self._halted:

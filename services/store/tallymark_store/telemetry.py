@@ -66,6 +66,13 @@ LINK_DROPS = Family(
     "counter",
     "Bundles of messages not sent to other stores, for lack of a connection or of room. What matters is sent again.",
 )
+CLOCK_DIFFERENCE = Family(
+    "tallymark_store_clock_difference_seconds",
+    "gauge",
+    "How far another store's clock is ahead of this one's; absent where nothing was heard of it lately.",
+    ("peer",),
+    scale=NS,
+)
 LOG_END = Family(
     "tallymark_partition_log_end", "gauge", "Next offset to be written, at this copy.", _PARTITION
 )
@@ -153,6 +160,8 @@ class StoreTelemetry:
         deadline_ns = service.node.lease_deadline_ns
         scrape.add(LEASE_SECONDS, deadline_ns - now_ns if deadline_ns else 0)
         scrape.add(LINK_DROPS, service.peers.dropped)
+        for node_id, difference_ns in store.replicating.fitness.clock_differences().items():
+            scrape.add(CLOCK_DIFFERENCE, difference_ns, node_id)
         for node_id, waiting in sorted(service.peers.unsent_bytes().items()):
             scrape.add(LINK_BYTES, waiting, node_id)
 

@@ -57,6 +57,20 @@ class Answers:
         self.answers[request_id] = to_wire(error) if isinstance(error, BaseException) else error
 
 
+class SetClock:
+    """A machine's clock that somebody has set."""
+
+    def __init__(self) -> None:
+        self.ahead_ns = 0
+        self._clock = RealClock()
+
+    def now_ns(self) -> int:
+        return self._clock.now_ns() + self.ahead_ns
+
+    def monotonic_ns(self) -> int:
+        return self._clock.monotonic_ns()
+
+
 class Wire:
     """The transport of one node: what it sends arrives in the next turn of the loop, unless it is cut."""
 
@@ -77,6 +91,7 @@ class Cluster:
         self.clock = RealClock()
         self.coordinator = MemoryCoordinator(self.clock)
         self.disks = {name: MemoryDisk() for name in names}
+        self.clocks = {name: SetClock() for name in names}
         self.nodes: dict[str, StoreNode] = {}
         self.reports: list[str] = []
         self.cut: set[tuple[str, str]] = set()  # (from, to)
@@ -101,7 +116,7 @@ class Cluster:
                 msgspec.structs.replace(self.config, node_id=name),
                 disk=self.disks[name],
                 coordinator=self.coordinator,
-                clock=self.clock,
+                clock=self.clocks[name],
                 rng=random.Random(self._seed),
                 transport=Wire(self, name),
                 address=f"{name}:1",
@@ -221,6 +236,7 @@ class Cluster:
             if isinstance(answer, Appended):
                 return answer
             assert answer.retriable, answer
+            await asyncio.sleep(0.005)
 
     async def count(self, name: str, account: int, **fields: Any) -> int:
         call = StoreRealtime(partition=0, metric_code="sum", account_id=account, **fields)

@@ -16,7 +16,8 @@ NEW = DurableState("copy", 6, "two", 12)
 
 def saved(disk: MemoryDisk) -> ReplicasFile:
     file = ReplicasFile(disk)
-    file.save_all({3: OLD}, b"log")
+    file.use_log(b"log")
+    file.save_all({3: OLD})
     return file
 
 
@@ -25,7 +26,7 @@ def test_what_is_saved_is_there_after_a_crash() -> None:
     disk = MemoryDisk()
     file = ReplicasFile(disk)
     assert file.is_new
-    file.save_all({}, b"log")
+    file.use_log(b"log")
     file.save(3, OLD)
     file.save(200, NEW)
     file.save(3, NEW)
@@ -91,7 +92,8 @@ def test_there_is_room_for_a_whole_cluster() -> None:
     disk = MemoryDisk()
     file = ReplicasFile(disk)
     state = DurableState("f" * 32, 2**63 - 1, "f" * 16, 2**63 - 1)
-    file.save_all(dict.fromkeys(range(256), state), bytes(16))
+    file.use_log(bytes(16))
+    file.save_all(dict.fromkeys(range(256), state))
     assert len(ReplicasFile(disk).states) == 256
 
 
@@ -104,3 +106,25 @@ def test_a_file_that_was_being_made_is_none() -> None:
     assert file.is_new
     file.save(1, OLD)
     assert ReplicasFile(disk).states == {1: OLD}
+
+
+def test_a_copy_lies_in_the_log_that_it_was_begun_in() -> None:
+    """One that was begun after the log was lost is there after every restart, the others are lost."""
+    disk = MemoryDisk()
+    file = saved(disk)
+    file.save(4, OLD)
+    file = ReplicasFile(disk)
+    file.use_log(b"another")
+    assert [number for number in (3, 4, 5) if file.is_lost(number)] == [3, 4]
+    file.save(3, DurableState("copy", 6, "one", 10))
+    assert file.is_lost(3)
+    file.save(3, DurableState("fresh", 6, "one", 0))
+    file.save(5, NEW)
+    for _ in range(2):
+        file = ReplicasFile(disk)
+        file.use_log(b"another")
+        assert [number for number in (3, 4, 5) if file.is_lost(number)] == [4]
+    disk.fail_next("write")
+    with pytest.raises(DiskError):
+        file.save(4, DurableState("fresh", 6, "one", 0))
+    assert file.is_lost(4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from tallymark_runtime.assignments import copy_key
 from tallymark_store import warmup
 from tallymark_store.links import Outgoing
 from tallymark_store.links import encode as encode_bundle
+from tallymark_store.replication.effects import Role
 from tallymark_store.replication.messages import HandOver
 
 from .cluster_driver import Cluster
@@ -310,3 +312,94 @@ async def test_a_copy_is_registered_again_where_its_registration_is_missing(clus
     await cluster.until(lambda: name in cluster.registered(0))
     assert cluster.nodes[name].store.replicas[0].copy_id == copy_id
     await cluster.check_digests()
+
+
+async def test_copies_that_were_rebuilt_are_there_after_every_restart(cluster: Cluster) -> None:
+    """One store after the other loses its log; what was begun after that lies in the new one, and counts."""
+    await cluster.start()
+    leader = await cluster.wait_leader()
+    await cluster.append(leader, ids(10), (1, 0))
+    for name in sorted(cluster.nodes):
+        before = cluster.nodes[name].store.replicas[0].copy_id
+        cluster.kill(name)
+        wal = cluster.disks[name].at("wal")
+        for file in wal.list():
+            wal.remove(file)
+        wal.sync_dir()
+        await cluster.wait_leader()
+        await cluster.start(name)
+        replica = cluster.nodes[name].store.replicas[0]
+        await cluster.until(
+            lambda before=before, name=name, replica=replica: (
+                replica.copy_id != before
+                and replica.membership.has(name, replica.copy_id)
+                and replica.membership.offset < replica.high_watermark
+            )
+        )
+    await cluster.append_anywhere(ids(10, 100), (1, 1))
+    await cluster.check_digests()
+    for name in sorted(cluster.nodes):
+        cluster.kill(name)
+    await cluster.start()
+    assert [node.store.replicas[0].role for node in cluster.nodes.values()].count(Role.DAMAGED) == 0
+    await cluster.append_anywhere(ids(10, 200), (1, 2))
+    assert await cluster.count(await cluster.wait_leader(), 1) == 30
+    await cluster.check_digests()
+
+
+async def test_a_disk_from_a_backup_is_another_copy(cluster: Cluster) -> None:
+    """It lacks what the copy acknowledged since: with it, a majority would go on with less, and say nothing."""
+    await cluster.start()
+    leader = await cluster.wait_leader()
+    await cluster.append(leader, ids(10), (1, 0))
+    name, other = (name for name in sorted(cluster.nodes) if name != leader)
+    await cluster.check_digests()
+    await cluster.nodes.pop(name).close()
+    backup = copy.deepcopy(cluster.disks[name])
+    await cluster.start(name)
+    cluster.isolate(other)
+    await cluster.append(leader, ids(10, 100), (1, 1))
+    replica = cluster.nodes[name].store.replicas[0]
+    copy_id, end = replica.copy_id, cluster.nodes[leader].store.partitions[0].log_end
+    await cluster.until(lambda: replica.durable_end >= end)
+    cluster.kill(name)
+    cluster.kill(leader)
+    cluster.disks[name] = backup
+    await cluster.start(name)
+    for _ in range(2):  # also after another start it counts for nothing
+        restored = cluster.nodes[name].store.replicas[0]
+        assert restored.role is Role.DAMAGED
+        assert restored.copy_id == copy_id
+        cluster.kill(name)
+        await cluster.start(name)
+    cluster.cut.clear()
+    await cluster.start(leader)
+    await cluster.until(lambda: cluster.nodes[name].store.replicas[0].copy_id != copy_id)
+    await cluster.append_anywhere(ids(10, 200), (1, 2))
+    restored = cluster.nodes[name].store.replicas[0]
+    await cluster.until(lambda: restored.is_member and restored.membership.offset < restored.high_watermark)
+    assert await cluster.count(await cluster.wait_leader(), 1) == 30
+    await cluster.check_digests()
+    cluster.kill(name)
+    await cluster.start(name)
+    assert cluster.nodes[name].store.replicas[0].role is not Role.DAMAGED
+
+
+async def test_the_only_copy_may_come_from_a_backup() -> None:
+    """Nobody else has what it lacks; it is said."""
+    cluster = Cluster(("a",), replication_factor=1)
+    try:
+        await cluster.create()
+        await cluster.start()
+        await cluster.append("a", ids(10), (1, 0))
+        await cluster.nodes.pop("a").close()
+        backup = copy.deepcopy(cluster.disks["a"])
+        await cluster.start()
+        await cluster.append("a", ids(10, 100), (1, 1))
+        cluster.kill("a")
+        cluster.disks["a"] = backup
+        await cluster.start()
+        assert await cluster.count("a", 1) == 10
+        assert [report for report in cluster.reports if "is lost" in report]
+    finally:
+        await cluster.close()

@@ -62,6 +62,9 @@ def _store(partitions, replicas):
         ),
         partitions={partition.partition: partition for partition in partitions},
         replicas=dict(enumerate(replicas)),
+        replicating=SimpleNamespace(
+            fitness=SimpleNamespace(clock_differences=lambda: {"s2": -11_500_000_000})
+        ),
     )
 
 
@@ -171,6 +174,7 @@ def test_the_lease_and_links_are_told():
     found = _figures(store, clock=clock, lease_deadline_ns=101 * S, unsent={"s2": 9, "s3": 0})
     assert found["tallymark_store_lease_seconds", ()] == pytest.approx(1)
     assert found["tallymark_store_link_drops_total", ()] == 5
+    assert found["tallymark_store_clock_difference_seconds", (("peer", "s2"),)] == -11.5
     assert found["tallymark_store_link_unsent_bytes", (("peer", "s2"),)] == 9
     assert found["tallymark_store_link_unsent_bytes", (("peer", "s3"),)] == 0
     found = _figures(store, clock=clock, lease_deadline_ns=98 * S)

@@ -101,11 +101,11 @@ class ReplicaCore:
         if log.log_end and (last := log.epoch_before(log.log_end)) > state.promised:
             # Records of an epoch got to the disk before the promise to it did.
             self.state = msgspec.structs.replace(state, promised=last, instance="")
-        if is_damaged or log.log_end < state.high_watermark:
+        if is_damaged or state.is_damaged or log.log_end < state.high_watermark:
             self.role = Role.DAMAGED
             self.why = (
                 "the log is damaged"
-                if is_damaged
+                if is_damaged or state.is_damaged
                 else f"the log ends at {log.log_end}, below the high watermark {state.high_watermark} recorded before"
             )
 
@@ -130,6 +130,11 @@ class ReplicaCore:
     def is_member(self) -> bool:
         """Whether this copy counts, by its own log."""
         return self.membership.has(self.node_id, self.copy_id)
+
+    @property
+    def is_contending(self) -> bool:
+        """Whether it leads, or tries to: a leader key is its own, or may be in a moment."""
+        return bool(self.epoch) or self._creating_key
 
     # ------------------------------------------------------------ effects
 

@@ -150,7 +150,9 @@ class Following(ReplicaCore):
         if self.role is not Role.DAMAGED or message.copy_id != self.copy_id or message.epoch < self.promised:
             return
         # The promises stay: the node gave them, whatever copy it holds.
-        self.state = msgspec.structs.replace(self.state, copy_id=self._new_copy_id(), high_watermark=0)
+        self.state = msgspec.structs.replace(
+            self.state, copy_id=self._new_copy_id(), high_watermark=0, is_damaged=False
+        )
         self._emit(Persist(self.state))
         self._emit(Discarded(self.state.copy_id))
         self.role = Role.FOLLOWER

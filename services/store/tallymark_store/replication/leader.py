@@ -84,6 +84,7 @@ class Leading(Candidacy):
     _target_until_ns: int
     _led_since_ns: int
     _preferred_since_ns: int  # since when the preferred leader could take over
+    unfit: frozenset[str]  # nodes that would give the leadership up again, as the driver says
 
     def _init_leading(self) -> None:
         self._followers = {}
@@ -93,6 +94,7 @@ class Leading(Candidacy):
         self._target_until_ns = 0
         self._led_since_ns = 0
         self._preferred_since_ns = NEVER
+        self.unfit = frozenset()
 
     def _forget_leadership(self) -> None:
         self._init_leading()
@@ -220,6 +222,14 @@ class Leading(Candidacy):
         if not message.is_obeyed and not message.is_damaged and message.epoch == self.epoch and self.epoch:
             self._step_down(f"{sender} has promised epoch {message.promised}", now_ns)
             return
+        progress = self._followers.get(sender)
+        if (
+            message.is_damaged
+            and progress is not None
+            and progress.copy_id not in ("", message.copy_id)
+            and now_ns - progress.heard_ns <= self.config.lease_ns
+        ):
+            return  # late news of a copy that was discarded since
         progress = self._heard(sender, message.epoch, message.copy_id, now_ns)
         if progress is None:
             return
@@ -380,7 +390,10 @@ class Leading(Candidacy):
             ready = [
                 node
                 for node in self.wish
-                if node in views and views[node].has_caught_up and views[node].is_alive
+                if node in views
+                and node not in self.unfit
+                and views[node].has_caught_up
+                and views[node].is_alive
             ]
             if ready and all(any(m.node_id == node for m in self.membership.members) for node in self.wish):
                 self._begin_hand_over(ready[0], now_ns)
@@ -453,6 +466,7 @@ class Leading(Candidacy):
             self._target
             or self._membership_due is not None
             or preferred is None
+            or preferred.node_id in self.unfit
             or not self.membership.has(preferred.node_id, preferred.copy_id)
             or now_ns - preferred.heard_ns > self.config.lease_ns
             or not self._has_caught_up(preferred)

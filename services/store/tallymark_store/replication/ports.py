@@ -84,6 +84,7 @@ class DurableState(msgspec.Struct, frozen=True):
     promised: int = 0  # the highest epoch promised; no message of a lower one is obeyed
     instance: str = ""  # to whom
     high_watermark: int = 0  # a lower bound of what is known to be committed
+    is_damaged: bool = False  # kept by the driver: this copy counts for nothing, whatever its log looks like
 
 
 class ReplicaConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -26,7 +26,9 @@ class WalLog:
         self._on_written = on_written  # something waits for a sync
         self._partition = partition
         self._empty = PartitionIndex(partition)
-        self._barrier = 0  # number of the group from which on syncs count
+        # Number of the group from which on syncs count. What is on its way now may have been written by a copy that
+        # was here before this one, and has been discarded.
+        self._barrier = wal.next_group
 
     @property
     def _index(self) -> PartitionIndex:

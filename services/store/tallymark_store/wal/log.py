@@ -198,6 +198,12 @@ class Wal:
         return groups
 
     @property
+    def next_group(self) -> int:
+        """The number of the group that the next record goes into at the earliest: what is older says nothing of it."""
+        with self._lock:
+            return self._writer.next_group
+
+    @property
     def synced_end(self) -> Position:
         """Everything below is durable."""
         return self._writer.synced_end

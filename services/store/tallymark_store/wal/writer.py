@@ -275,6 +275,11 @@ class WalWriter:
         self._close()
         return True
 
+    @property
+    def next_group(self) -> int:
+        """The number of the group that the next record goes into, or one before it."""
+        return self._next_number if self._open is None else self._open.number
+
     def cut(self) -> tuple[Position, int]:
         """Close the open group; return where the next one begins at the earliest, and its number."""
         self._close()
