@@ -53,6 +53,8 @@ class Readers:
         account, metric = self._key(number)
         # What the answer must include: everything of this key that is known to be acknowledged now.
         least = self._acknowledged(number, account, metric)
+        life = (process.name, process.life, number, account, metric)
+        before = self._seen.get(life, 0)  # what was answered before this is asked
 
         def answer(result: Any, error: BaseException | None) -> None:
             if error is not None:
@@ -62,12 +64,9 @@ class Readers:
                     return
             count = 0 if result is None else _sum(result)[0]
             self.answered += 1
-            life = (process.name, process.life, number, account, metric)
-            if result is not None and count < self._seen.get(life, 0):
+            if result is not None and life[1] == process.life and count < before:
                 raise_later(
-                    SimulationError(
-                        f"READ-1: {process} went back from {self._seen[life]} to {count} for {life}"
-                    )
+                    SimulationError(f"READ-1: {process} went back from {before} to {count} for {life}")
                 )
             self._seen[life] = max(count, self._seen.get(life, 0))
             if count < least:
