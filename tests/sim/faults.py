@@ -349,8 +349,11 @@ class Faults:
         if store is None:
             return False
         old = self._old_copies.get(process.name, {})
-        for number, replica in store.replicas.items():
-            if replica.role is Role.DAMAGED or replica.high_watermark == 0:
+        for number in range(self._s.partition_count):
+            if process.name not in {member.node_id for member in self._s.members(number)}:
+                continue
+            replica = store.replicas.get(number)
+            if replica is None or replica.role is Role.DAMAGED or replica.high_watermark == 0:
                 return False
             if replica.copy_id == old.get(number) or replica.copy_id not in self._s.member_copy_ids(number):
                 return False
@@ -439,6 +442,7 @@ class Faults:
         self._at_creation.clear()
         for process in simulation.processes.values():
             process.slow_syncs = 0.0
+            process.clock.offset_ns = 0
             process.gate.changes_left = None
             process.disk._memory.faults.clear()
             process.thaw()

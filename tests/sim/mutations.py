@@ -70,10 +70,10 @@ def all_mutations() -> list[Mutation]:
 
 @_mutation(
     "a replica obeys whoever speaks, whatever epoch it has promised",
-    "freeze",
-    "isolate",
-    "cut_from_etcd",
     "storm",
+    "end_lease",
+    "stop",
+    mean_ms=150,
 )
 def skip_the_epoch_check() -> list[Patch]:
     return [(ReplicaCore, "_may_promise", lambda self, epoch, instance: True)]
@@ -371,6 +371,10 @@ def take_damage_for_tail() -> list[Patch]:
 # ---------------------------------------------------------------- reads
 
 
-@_mutation("a deposed leader goes on answering reads", "isolate", "freeze", reads=400)
-def read_without_a_lease() -> list[Patch]:
-    return [(StoreNode, "_check_lease", lambda self: None)]
+@_mutation("a leader goes on whatever becomes of its lease", "isolate", "cut_from_etcd", reads=150)
+def outlive_the_lease() -> list[Patch]:
+    return [
+        (StoreNode, "_check_lease", lambda self: None),
+        (Leading, "_hears_majority", lambda self, now_ns: True),
+        (Replica, "lease_lost", lambda self, now_ns: []),
+    ]
