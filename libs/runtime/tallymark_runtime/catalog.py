@@ -126,11 +126,10 @@ def epoch_of(item: KeyValue) -> int:
         RemoteProtocolError: the key's value is no leader.
     """
     leader = decode_value(Leader, item)
-    assert isinstance(leader, Leader)
     return leader.epoch_base + item.create_revision
 
 
-def decode_value(kind: type[msgspec.Struct], item: KeyValue) -> msgspec.Struct:
+def decode_value(kind: type[S], item: KeyValue) -> S:
     """A value of the types above.
 
     Raises:
@@ -158,7 +157,6 @@ async def establish_cluster(coordinator: Coordinator, wanted: Cluster) -> Cluste
     if item is None:
         raise UnavailableError("the cluster's constants are gone from the coordinator")
     found = decode_value(Cluster, item)
-    assert isinstance(found, Cluster)
     if found.format_version != FORMAT_VERSION:
         raise RemoteProtocolError(
             f"the cluster has format version {found.format_version}; this software knows {FORMAT_VERSION}"
@@ -315,7 +313,6 @@ class MetricCatalog(Catalog):
         item = await self.coordinator.get(EPOCH_BASE)
         if item is not None:
             found = decode_value(EpochBase, item)
-            assert isinstance(found, EpochBase)
             self._epoch_base = max(self._epoch_base, found.base)
 
     def on_put(self, item: KeyValue) -> None:
@@ -446,12 +443,10 @@ class AssignmentCatalog(Catalog):
 def _readable(kind: type[S], item: KeyValue) -> S | None:
     """A value as `kind`; None, and a line in the log, where it is none."""
     try:
-        value = decode_value(kind, item)
+        return decode_value(kind, item)
     except RemoteProtocolError as error:
         _log.warning("a record of the coordinator is taken for absent: %s", error.message)
         return None
-    assert isinstance(value, kind)
-    return value
 
 
 async def register(

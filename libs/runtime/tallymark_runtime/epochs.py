@@ -53,7 +53,6 @@ async def read_base(coordinator: Coordinator) -> BaseRead:
     if item is None:
         return BaseRead(0, absent(EPOCH_BASE))
     found = decode_value(EpochBase, item)
-    assert isinstance(found, EpochBase)
     return BaseRead(found.base, unchanged(item))
 
 

@@ -55,20 +55,6 @@ class Placement(msgspec.Struct, frozen=True):
     assignments: tuple[Assignment, ...]  # by partition
 
 
-def decode_assignment(item: KeyValue) -> Assignment:
-    """The assignment under a key. Raises RemoteProtocolError."""
-    found_value = decode_value(Assignment, item)
-    assert isinstance(found_value, Assignment)
-    return found_value
-
-
-def decode_placement(item: KeyValue) -> Placement:
-    """The value of the key `placement`. Raises RemoteProtocolError."""
-    found_value = decode_value(Placement, item)
-    assert isinstance(found_value, Placement)
-    return found_value
-
-
 async def store_nodes(coordinator: Coordinator) -> tuple[list[StoreNode], dict[str, Node]]:
     """The stores that are registered now, for the planner, and their registrations by node id."""
     registered = await coordinator.range(_STORES)
@@ -79,7 +65,6 @@ async def store_nodes(coordinator: Coordinator) -> tuple[list[StoreNode], dict[s
     nodes: dict[str, Node] = {}
     for item in registered.items:
         node = decode_value(Node, item)
-        assert isinstance(node, Node)
         nodes[node.node_id] = node
     stores = [StoreNode(name, zone=nodes[name].zone, is_draining=name in draining) for name in sorted(nodes)]
     gone = sorted(draining - set(nodes))
@@ -132,7 +117,7 @@ async def _established_plan(
         item = await coordinator.get(PLACEMENT)
         if item is None:
             raise RemoteProtocolError("the cluster's placement is gone from the coordinator")
-    return decode_placement(item)
+    return decode_value(Placement, item)
 
 
 async def _put_absent(coordinator: Coordinator, plan: Placement, partitions: Sequence[int]) -> bool:
@@ -172,12 +157,11 @@ async def _found_partition(
         return False
     compares = [absent(founding_key(partition)), unchanged(wish)]
     members: list[tuple[str, str]] = []
-    for node_id in decode_assignment(wish).nodes:
+    for node_id in decode_value(Assignment, wish).nodes:
         item = copies.get(copy_key(partition, node_id))
         if item is None:
             return False
         copy = decode_value(Copy, item)
-        assert isinstance(copy, Copy)
         members.append((node_id, copy.copy_id))
         compares.append(unchanged(item))
     founding = Founding(tuple(members))

@@ -21,12 +21,11 @@ from tallymark_runtime.assignments import (
     draining_key,
     founding_key,
 )
-from tallymark_runtime.catalog import Node, node_key
+from tallymark_runtime.catalog import Node, decode_value, node_key
 from tallymark_runtime.clock import ManualClock
 from tallymark_runtime.coordinator import MemoryCoordinator
 from tallymark_runtime.placement import (
     PLACEMENT,
-    decode_assignment,
     establish_assignments,
     found_partitions,
     store_nodes,
@@ -68,7 +67,7 @@ async def add_store(coordinator: Any, name: str, zone: str = "") -> None:
 
 
 async def wishes(coordinator: Any) -> dict[bytes, Assignment]:
-    return {item.key: decode_assignment(item) for item in (await coordinator.range(ASSIGNMENTS)).items}
+    return {item.key: decode_value(Assignment, item) for item in (await coordinator.range(ASSIGNMENTS)).items}
 
 
 async def test_assignments_wait_for_enough_stores(coordinator: MemoryCoordinator) -> None:

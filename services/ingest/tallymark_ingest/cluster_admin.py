@@ -49,12 +49,12 @@ from tallymark_runtime.assignments import (
     assignment_key,
     draining_key,
 )
-from tallymark_runtime.catalog import Node
+from tallymark_runtime.catalog import Node, decode_value
 from tallymark_runtime.clock import Clock
 from tallymark_runtime.coordinator.port import Coordinator, Delete, KeyValue, Operation, Put, unchanged
 from tallymark_runtime.epochs import raise_base, read_base
 from tallymark_runtime.peer import PeerClient
-from tallymark_runtime.placement import PLACEMENT, Placement, decode_assignment, decode_placement, store_nodes
+from tallymark_runtime.placement import PLACEMENT, Placement, store_nodes
 from tallymark_runtime.planner import StoreNode, drained, moves, rebalanced, replaced
 
 _log = logging.getLogger(__name__)
@@ -306,12 +306,12 @@ class ClusterAdmin:
         item = await self._coordinator.get(PLACEMENT)
         if item is None:
             raise UnavailableError("the cluster has not been placed yet: too few of its stores are up")
-        placement = decode_placement(item)
+        placement = decode_value(Placement, item)
         current = {}
         for wish in (await self._coordinator.range(ASSIGNMENTS)).items:
             name = wish.key[len(ASSIGNMENTS) :]
             if name.isdigit():
-                current[int(name)] = decode_assignment(wish)
+                current[int(name)] = decode_value(Assignment, wish)
         if len(current) != len(placement.assignments):
             raise UnavailableError("the cluster is being placed: not every partition is assigned yet")
         stores, nodes = await store_nodes(self._coordinator)

@@ -32,7 +32,7 @@ from tallymark_protocol.messages import (
     Welcome,
 )
 from tallymark_runtime.assignments import ASSIGNMENTS, DRAINING, Assignment, assignment_key
-from tallymark_runtime.catalog import EPOCH_BASE, Node, node_key
+from tallymark_runtime.catalog import EPOCH_BASE, Node, decode_value, node_key
 from tallymark_runtime.clock import RealClock
 from tallymark_runtime.coordinator import MemoryCoordinator
 from tallymark_runtime.generated.tallymark.cluster import v1 as grpc
@@ -40,8 +40,7 @@ from tallymark_runtime.generated.tallymark.cluster.v1 import ClusterStub
 from tallymark_runtime.peer import PeerClient
 from tallymark_runtime.placement import (
     PLACEMENT,
-    decode_assignment,
-    decode_placement,
+    Placement,
     establish_assignments,
 )
 from tallymark_runtime.transport import FrameServer, HandlerBase
@@ -117,7 +116,7 @@ class FakeCluster:
 
     async def wishes(self) -> dict[int, Assignment]:
         items = (await self.coordinator.range(ASSIGNMENTS)).items
-        return {int(item.key[len(ASSIGNMENTS) :]): decode_assignment(item) for item in items}
+        return {int(item.key[len(ASSIGNMENTS) :]): decode_value(Assignment, item) for item in items}
 
     async def obey(self) -> None:
         """The partitions' leaders carry the wishes out."""
@@ -402,7 +401,7 @@ async def test_a_change_others_keep_getting_in_the_way_of_ends(cluster):
     interrupting = Interrupting(cluster.coordinator, 1, touch)
     with pytest.raises(UnavailableError, match="by others"):
         await cluster.make_admin(interrupting).rebalance(2)
-    assert decode_placement(await cluster.coordinator.get(PLACEMENT)).replication_factor == 1
+    assert decode_value(Placement, await cluster.coordinator.get(PLACEMENT)).replication_factor == 1
     assert {len(wish.nodes) for wish in (await cluster.wishes()).values()} == {1}
 
 

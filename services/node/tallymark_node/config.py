@@ -56,7 +56,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     coalesce_ms: float = 2.0
 
 
-REPLICATION_FACTOR_MAX = 7
 CLUSTER_REPLICATION_FACTOR = 3  # where etcd coordinates
 _NAME_BYTES_MAX = 128
 _YEARS_S = 10 * 366 * 86_400
@@ -64,7 +63,7 @@ _YEARS_S = 10 * 366 * 86_400
 _BOUNDS: dict[str, tuple[float, float]] = {
     "port": (0, 65_535),
     "partition_count": (1, limits.PARTITIONS_MAX),
-    "replication_factor": (1, REPLICATION_FACTOR_MAX),
+    "replication_factor": (1, limits.REPLICAS_MAX),
     "lease_ttl_seconds": (0.1, 3_600.0),
     "wal_segment_bytes": (1024 * 1024, 1024**4),
     "log_bytes_max": (0, 2**62),

@@ -316,7 +316,6 @@ class Coordination:
 
     def _leader_put(self, partition: int, item: KeyValue) -> None:
         leader = decode_value(Leader, item)
-        assert isinstance(leader, Leader)
         self._host.on_leader(partition, leader.node_id, epoch_of(item))
 
     def _leader_deleted(self, partition: int, item: KeyValue) -> None:
@@ -333,7 +332,7 @@ class Coordination:
     # ------------------------------------------------------------ members
 
     def _assigned(self, partition: int, item: KeyValue) -> None:
-        nodes = assignment_of(item).nodes
+        nodes = decode_value(Assignment, item).nodes
         self._host.on_assigned(partition, nodes)
         self._news.set()
         if self.is_placed and self._identity.node_id in nodes:
@@ -352,7 +351,7 @@ class Coordination:
     def assignment(self, partition: int) -> tuple[str, ...]:
         """The nodes that shall hold a partition, as far as is known."""
         item = self._assignments.item(assignment_key(partition))
-        return () if item is None else assignment_of(item).nodes
+        return () if item is None else decode_value(Assignment, item).nodes
 
     def founding(self, partition: int) -> Membership | None:
         """Who founded a partition, as far as is known."""
@@ -368,7 +367,7 @@ class Coordination:
 
     def _copy_put(self, partition: int, item: KeyValue) -> None:
         self._news.set()
-        copy = copy_of(item)
+        copy = decode_value(Copy, item)
         if copy.is_removed and item.key == copy_key(partition, self._identity.node_id):
             self._host.on_removed(partition, copy.copy_id)
 
@@ -376,7 +375,7 @@ class Coordination:
         """Nothing follows from it."""
 
     async def registration(self, partition: int) -> KeyValue | None:
-        """This node's registration for a partition: see `copy_of`. Raises TallymarkError."""
+        """This node's registration for a partition. Raises TallymarkError."""
         return await self._coordinator.get(copy_key(partition, self._identity.node_id))
 
     async def register_new_copy(
@@ -433,14 +432,14 @@ class Coordination:
         wish = self._assignments.item(assignment_key(partition))
         if leader is None or epoch_of(leader) != epoch or wish is None:
             return
-        staying = {member.node_id for member in members.members} | set(assignment_of(wish).nodes)
+        staying = {member.node_id for member in members.members} | set(decode_value(Assignment, wish).nodes)
         prefix = COPIES + b"%d/" % partition
         compares = [Compare(leader.key, Target.CREATE_REVISION, "=", leader.create_revision), unchanged(wish)]
         marks: list[Put] = []
         for item in self._copies.items():
             if not item.key.startswith(prefix):
                 continue
-            copy = copy_of(item)
+            copy = decode_value(Copy, item)
             if not copy.is_removed and item.key[len(prefix) :].decode("utf-8", "replace") not in staying:
                 mark = msgspec.structs.replace(copy, is_removed=True, removed_at=epoch)
                 compares.append(unchanged(item))
@@ -453,23 +452,23 @@ class Coordination:
         found = []
         for partition in range(self._partition_count):
             item = self._copies.item(copy_key(partition, self._identity.node_id))
-            if item is not None and copy_of(item).is_removed:
+            if item is not None and decode_value(Copy, item).is_removed:
                 found.append(partition)
         return found
 
     async def removal(self, partition: int) -> Removal | None:
         """The mark on this node's registration, as it is now; None where there is none. Raises TallymarkError."""
         item = await self.registration(partition)
-        if item is None or not copy_of(item).is_removed:
+        if item is None or not decode_value(Copy, item).is_removed:
             return None
         wish = await self._coordinator.get(assignment_key(partition))
         stands = (
             wish is not None
             # Whoever wished for something else since may have had this copy made a member again.
             and wish.mod_revision < item.mod_revision
-            and self._identity.node_id not in assignment_of(wish).nodes
+            and self._identity.node_id not in decode_value(Assignment, wish).nodes
         )
-        return Removal(item, copy_of(item), wish if stands else None)
+        return Removal(item, decode_value(Copy, item), wish if stands else None)
 
     async def confirm_removal(self, removal: Removal) -> bool:
         """Whether a mark still stands, and nothing that it goes by has changed. Raises TallymarkError."""
@@ -495,7 +494,7 @@ class Coordination:
         found = {}
         for partition in range(self._partition_count):
             item = self._assignments.item(assignment_key(partition))
-            if item is not None and self._identity.node_id in assignment_of(item).nodes:
+            if item is not None and self._identity.node_id in decode_value(Assignment, item).nodes:
                 found[partition] = item.mod_revision
         return found
 
@@ -533,22 +532,7 @@ def stop_following(catalog: Catalog) -> None:
         catalog._task.cancel()
 
 
-def assignment_of(item: KeyValue) -> Assignment:
-    """The wish, by the coordinator's record. Raises RemoteProtocolError."""
-    assignment = decode_value(Assignment, item)
-    assert isinstance(assignment, Assignment)
-    return assignment
-
-
-def copy_of(item: KeyValue) -> Copy:
-    """A copy's registration. Raises RemoteProtocolError."""
-    copy = decode_value(Copy, item)
-    assert isinstance(copy, Copy)
-    return copy
-
-
 def founding_of(item: KeyValue) -> Membership:
     """Who founded a partition, by the coordinator's record. Raises RemoteProtocolError."""
     founding = decode_value(Founding, item)
-    assert isinstance(founding, Founding)
     return Membership(tuple(Member(node, copy_id) for node, copy_id in founding.members))

@@ -15,10 +15,12 @@ from collections.abc import Callable, Collection
 import msgspec
 
 from tallymark_protocol.errors import ErrorCode, TallymarkError, UnavailableError, WireError
+from tallymark_runtime.assignments import Copy
+from tallymark_runtime.catalog import decode_value
 from tallymark_runtime.disk import Disk, DiskError
 from tallymark_store import checkpoint
 from tallymark_store.checkpointer import folder
-from tallymark_store.coordination import Coordination, copy_of
+from tallymark_store.coordination import Coordination
 from tallymark_store.partition import Partition
 from tallymark_store.replication.effects import Role
 from tallymark_store.replication.ports import DurableState, Membership
@@ -125,7 +127,8 @@ class Copies:
         if number in store.replicas and not await self._settle_removal(number):
             raise UnavailableError(f"partition {number}: the copy that was removed is still there")
         item = await coordination.registration(number)
-        registered = "" if item is None or copy_of(item).is_removed else copy_of(item).copy_id
+        copy = None if item is None else decode_value(Copy, item)
+        registered = "" if copy is None or copy.is_removed else copy.copy_id
         replica = store.replicas.get(number)
         if replica is not None:
             if registered != replica.copy_id:  # it was not done when the process ended

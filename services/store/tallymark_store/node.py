@@ -22,7 +22,7 @@ from tallymark_protocol import limits
 from tallymark_protocol.errors import ErrorCode, RemoteProtocolError, UnavailableError, WireError
 from tallymark_protocol.frames import Frame
 from tallymark_protocol.messages import Call, Message
-from tallymark_runtime.assignments import FOUNDING, Life, assignment_key, life_key
+from tallymark_runtime.assignments import FOUNDING, Assignment, Life, assignment_key, life_key
 from tallymark_runtime.catalog import (
     CLUSTER,
     Cluster,
@@ -41,7 +41,7 @@ from tallymark_store.appends import Requester
 from tallymark_store.belonging import check_cluster
 from tallymark_store.calls import Calls
 from tallymark_store.checkpointer import Checkpointer
-from tallymark_store.coordination import Coordination, assignment_of, founding_of, stop_following
+from tallymark_store.coordination import Coordination, founding_of, stop_following
 from tallymark_store.copies import Copies
 from tallymark_store.lease import LeaseKeeper, LeaseThread
 from tallymark_store.links import Transport
@@ -334,7 +334,6 @@ class StoreNode:
         known = 0
         if item is not None:
             life = decode_value(Life, item)
-            assert isinstance(life, Life)
             known = life.number
         older: set[int] = set()
         if not file.is_new and file.life < known:
@@ -370,7 +369,7 @@ class StoreNode:
             bool(history)
             and all(membership.members == own for membership in history)
             and wish is not None
-            and assignment_of(wish).nodes == (self._config.node_id,)
+            and decode_value(Assignment, wish).nodes == (self._config.node_id,)
         )
 
     def _make_lease(self) -> LeaseKeeper:

@@ -19,7 +19,6 @@ from tallymark_protocol.errors import (
     BackpressureError,
     ErrorCode,
     RemoteProtocolError,
-    TallymarkError,
     UnavailableError,
     WireError,
 )
@@ -527,14 +526,3 @@ _NEWS = (
 
 def _is_news(method: Callable[..., list[Effect]]) -> bool:
     return getattr(method, "__func__", None) in _NEWS
-
-
-def lag_of(replica: Replica, node_id: str) -> int:
-    """How many offsets of the leader's log a follower is not known to have."""
-    progress = replica.followers.get(node_id)
-    return replica.log.log_end - (progress.match_end if progress is not None else 0)
-
-
-def is_retriable(error: BaseException) -> bool:
-    """Whether the same may be tried again."""
-    return isinstance(error, TallymarkError) and error.retriable

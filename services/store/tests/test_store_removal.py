@@ -11,11 +11,11 @@ import pytest
 
 from tallymark_protocol.identifiers import encode_event_id
 from tallymark_runtime.assignments import Copy, copy_key
-from tallymark_runtime.catalog import Leader, leader_key
+from tallymark_runtime.catalog import Leader, decode_value, leader_key
 from tallymark_runtime.coordinator import Delete, Put
 from tallymark_store import coordination as coordination_module
 from tallymark_store import warmup
-from tallymark_store.coordination import Coordination, copy_of
+from tallymark_store.coordination import Coordination
 from tallymark_store.copies import Copies
 from tallymark_store.replication.effects import Discarded, Role
 from tallymark_store.wal import LogBusyError
@@ -48,7 +48,7 @@ def ids(n: int, first: int = 0) -> list[dict[str, Any]]:
 
 def registration(cluster: Cluster, name: str) -> Copy | None:
     item = cluster.coordinator._state.get(copy_key(0, name))
-    return None if item is None else copy_of(item)
+    return None if item is None else decode_value(Copy, item)
 
 
 def is_marked(cluster: Cluster, name: str) -> bool:
