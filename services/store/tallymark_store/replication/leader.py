@@ -339,25 +339,29 @@ class Leading(Candidacy):
                 self._send_append(progress, max(progress.match_end, progress.equal_end), [], now_ns)
 
     def _hears_majority(self, now_ns: int) -> bool:
-        lease_ns = self.config.lease_ns
-        if now_ns - self._led_since_ns <= lease_ns:
+        if now_ns - self._led_since_ns <= self.config.lease_ns:
             return True
-        members = self.membership.members
-        heard = 0
-        for member in members:
-            if member.node_id == self.node_id:
-                heard += 1
-                continue
+        heard = sum(self._is_alive(progress, now_ns) for progress in self._member_copies())
+        if any(member.node_id == self.node_id for member in self.membership.members):
+            heard += 1
+        return heard >= self.membership.quorum
+
+    def _is_alive(self, progress: Progress, now_ns: int) -> bool:
+        """Whether a copy was heard of within a lease time, and is undamaged."""
+        return (
+            not progress.is_damaged
+            and progress.heard_ns > 0
+            and now_ns - progress.heard_ns <= self.config.lease_ns
+        )
+
+    def _member_copies(self) -> list[Progress]:
+        """The other members' copies, as far as heard of: another copy of a member's node commits nothing."""
+        found = []
+        for member in self.membership.members:
             progress = self._followers.get(member.node_id)
-            if (
-                progress is not None
-                and progress.copy_id == member.copy_id  # another copy of that node commits nothing
-                and not progress.is_damaged
-                and progress.heard_ns
-                and now_ns - progress.heard_ns <= lease_ns
-            ):
-                heard += 1
-        return heard > len(members) // 2
+            if progress is not None and progress.copy_id == member.copy_id:
+                found.append(progress)
+        return found
 
     # ------------------------------------------------------------ members
 
@@ -374,9 +378,7 @@ class Leading(Candidacy):
         views = {
             node: CopyView(
                 progress.copy_id,
-                not progress.is_damaged
-                and progress.heard_ns > 0
-                and now_ns - progress.heard_ns <= self.config.lease_ns,
+                self._is_alive(progress, now_ns),
                 not progress.is_probing and self._has_caught_up(progress),
             )
             for node, progress in self._followers.items()
@@ -430,21 +432,15 @@ class Leading(Candidacy):
         """
         if self.role is not Role.LEADER:
             return
-        members = self.membership.members
         there = 1 if self.is_member else 0
-        for member in members:
-            other = self._followers.get(member.node_id)
+        for other in self._member_copies():
             if (
-                other is not None
-                and other is not progress
-                and other.copy_id == member.copy_id
-                and not other.is_damaged
+                other is not progress
                 and other.match_end >= self.high_watermark
-                and now_ns - other.heard_ns <= self.config.lease_ns
-                and other.heard_ns > 0
+                and self._is_alive(other, now_ns)
             ):
                 there += 1
-        if there > len(members) // 2:
+        if there >= self.membership.quorum:
             self._send(progress.node_id, Rebuild(self.partition, self.epoch, progress.copy_id))
 
     # ------------------------------------------------------------ handing over
