@@ -63,6 +63,7 @@ class Server:
         self.starts: list[float] = []
         self._host = own_host()
         self._port = 0
+        self._death = log.with_suffix(".death")
         self._process: subprocess.Popen[str] | None = None
 
     @property
@@ -84,8 +85,9 @@ class Server:
         """Begin a start, without waiting for anything."""
         assert not self.alive, "one at a time"
         inherited = {name: text for name, text in os.environ.items() if not name.startswith("TALLYMARK_")}
-        command = [sys.executable, "-m", "tallymark_node.main", "dev", "--host", self._host]
-        command += ["--port", str(self._port), "--data-dir", str(self.data), "--partitions", str(PARTITIONS)]
+        command = [sys.executable, str(Path(__file__).parent / "dying_server.py"), str(self._death)]
+        command += ["dev", "--host", self._host, "--port", str(self._port)]
+        command += ["--data-dir", str(self.data), "--partitions", str(PARTITIONS)]
         with self.log.open("a") as log:
             log.write(f"--- start {len(self.starts)}\n")
             log.flush()
@@ -119,6 +121,17 @@ class Server:
         names = dict(word.split("=", 1) for word in line.split()[1:])
         self.address, self.store = names["gateway"], names["store"]
         self._port = int(self.address.rsplit(":", 1)[1])
+
+    async def die_writing(self, pattern: str, steps: int) -> None:
+        """Have it kill itself this many steps after it begins to open a file of such a path, and wait for that."""
+        order = self._death.with_suffix(".new")
+        order.write_text(f"{steps} {pattern}")
+        order.rename(self._death)
+        try:
+            assert await wait_until(lambda: not self.alive), f"it opens nothing like {pattern}"
+            assert await self.ended() == -signal.SIGKILL
+        finally:
+            self._death.unlink()
 
     def kill(self) -> None:
         """End it as a power cut would, if it runs: it gets no chance to write or say anything more."""

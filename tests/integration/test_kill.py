@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -67,12 +68,6 @@ class Trial:
         """A moment: anywhere between two answers."""
         await self.load.wait_acknowledged(self.rng.randrange(400))
 
-    async def when_written(self, pattern: str) -> bool:
-        """A moment: while a file of such a name is being written."""
-        store = self.server.data / "store"
-        before = set(store.glob(pattern))
-        return await wait_until(lambda: not before.issuperset(store.glob(pattern)))
-
 
 @pytest.mark.parametrize("seed", [1, 2])
 async def test_kill_under_load(server, seed):
@@ -85,23 +80,17 @@ async def test_kill_under_load(server, seed):
 
 async def test_kill_while_files_are_written(server):
     """Killed at each step of a checkpoint, and while a segment is prepared."""
-    patterns = [
+    files = [
         "checkpoints/p-*/state-*",
         "checkpoints/p-*/ids-*",
         "checkpoints/p-*/MANIFEST.new",
         "checkpoints/wal-start.new",
         "wal/*.tmp",
     ]
-    caught = 0
     async with Trial(server, 3).running() as trial:
-        for pattern in patterns:
-
-            async def moment(pattern=pattern) -> None:
-                nonlocal caught
-                caught += await trial.when_written(pattern)
-
-            await trial.die(moment, riding=False)
-    assert caught == len(patterns)
+        for steps, name in enumerate(files):
+            pattern = f"{server.data}/store/{name}"
+            await trial.die(functools.partial(server.die_writing, pattern, steps), riding=False)
 
 
 async def test_kill_while_starting(server):
