@@ -83,13 +83,14 @@ class EpochBase(msgspec.Struct, frozen=True):
 
 
 class Cluster(msgspec.Struct, frozen=True):
-    """Constants of a cluster."""
+    """Constants of a cluster, fixed by whichever store is its first."""
 
     partition_count: int
     format_version: int = FORMAT_VERSION
-    cluster_id: str = (
-        ""  # random; data directories carry it, so that they never meet another coordinator's state
-    )
+    # Random; data directories carry it, so that they never meet another coordinator's state.
+    cluster_id: str = ""
+    # How long event ids are remembered: a part of what the log means, so the same for every copy of it.
+    dedup_window_ns: int = limits.DEDUP_WINDOW_NS
 
 
 def metric_key(code: str) -> bytes:
@@ -187,6 +188,11 @@ class Catalog:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+
+    def halt(self) -> None:
+        """Hear of nothing any more, at once: a process that is to end in a moment waits for nobody."""
+        if self._task is not None:
+            self._task.cancel()
 
     async def wait_revision(self, revision: int) -> None:
         """Wait until every change up to `revision` is known, asking the coordinator where that takes long.

@@ -49,7 +49,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_bytes_max: int = 0  # 0: as much as the disk holds
     checkpoint_interval_seconds: float = 60.0
     checkpoint_events: int = 5_000_000  # a checkpoint is also due after so many events
-    dedup_window_seconds: int = limits.DEDUP_WINDOW_NS // 10**9
+    dedup_window_seconds: int = limits.DEDUP_WINDOW_NS // 10**9  # a constant of the cluster, too
 
     # Ingest.
     pending_bytes_max: int = 64 * 1024 * 1024

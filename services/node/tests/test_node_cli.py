@@ -243,6 +243,15 @@ def test_usage_of_a_range(tally, usage_file):
     assert raw["total"] == 8_000_000
 
 
+@pytest.mark.parametrize("consistency", ["leader", "stale", "quorum"])
+def test_usage_says_whom_to_ask(tally, usage_file, consistency):
+    """Where there is one copy, all of them answer the same."""
+    asked = ("usage", 1, "seconds", "--period", "all", "--json")
+    assert document(tally(*asked, "--consistency", consistency)) == document(tally(*asked))
+    ranking = ("top", "seconds", "--period", "all", "--json")
+    assert document(tally(*ranking, "--consistency", consistency)) == document(tally(*ranking))
+
+
 def test_usage_filtered_grouped_and_in_time(tally, usage_file):
     """Filters, breakdowns with undeclared and missing values, and series add up."""
     everything = ("usage", 1, "seconds", "--period", "all", "--scaled", "--json")

@@ -6,6 +6,7 @@ tried again for as long as it makes sense: the coordinator may be away at any mo
     nodes/store/<node>           under the lease: this store and its address
     leaders/<partition>          under the lease, by `create`; followed: `Replica.key_changed`
     assignments/<partition>      followed: `Replica.set_wish`; a partition assigned to this node is taken up
+    epoch_base                   followed: a partition whose epochs had fallen behind may be led again
     founding/<partition>         followed: `Replica.set_founding`
     copies/<partition>/<node>    the copy ids of this node's copies, registered before they take part
 """
@@ -32,6 +33,7 @@ from tallymark_runtime.assignments import (
     founding_key,
 )
 from tallymark_runtime.catalog import (
+    EPOCH_BASE,
     LEADERS,
     Catalog,
     Leader,
@@ -99,6 +101,10 @@ class Host(Protocol):
         """Every partition is assigned and founded."""
         ...
 
+    def on_epoch_base(self) -> None:
+        """Epochs are counted from another base now."""
+        ...
+
     async def take_up(self, partition: int) -> None:
         """Take part in a partition that is assigned to this node, if that is not done yet. Raises TallymarkError."""
         ...
@@ -145,6 +151,18 @@ class Watched(Catalog):
             _log.warning("a record of the coordinator is passed over: %s", error.message)
 
 
+class _WatchedBase(Catalog):
+    """Follows the epoch base."""
+
+    def __init__(self, coordinator: Coordinator, on_change: Callable[[], None]) -> None:
+        super().__init__(coordinator, EPOCH_BASE)
+        self._on_change = on_change
+
+    def on_put(self, item: KeyValue) -> None:  # noqa: ARG002
+        """It was set."""
+        self._on_change()
+
+
 class Coordination:
     """A store at the coordinator. `start` it, `close` it."""
 
@@ -173,7 +191,14 @@ class Coordination:
         self._assignments = Watched(coordinator, ASSIGNMENTS, self._assigned, self._ignore)
         self._foundings = Watched(coordinator, FOUNDING, self._founded, self._ignore)
         self._copies = Watched(coordinator, COPIES, self._copy_put, self._ignore)
-        self._watched = (self._leaders, self._assignments, self._foundings, self._copies)
+        base = _WatchedBase(coordinator, host.on_epoch_base)
+        self._watched: tuple[Catalog, ...] = (
+            self._leaders,
+            self._assignments,
+            self._foundings,
+            self._copies,
+            base,
+        )
         self.is_placed = False  # every partition has its assignment, and is founded
 
     # ------------------------------------------------------------ start and end
@@ -207,7 +232,7 @@ class Coordination:
         for task in list(self._tasks):
             task.cancel()
         for watched in self._watched:
-            stop_following(watched)
+            watched.halt()
         self.lease.lease = 0
         self.lease.close()
 
@@ -524,12 +549,6 @@ class Coordination:
                     await self._news.wait()
             except TimeoutError:
                 continue
-
-
-def stop_following(catalog: Catalog) -> None:
-    """Have a catalog hear of nothing any more, at once."""
-    if catalog._task is not None:
-        catalog._task.cancel()
 
 
 def founding_of(item: KeyValue) -> Membership:

@@ -41,7 +41,7 @@ from tallymark_store.appends import Requester
 from tallymark_store.belonging import check_cluster
 from tallymark_store.calls import Calls
 from tallymark_store.checkpointer import Checkpointer
-from tallymark_store.coordination import Coordination, founding_of, stop_following
+from tallymark_store.coordination import Coordination, founding_of
 from tallymark_store.copies import Copies
 from tallymark_store.lease import LeaseKeeper, LeaseThread
 from tallymark_store.links import Transport
@@ -151,6 +151,7 @@ class StoreNode:
         self._manifests: dict[int, checkpoint.Manifest] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._copies: Copies | None = None
+        self._outdated: dict[int, WireError] = {}  # partitions whose leader key had an epoch that was passed
 
     @property
     def store(self) -> Store:
@@ -179,7 +180,11 @@ class StoreNode:
     async def start(self) -> None:
         """Recover, register, take part."""
         config = self._config
-        wanted = Cluster(config.partition_count, cluster_id=f"{self._rng.getrandbits(128):032x}")
+        wanted = Cluster(
+            config.partition_count,
+            cluster_id=f"{self._rng.getrandbits(128):032x}",
+            dedup_window_ns=config.dedup_window_ns,
+        )
         cluster = await establish_cluster(self._coordinator, wanted)
         self._disk.lock("LOCK")  # recovery writes; two processes on one log would destroy it
         self._locked = True
@@ -188,6 +193,11 @@ class StoreNode:
             self._report(
                 f"this cluster was created with {cluster.partition_count} partitions, and keeps them: the setting "
                 f"of {wanted.partition_count} is ignored"
+            )
+        if cluster.dedup_window_ns != wanted.dedup_window_ns:
+            self._report(
+                f"this cluster was created to remember event ids for {cluster.dedup_window_ns // 10**9} s, and does: "
+                f"the setting of {wanted.dedup_window_ns // 10**9} s is ignored"
             )
         await self.catalog.start()
         identity = Identity(config.node_id, f"{self._rng.getrandbits(64):016x}", cluster.cluster_id)
@@ -260,7 +270,7 @@ class StoreNode:
         found = recovery.recover(
             self._disk,
             partition_count=cluster.partition_count,
-            dedup_window_ns=config.dedup_window_ns,
+            dedup_window_ns=cluster.dedup_window_ns,
             wal_config=config.wal,
             new_log_id=self._rng.randbytes(16),
             salt=salt,
@@ -477,7 +487,7 @@ class StoreNode:
             self._store.halt()
         if self._coordination is not None:
             self._coordination.halt()
-        stop_following(self.catalog)
+        self.catalog.halt()
         if self._locked:
             self._disk.unlock()
 
@@ -579,13 +589,26 @@ class StoreNode:
                 f"state was lost; restore it, or run `tallymark cluster recover`"
             )
             _log.critical("%s", message)
-            self.store.partitions[partition].error = WireError(
+            held = self.store.partitions[partition]
+            held.error = self._outdated[partition] = WireError(
                 int(ErrorCode.PARTITION_UNAVAILABLE), False, message
             )
             assert self._coordination is not None
             self._coordination.delete(partition, epoch)
             return
         replicating.call(partition, replica.key_created, epoch)
+
+    def on_epoch_base(self) -> None:
+        """Epochs are counted from another base: what was below all that the logs had seen may be above it now."""
+        outdated, self._outdated = self._outdated, {}
+        for partition, error in sorted(outdated.items()):
+            replica = self._replica(partition)
+            if replica is None:
+                continue
+            held = self.store.partitions[partition]
+            if held.error is error:
+                held.error = None
+            self.store.replicating.call(partition, replica.key_refused)  # which has it try again
 
     def on_assigned(self, partition: int, nodes: tuple[str, ...]) -> None:
         """These nodes shall hold the partition."""
@@ -621,11 +644,15 @@ class StoreNode:
 
 
 def _successor(replica: Replica, own_node: str) -> str:
-    """The member that has most of the log, by node id where several have; "" where none is heard of."""
-    best, best_end = "", -1
+    """The member that can lead best; "" where none is heard of.
+
+    One whose clock or disk is fit goes before one with more of the log, that before node ids.
+    """
+    best, best_rank = "", (False, -1)
     for node_id, progress in sorted(replica.followers.items()):
         if node_id == own_node or progress.is_damaged or not progress.heard_ns:
             continue
-        if replica.membership.has(node_id, progress.copy_id) and progress.match_end > best_end:
-            best, best_end = node_id, progress.match_end
+        rank = (node_id not in replica.unfit, progress.match_end)
+        if replica.membership.has(node_id, progress.copy_id) and rank > best_rank:
+            best, best_rank = node_id, rank
     return best

@@ -6,12 +6,14 @@ import copy
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from tallymark_protocol.errors import ErrorCode, RemoteProtocolError, UnavailableError
 from tallymark_protocol.identifiers import encode_event_id
 from tallymark_protocol.messages import Consistency
 from tallymark_runtime.assignments import copy_key
+from tallymark_runtime.epochs import raise_base
 from tallymark_store import warmup
 from tallymark_store.links import Outgoing
 from tallymark_store.links import encode as encode_bundle
@@ -297,6 +299,25 @@ async def test_a_key_that_was_overtaken_is_given_up(cluster: Cluster) -> None:
     assert error is not None
     assert not error.retriable
     assert "recover" in error.message
+    # It is tried again once epochs are counted from a base above.
+    cluster.kill(leader)
+    await raise_base(cluster.coordinator, 10**18)
+    await cluster.until(lambda: node.store.partitions[0].error is None)
+    successor = await cluster.wait_leader()
+    await cluster.append(successor, ids(10, 200), (1, 2))
+    assert cluster.nodes[successor].store.replicas[0].epoch > 10**15
+
+
+async def test_all_copies_remember_ids_as_long_as_the_first_store_was_told(cluster: Cluster) -> None:
+    """How long ids are remembered is a part of what the log means: a setting that differs later is said, not obeyed."""
+    await cluster.start()
+    name = min(cluster.nodes)
+    window_ns = cluster.nodes[name].store.partitions[0].dedup_window_ns
+    cluster.kill(name)
+    cluster.config = msgspec.structs.replace(cluster.config, dedup_window_ns=7 * 10**9)
+    await cluster.start(name)
+    assert cluster.nodes[name].store.partitions[0].dedup_window_ns == window_ns
+    assert [report for report in cluster.reports if "setting of 7 s is ignored" in report]
 
 
 async def test_a_copy_is_registered_again_where_its_registration_is_missing(cluster: Cluster) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tallymark import MetricSchema, Period
     from tallymark_protocol.periods import PeriodSpec
 
+CONSISTENCIES = ("leader", "stale", "quorum")
 PERIODS = ("current", "last", "month", "last-month", "all")
 TOP_LIMIT_MAX = 10_000
 _YEAR_NS = 366 * 86_400 * 10**9
@@ -34,6 +35,13 @@ def _period_options(function: Any) -> Any:
             multiple=True,
             metavar="KEY=VALUE",
             help="Count only these; repeat for more.",
+        ),
+        click.option(
+            "--consistency",
+            type=click.Choice(CONSISTENCIES),
+            default="leader",
+            show_default=True,
+            help="Whom to ask: the leader, any copy, or the leader after a majority has confirmed it.",
         ),
         click.option("--to", "end_ns", type=INSTANT, metavar="WHEN", help="End of the range (exclusive)."),
         click.option(
@@ -76,6 +84,7 @@ async def usage(
     start_ns: int | None,
     end_ns: int | None,
     where: tuple[str, ...],
+    consistency: Literal["leader", "stale", "quorum"],
     group_by: tuple[str, ...],
     unit: str | None,
     realtime: bool,
@@ -97,15 +106,20 @@ async def usage(
         _check_dimensions(schema, [*wanted, *group_by])
         show = _Shown(options, schema, account, scaled=scaled)
         if group_by:
-            rows = await client.breakdown(account, code, bounds, group_by=list(group_by), filters=wanted)
-            show.breakdown(rows, list(group_by), await client.query(account, code, bounds, filters=wanted))
+            rows = await client.breakdown(
+                account, code, bounds, group_by=list(group_by), filters=wanted, consistency=consistency
+            )
+            whole = await client.query(account, code, bounds, filters=wanted, consistency=consistency)
+            show.breakdown(rows, list(group_by), whole)
         elif unit:
-            series = await client.series(account, code, bounds, unit=unit, filters=wanted)
+            series = await client.series(
+                account, code, bounds, unit=unit, filters=wanted, consistency=consistency
+            )
             show.series(series, unit, trim=period == "all" or start_ns is None or end_ns is None)
         elif realtime:
-            show.total(await client.query_realtime(account, code))
+            show.total(await client.query_realtime(account, code, consistency=consistency))
         else:
-            show.total(await client.query(account, code, bounds, filters=wanted))
+            show.total(await client.query(account, code, bounds, filters=wanted, consistency=consistency))
     return None
 
 
@@ -124,6 +138,7 @@ async def top(
     start_ns: int | None,
     end_ns: int | None,
     where: tuple[str, ...],
+    consistency: Literal["leader", "stale", "quorum"],
     limit: int,
     scaled: bool,
 ) -> int | None:
@@ -135,7 +150,7 @@ async def top(
     async with connected(options) as client:
         schema = await metric(client, code)
         _check_dimensions(schema, list(wanted))
-        rows = await client.top_accounts(code, bounds, limit=limit, filters=wanted)
+        rows = await client.top_accounts(code, bounds, limit=limit, filters=wanted, consistency=consistency)
     if options.as_json:
         output.document(
             [
@@ -260,6 +275,10 @@ class _Shown:
         ]
         if output.has_units(self._agg) and stats.count:
             facts += [("smallest", self._number(stats.min)), ("largest", self._number(stats.max))]
+        if behind := sum(answer.lag.values()):
+            facts.append(
+                ("behind", f"{output.number(behind)} events are stored that this copy has not counted yet")
+            )
         if crossed:
             facts.append(("thresholds crossed", ", ".join(crossed)))
         output.facts(facts)
