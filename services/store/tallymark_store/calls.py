@@ -77,6 +77,9 @@ class Calls:
         self._check_lease = check_lease
         self._offload = offload
         self._reads: dict[int, tuple[Partition, Reads]] = {}
+        # Of quorum reads. By (partition, generation): confirmations whose record isn't written yet.
+        self._confirmations: dict[tuple[int, int], asyncio.Task[None]] = {}
+        self._confirming: dict[int, asyncio.Lock] = {}  # by partition: one record at a time
 
     async def call(self, call: Call) -> Message | None:
         """Answer a call; None where it is no call to a store."""
@@ -147,10 +150,27 @@ class Calls:
         return -1 if heard_ns is None else (self._clock.monotonic_ns() - heard_ns) // 1_000_000
 
     async def _confirm(self, partition: Partition, generation: int) -> None:
-        """Have a majority confirm that no higher epoch was promised: by committing a record of this one."""
-        self._store.taking_appends(partition.partition)
-        self._store.appends.start_epoch(partition, partition.epoch)
-        await self._store.wait_committed(partition, partition.log_end, generation)
+        """Have a majority confirm, from now on, that no higher epoch was promised.
+
+        Reads that come while one confirmation is under way share the next one.
+        """
+        key = (partition.partition, generation)
+        confirmation = self._confirmations.get(key)
+        if confirmation is None:
+            work = self._commit_record(partition, generation)
+            confirmation = self._confirmations[key] = asyncio.get_running_loop().create_task(work)
+        await asyncio.shield(confirmation)
+
+    async def _commit_record(self, partition: Partition, generation: int) -> None:
+        """Confirm the leader's epoch by committing a record of it."""
+        number = partition.partition
+        async with self._confirming.setdefault(number, asyncio.Lock()):
+            del self._confirmations[
+                number, generation
+            ]  # who comes from now on is confirmed by a later record
+            self._store.taking_appends(number)
+            self._store.appends.start_epoch(partition, partition.epoch)
+            await self._store.wait_committed(partition, partition.log_end, generation)
 
     def _reads_of(self, partition: Partition) -> Reads:
         found = self._reads.get(partition.partition)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from collections.abc import AsyncIterator
 from typing import Any
@@ -207,6 +208,18 @@ async def test_a_cut_off_leader_confirms_nothing(cluster: Cluster) -> None:
     cluster.isolate(leader)
     with pytest.raises(UnavailableError):
         await cluster.count(leader, 1, consistency=Consistency.QUORUM)
+
+
+async def test_quorum_reads_at_one_time_share_a_confirmation(cluster: Cluster) -> None:
+    """Those that come while a record is on its way wait for the next one, all for the same."""
+    await cluster.start()
+    leader = await cluster.wait_leader()
+    await cluster.append(leader, ids(10), (1, 0))
+    partition = cluster.nodes[leader].store.partitions[0]
+    end = partition.log_end
+    reads = [cluster.count(leader, 1, consistency=Consistency.QUORUM) for _ in range(50)]
+    assert await asyncio.gather(*reads) == [10] * 50
+    assert 1 <= partition.log_end - end <= 2
 
 
 async def test_a_lost_lease_is_replaced(cluster: Cluster) -> None:
