@@ -16,6 +16,7 @@ examples.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -117,23 +118,29 @@ class ReadyMade:
         self.send_signal(signal.SIGKILL)
 
 
-_known: list[tuple[int, socket.socket]] = []  # the nursery of this process
+_known: list[socket.socket] = []  # the way to this process's nursery
 
 
 def _nursery() -> socket.socket:
     """The way to this process's nursery, which is begun if there is none."""
-    if not _known or _known[0][0] != os.getpid():
+    if not _known:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             inherited = {name: text for name, text in os.environ.items() if not name.startswith("TALLYMARK_")}
-            subprocess.Popen(
+            nursery = subprocess.Popen(
                 [sys.executable, str(Path(__file__)), str(theirs.fileno())],
                 env=inherited | {"OPENBLAS_NUM_THREADS": "1"},  # it forks: there must be one thread
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
-        _known[:] = [(os.getpid(), ours)]
-    return _known[0][1]
+        _known.append(ours)
+        atexit.register(_end, nursery, ours)
+    return _known[0]
+
+
+def _end(nursery: subprocess.Popen[bytes], way: socket.socket) -> None:
+    way.close()
+    nursery.wait()
 
 
 # ---------------------------------------------------------------- in the nursery
@@ -141,9 +148,11 @@ def _nursery() -> socket.socket:
 
 def _serve(requests: socket.socket) -> list[str] | None:
     """Fork for each request; return the arguments in a process that is to run, None at the end."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for keepers
     while True:
         request, descriptors, _, _ = socket.recv_fds(requests, _REQUEST_BYTES_MAX, 3)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:  # keepers that are done
+                pass
         if not request:
             return None
         if os.fork() == 0:
@@ -155,7 +164,6 @@ def _serve(requests: socket.socket) -> list[str] | None:
 
 def _keep(request: tuple[list[str], dict[str, str], str], told: int, stdout: int, stderr: int) -> list[str]:
     """Fork the process; the keeper tells its pid and its end, and never returns."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     pid = os.fork()
     if pid:
         os.close(stdout)

@@ -63,7 +63,9 @@ class Seen:
         self.damaged = ""  # copy id under which it was damaged, in this life
         self.promised = 0  # also of earlier lives
         self.promised_by = ""  # the copy that promised
-        self.state: DurableState | None = None  # which all of the above was compared with; never changes itself
+        self.state: DurableState | None = (
+            None  # which all of the above was compared with; never changes itself
+        )
 
 
 class Checkers:

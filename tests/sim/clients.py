@@ -230,9 +230,7 @@ class Clients:
         for part in owned:
             part.attempts += 1
         header = encode(
-            AppendHeader(
-                partition, checksum, all(part.is_async for part in parts), self._metrics_revision()
-            )
+            AppendHeader(partition, checksum, all(part.is_async for part in parts), self._metrics_revision())
         )
         body = len(header).to_bytes(2, "little") + header + data
         self._request += 1
