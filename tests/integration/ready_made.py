@@ -200,7 +200,7 @@ def _load() -> None:
 
 def _main() -> None:
     _load()
-    assert len(os.listdir("/proc/self/task")) == 1, "a process with threads must not fork"
+    assert len(list(Path("/proc/self/task").iterdir())) == 1, "a process with threads must not fork"
     gc.collect()
     gc.freeze()  # so that collections in the children don't copy its pages
     arguments = _serve(socket.socket(fileno=int(sys.argv[1])))
