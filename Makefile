@@ -44,7 +44,7 @@ demo: $(VENV)/.server ## meter a git repository's history, show totals, leave th
 test: $(VENV)/.test etcd network ## unit, scenario and process-level tests
 	@echo "compiling the kernels"
 	@$(BIN)/python -c 'from tallymark_node.dev import warm_up; warm_up()'
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # pytest doesn't look into tests/containers unless it is told to: everything else runs without an engine.
 integration: $(VENV)/.test ## images, a cluster of containers, and the compose file; needs no registry

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ready_made import ReadyMade
+
 READY_SECONDS_MAX = 280.0  # a first start compiles the kernels
 STOP_SECONDS_MAX = 30.0
 ETCD_SECONDS_MAX = 30.0
@@ -47,7 +49,7 @@ class Process:
         self.namespace = namespace
         self.halted = False
         self.lives = 0
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | ReadyMade | None = None
         self._begun = 0  # where the present life begins in the log
 
     @property
@@ -71,18 +73,20 @@ class Process:
         """Begin a life, without waiting for anything."""
         assert not self.alive, "one at a time"
         inherited = {name: text for name, text in os.environ.items() if not name.startswith("TALLYMARK_")}
-        prefix = ["ip", "netns", "exec", self.namespace] if self.namespace else []
+        environment = inherited | self.environment
         with self.log.open("ab") as log:
             log.write(f"--- {self.name}, life {self.lives}\n".encode())
             log.flush()
             self._begun = log.tell()
-            self._process = subprocess.Popen(
-                prefix + self.command,
-                env=inherited | self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+            if self.command[0] == sys.executable and not self.namespace:
+                self._process = ReadyMade(
+                    self.command, env=environment, stdout=log.fileno(), stderr=log.fileno()
+                )
+            else:
+                prefix = ["ip", "netns", "exec", self.namespace] if self.namespace else []
+                self._process = subprocess.Popen(
+                    prefix + self.command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                )
         self.halted = False
         self.lives += 1
 

@@ -10,10 +10,11 @@ import itertools
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
+
+from ready_made import ReadyMade
 
 from tallymark_protocol.messages import (
     PartitionStatus,
@@ -64,7 +65,7 @@ class Server:
         self._host = own_host()
         self._port = 0
         self._death = log.with_suffix(".death")
-        self._process: subprocess.Popen[str] | None = None
+        self._process: ReadyMade | None = None
 
     @property
     def pid(self) -> int:
@@ -91,13 +92,8 @@ class Server:
         with self.log.open("a") as log:
             log.write(f"--- start {len(self.starts)}\n")
             log.flush()
-            self._process = subprocess.Popen(
-                command,
-                env=inherited | self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
+            self._process = ReadyMade(
+                command, env=inherited | self.environment, stdout=None, stderr=log.fileno()
             )
 
     async def start(self) -> None:

@@ -15,6 +15,7 @@ import google_crc32c
 from tallymark_store.folding import replay
 from tallymark_store.partition import Partition
 from tallymark_store.replication.effects import Role
+from tallymark_store.replication.ports import DurableState
 from tallymark_store.replication.replica import Replica
 from tallymark_store.wal import DamagedError, Position, RecordKind, Wal
 
@@ -49,6 +50,7 @@ class Seen:
         "promised",
         "promised_by",
         "role",
+        "state",
     )
 
     def __init__(self) -> None:
@@ -61,6 +63,9 @@ class Seen:
         self.damaged = ""  # copy id under which it was damaged, in this life
         self.promised = 0  # also of earlier lives
         self.promised_by = ""  # the copy that promised
+        self.state: DurableState | None = (
+            None  # which all of the above was compared with; never changes itself
+        )
 
 
 class Checkers:
@@ -107,6 +112,15 @@ class Checkers:
             seen = self._seen.get((process.name, number))
             if seen is None:
                 seen = self._seen[process.name, number] = Seen()
+            elif (
+                seen.state is replica.state
+                and seen.log_end == partition.index.log_end
+                and seen.applied == partition.fold.applied
+                and seen.high_watermark == replica.high_watermark
+                and seen.role is replica.role
+                and seen.life == process.life
+            ):
+                continue  # all that is looked at below is as it was when it was found to be right
             if (seen.life, seen.copy_id) != (process.life, replica.copy_id):
                 seen.damaged = seen.damaged if seen.life == process.life else ""
                 seen.life, seen.copy_id = process.life, replica.copy_id
@@ -134,6 +148,7 @@ class Checkers:
                 raise SimulationError(
                     f"LOG-4: {process} partition {number}: the log ends at {seen.log_end}, below {high_watermark}"
                 )
+            seen.state = replica.state
 
     def _became(self, process: Process, number: int, seen: Seen, replica: Replica) -> None:
         """LOG-1: whoever takes over has everything that was ever committed."""

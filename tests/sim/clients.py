@@ -163,6 +163,8 @@ class Clients:
         self._producers = [rng.getrandbits(64) for _ in range(client_count)]
         self._sequences = [0] * client_count
         self._next_value = 1
+        # Payloads by partition and chunks: the same chunks in the same order are split the same way each time.
+        self._payloads: dict[tuple[Any, ...], tuple[list[int], bytes, int]] = {}
         self._with_ids: list[SimEvent] = []
         self._request = 0
 
@@ -223,19 +225,12 @@ class Clients:
         target = self._believed(partition)
         if not target or rng.random() < 0.1:
             target = rng.choice(self._targets)
-        found = split([chunk.data for chunk in chunks], self._partition_count)
-        payload = next(p for p in found.payloads if p.partition == partition)
-        data = payload.data.tobytes()
-        parts = [chunks[i].parts[partition] for i in payload.chunks]
+        order, data, checksum = self._payload(chunks, partition)
+        parts = [chunks[i].parts[partition] for i in order]
         for part in owned:
             part.attempts += 1
         header = encode(
-            AppendHeader(
-                partition,
-                google_crc32c.value(data),
-                all(part.is_async for part in parts),
-                self._metrics_revision(),
-            )
+            AppendHeader(partition, checksum, all(part.is_async for part in parts), self._metrics_revision())
         )
         body = len(header).to_bytes(2, "little") + header + data
         self._request += 1
@@ -255,6 +250,17 @@ class Clients:
         self._network.send(
             gateway, target, self._deliver, target, Connection(answered), frame, is_datagram=False
         )
+
+    def _payload(self, chunks: list[Chunk], partition: int) -> tuple[list[int], bytes, int]:
+        """The chunks' payload for a partition: the places of the chunks in it, its bytes, their checksum."""
+        company = (partition, *chunks)
+        known = self._payloads.get(company)
+        if known is None:
+            found = split([chunk.data for chunk in chunks], self._partition_count)
+            payload = next(p for p in found.payloads if p.partition == partition)
+            data = payload.data.tobytes()
+            known = self._payloads[company] = (payload.chunks, data, google_crc32c.value(data))
+        return known
 
     def _late(self, target: str, parts: list[Part]) -> None:
         self._trace("clients", "no answer of %s about %s in time", target, parts)

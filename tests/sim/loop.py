@@ -72,7 +72,9 @@ class World:
         """Have something happen at a time; what is due at one time happens in the order of these calls."""
         event = Event(call, args)
         self._sequence += 1
-        heapq.heappush(self._heap, (max(when_ns, self.now_ns), self._sequence, event))
+        if when_ns < self.now_ns:
+            when_ns = self.now_ns
+        heapq.heappush(self._heap, (when_ns, self._sequence, event))
         return event
 
     def after(self, delay_ns: int, call: Callable[..., object], *args: Any) -> Event:
@@ -85,11 +87,11 @@ class World:
         Raises:
             SimulationError: more happens than ever should.
         """
-        heap = self._heap
+        heap, pop = self._heap, heapq.heappop
         if condition is not None and condition():
             return True
         while heap and heap[0][0] <= until_ns:
-            self.now_ns, _, event = heapq.heappop(heap)
+            self.now_ns, _, event = pop(heap)
             call = event.call
             if call is None:
                 continue
@@ -169,7 +171,7 @@ class ProcessLoop(asyncio.AbstractEventLoop):
     def _arm(self) -> None:
         if not self._armed:
             self._armed = True
-            self._world.after(TURN_NS, self._turn)
+            self._world.at(self._world.now_ns + TURN_NS, self._turn)
 
     def _turn(self) -> None:
         self._armed = False
@@ -181,8 +183,9 @@ class ProcessLoop(asyncio.AbstractEventLoop):
         try:
             for _ in range(len(ready)):
                 handle = ready.popleft()
-                if not handle._cancelled:
-                    handle._run()
+                if handle._cancelled:
+                    continue
+                handle._run()
                 if not self.is_alive:
                     return
         finally:
@@ -203,7 +206,7 @@ class ProcessLoop(asyncio.AbstractEventLoop):
         handle = asyncio.Handle(callback, args, self, context)
         if self.is_alive:
             self._ready.append(handle)
-            if not self.is_frozen:
+            if not self._armed and not self.is_frozen:
                 self._arm()
         return handle
 

@@ -377,8 +377,7 @@ def undisturbed() -> Iterator[None]:
     was_enabled = gc.isenabled()
     hook = sys.unraisablehook
     gc.disable()
-    if not gc.get_freeze_count():
-        gc.freeze()  # what was there before any run takes long to look through, and stays
+    gc.freeze()  # what was there before this run is none of its garbage, and takes long to look through
     sys.unraisablehook = lambda _: None
     try:
         with warnings.catch_warnings():
@@ -389,6 +388,7 @@ def undisturbed() -> Iterator[None]:
                 gc.collect()
                 gc.collect()  # what was cut off in the middle may do something more when it is closed
     finally:
+        gc.unfreeze()
         sys.unraisablehook = hook
         if was_enabled:
             gc.enable()

@@ -9,6 +9,7 @@ chosen by hash), so at any moment some are freshly grown and some nearly full: t
 depends on the number of entries, and the pauses for growing come one by one instead of all at once.
 """
 
+import functools
 import mmap
 import sys
 
@@ -56,15 +57,7 @@ class ShardArena:
         self._map = _reserve(stride_bytes * shards)
         self.stride_words = stride_bytes // WORD_BYTES
         self.table: npt.NDArray[np.uint64] = np.frombuffer(self._map, dtype=np.uint64)
-        slots_max_shard = max(slots_max // shards, 2 * _BASE_SLOTS)
-        self._slots: list[list[int]] = []  # capacities of each shard, by step, ascending
-        for shard in range(shards):
-            sizes = []
-            size = _BASE_SLOTS * growth ** (shard / shards)
-            while size <= slots_max_shard:
-                sizes.append(int(size))
-                size *= growth
-            self._slots.append(sizes)
+        self._slots = _capacities(shards, growth, max(slots_max // shards, 2 * _BASE_SLOTS))
         self._load_max = load_max
         self._refill_max = refill_max
         self._huge_end = [0] * shards  # bytes from the shard's start that lie in huge pages
@@ -117,6 +110,20 @@ class ShardArena:
         """Bytes of memory that the slots take when all are touched, whole pages."""
         slot_bytes = self.slot_words * WORD_BYTES
         return sum(_round_up(int(slots) * slot_bytes, mmap.PAGESIZE) for slots in self.capacity)
+
+
+@functools.lru_cache(maxsize=8)  # two kinds of table in a process
+def _capacities(shards: int, growth: float, slots_max: int) -> tuple[tuple[int, ...], ...]:
+    """The capacities of each shard, by step, ascending: the same for all tables of one kind."""
+    found = []
+    for shard in range(shards):
+        sizes = []
+        size = _BASE_SLOTS * growth ** (shard / shards)
+        while size <= slots_max:
+            sizes.append(int(size))
+            size *= growth
+        found.append(tuple(sizes))
+    return tuple(found)
 
 
 def _reserve(length: int) -> mmap.mmap:

@@ -103,7 +103,7 @@ class PartitionIndex:
         """Return one row, 0 <= number < len."""
         assert 0 <= number < len(self), "row in range"
         at = self._first + number
-        return Row(*(int(column[at]) for column in self._columns))
+        return Row(*[column.item(at) for column in self._columns])
 
     def meta(self, number: int) -> RecordMeta:
         """Return what the index knows of a record."""
