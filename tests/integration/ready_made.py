@@ -118,11 +118,13 @@ class ReadyMade:
         self.send_signal(signal.SIGKILL)
 
 
-_known: list[socket.socket] = []  # the way to this process's nursery
+_known: list[tuple[subprocess.Popen[bytes], socket.socket]] = []  # this process's nursery, and the way to it
 
 
 def _nursery() -> socket.socket:
     """The way to this process's nursery, which is begun if there is none."""
+    if _known and _known[0][0].poll() is not None:
+        _end()  # it was killed; whoever it has begun lives on
     if not _known:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -133,14 +135,16 @@ def _nursery() -> socket.socket:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
-        _known.append(ours)
-        atexit.register(_end, nursery, ours)
-    return _known[0]
+        _known.append((nursery, ours))
+    return _known[0][1]
 
 
-def _end(nursery: subprocess.Popen[bytes], way: socket.socket) -> None:
-    way.close()
-    nursery.wait()
+@atexit.register
+def _end() -> None:
+    for nursery, way in _known:
+        way.close()
+        nursery.wait()
+    _known.clear()
 
 
 # ---------------------------------------------------------------- in the nursery
