@@ -167,8 +167,8 @@ class Node:
                     world.on_committed(self, effect.high_watermark)
                 case fx.Discarded():
                     world.trace(f"{self.name} discards its copy, now {effect.copy_id}")
-                    self.log.records = []
-                    self.log.is_damaged = self.is_damaged = False
+                    self.log.reset()
+                    self.is_damaged = False
                     self.disk = []
                     self.generation += 1
                     self.seen_high_watermark = 0
