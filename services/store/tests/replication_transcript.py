@@ -211,7 +211,16 @@ class Player:
         membership = replica.memberships_below(log.log_start)[-1]
         members = [(member.node_id, member.copy_id) for member in membership.members]
         return Offer(
-            0, effect.epoch, replica.instance, "", log.log_start, log.start_epoch, 0, members, membership.offset, []
+            0,
+            effect.epoch,
+            replica.instance,
+            "",
+            log.log_start,
+            log.start_epoch,
+            0,
+            members,
+            membership.offset,
+            [],
         )
 
     def on_why(self, name):

@@ -60,7 +60,9 @@ class Following(ReplicaCore):
             self._tail(), self.log.log_end, message.tail, message.log_end, message.high_watermark
         )
         if base < self.log.log_start:
-            self._send_promised(sender, message.epoch, granted=True)  # it does not know yet that this was dropped
+            self._send_promised(
+                sender, message.epoch, granted=True
+            )  # it does not know yet that this was dropped
             return
         if base > self.log.log_end or self.log.epoch_before(base) < 0:
             return  # it knows more than this log, so it lacks nothing

@@ -217,7 +217,9 @@ class PartitionIndex:
     def from_arrays(cls, arrays: dict[str, IntArray]) -> PartitionIndex:
         """Rebuild what `to_arrays` gave. Raises ValueError if it can't be an index."""
         try:
-            partition, log_start, log_end, next_sequence, damaged, epoch, append_ns = map(int, arrays["state"])
+            partition, log_start, log_end, next_sequence, damaged, epoch, append_ns = map(
+                int, arrays["state"]
+            )
             columns = [np.array(arrays[name], np.int64, ndmin=1) for name in _COLUMNS]
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a partition's index: {error}") from error
