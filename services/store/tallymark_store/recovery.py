@@ -183,7 +183,8 @@ def _newest(disk: Disk, number: int, start: int, report: Callable[[str], None]) 
             raise
         manifest, reason = None, str(error)
     if manifest is not None and manifest.offset < start:
-        manifest, reason = None, f"the checkpoint is of offset {manifest.offset}"
+        reason = f"the checkpoint is of offset {manifest.offset}"
+        manifest = None
     if start > 0 and manifest is None:
         manifest = incoming.finish(disk, number, start)
         if manifest is None:

@@ -205,7 +205,7 @@ class Replicating:
         """Take up a partition's copy, as it was recovered; `earlier` memberships are those that a checkpoint knows."""
         log = self.logs[number] = WalLog(self._wal, number, self._leadership.sync_soon)
         history = [founding] if founding is not None else []
-        history += [m for m in earlier if (0 <= m.offset or not history) and m.offset < log.log_start]
+        history += [m for m in earlier if (m.offset >= 0 or not history) and m.offset < log.log_start]
         try:
             history += log.memberships()
         except (DamagedError, RemoteProtocolError) as error:

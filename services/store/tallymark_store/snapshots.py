@@ -378,7 +378,8 @@ class Snapshots:
         files: list[File] = []
         try:
             for place in range(len(transfer.offer.files)):
-                files.append(await self._offload(incoming.create, disk, place))
+                file: File = await self._offload(incoming.create, disk, place)
+                files.append(file)
             pause_s = self._config.resend_ns / 4e9
             while transfer.left:
                 self._ask(transfer)
@@ -426,11 +427,11 @@ class Snapshots:
             # Debt is paid first, so that a piece may be larger than what is left.
             if transfer.allowance_bytes < 0:
                 return
-            place = next(transfer.places, None)
-            if place is None:
+            following = next(transfer.places, None)
+            if following is None:
                 return
-            transfer.allowance_bytes -= transfer.piece_bytes(place)
-            self._send_ask(transfer, place, now_ns)
+            transfer.allowance_bytes -= transfer.piece_bytes(following)
+            self._send_ask(transfer, following, now_ns)
 
     def _send_ask(self, transfer: _Transfer, place: _Place, now_ns: int) -> None:
         transfer.asked[place] = now_ns

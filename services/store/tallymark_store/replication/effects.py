@@ -77,9 +77,7 @@ class Discarded(NamedTuple):
 
 
 class OfferSnapshot(NamedTuple):
-    """Offer a node the newest checkpoint; sent anew from time to time, until the node's log begins where this one can
-    go on from.
-    """
+    """Offer a node the newest checkpoint; asked for again and again, until its log can be gone on with."""
 
     to: str
     epoch: int
