@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import google_crc32c
+import numpy as np
 
 from tallymark_store.folding import replay
 from tallymark_store.partition import Partition
@@ -40,7 +41,7 @@ class Committed(NamedTuple):
 class CommittedLog:
     """What was committed, as a log that was never dropped: to count it again."""
 
-    def __init__(self, number: int, records: list[Committed], payloads: list[Any]) -> None:
+    def __init__(self, number: int, records: list[Committed], payloads: list[np.ndarray]) -> None:
         index = PartitionIndex(number)
         self._records = []
         for record, payload in zip(records, payloads, strict=True):
@@ -99,7 +100,7 @@ class Checkers:
         self.commits = 0
         self.leaderships: list[dict[int, tuple[str, int]]] = [{} for _ in range(partitions)]  # epoch -> who
         self.digests_compared = 0
-        self._payloads: list[list[Any]] = [[] for _ in range(partitions)]  # of `committed`
+        self._payloads: list[list[np.ndarray]] = [[] for _ in range(partitions)]  # of `committed`
         self._rows: list[dict[int, int]] = [
             {} for _ in range(partitions)
         ]  # base offset -> position in `committed`
@@ -267,9 +268,10 @@ class Checkers:
         found = self.committed[number][at] if at >= 0 else None
         return found if found is not None and found.base + found.count == offset else None
 
-    def _add(self, number: int, record: Committed, payload: object) -> None:
+    def _add(self, number: int, record: Committed, payload: Any) -> None:
         self._rows[number][record.base] = len(self.committed[number])
-        self._payloads[number].append(payload)
+        # A copy: what is on a disk may rot.
+        self._payloads[number].append(np.frombuffer(bytes(payload), np.uint8))
         previous = self.committed[number][-1] if self.committed[number] else None
         if previous is not None and record.epoch < previous.epoch:
             raise SimulationError(f"LOG-3: partition {number}: the epoch falls from {previous} to {record}")
@@ -279,7 +281,7 @@ class Checkers:
         self.ends[number] = record.base + record.count
         self.commits += 1
         if record.kind == RecordKind.EVENTS:
-            self.models[number].take(parse_batch(record.base, payload))  # type: ignore[arg-type]
+            self.models[number].take(parse_batch(record.base, payload))
 
     def _check_commit(self, process: Process, number: int, end: int) -> None:
         """Whoever says first that something is committed: one leader an epoch, and a majority has it on disk."""

@@ -21,7 +21,7 @@ import msgspec
 from tallymark_protocol.frames import Frame
 from tallymark_protocol.model import AggType, MetricSchema
 from tallymark_protocol.schema import encode_record, make_record
-from tallymark_runtime.assignments import Copy, copy_key
+from tallymark_runtime.assignments import Assignment, Copy, assignment_key, copy_key
 from tallymark_runtime.catalog import Leader, leader_key, metric_key
 from tallymark_runtime.coordinator import Put
 from tallymark_store.node import StoreConfig
@@ -362,6 +362,10 @@ class Simulation:
             members = self.members(number)
             if not members:
                 return f"nobody knows the members of partition {number}"
+            wish = self.etcd.state.get(assignment_key(number))
+            wished = set() if wish is None else set(msgspec.msgpack.decode(wish.value, type=Assignment).nodes)
+            if wished != {member.node_id for member in members}:
+                return f"partition {number} is held by {members}, and shall be held by {sorted(wished)}"
             leaders = 0
             for member in members:
                 process = self.processes[member.node_id]
