@@ -5,17 +5,23 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
 from typing import Any
 
+import google_crc32c
 import pytest
 
-from tallymark_protocol.errors import ErrorCode, Reason, UnavailableError
+from tallymark_protocol.errors import ErrorCode, Reason, RemoteProtocolError, UnavailableError
 from tallymark_protocol.identifiers import encode_event_id
 from tallymark_protocol.messages import Appended, StoreDigest, StoreEvents
-from tallymark_runtime.disk import DiskError
+from tallymark_runtime.clock import ManualClock
+from tallymark_runtime.disk import DiskError, MemoryDisk
 from tallymark_store import checkpoint, incoming
+from tallymark_store.recycling import Holds
 from tallymark_store.replication.effects import Role
-from tallymark_store.snapshots import Snapshots
+from tallymark_store.replication.messages import Ask, Offer, Piece
+from tallymark_store.replication.ports import ReplicaConfig
+from tallymark_store.snapshots import HOLD_NS, PIECE_BYTES, WINDOW, Snapshots, _Transfer
 from tallymark_store.wal import WalConfig
 
 from .cluster_driver import WAIT_S, Cluster
@@ -319,3 +325,218 @@ async def test_a_checkpoint_is_needed_where_the_log_does_not_begin(cluster: Clus
     assert any("the checkpoint cannot be used" in report for report in cluster.reports)
     await cluster.until(lambda: cluster.nodes[name].store.replicas[0].copy_id != before)
     await settled(cluster)
+
+
+# ------------------------------------------------------------ dropping the log
+
+
+def at_the_start_of_the_log(stop: Stop, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(checkpoint, "write_wal_start", stop)
+
+
+def behind_the_start_of_the_log(stop: Stop, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(checkpoint, "write_wal_start", after(checkpoint.write_wal_start, stop))
+
+
+def between_two_files(stop: Stop, patch: pytest.MonkeyPatch) -> None:
+    remove = MemoryDisk.remove
+    gone = []
+
+    def remove_one(self: MemoryDisk, name: str) -> None:
+        if name.startswith("wal-"):
+            if gone:
+                stop()
+            gone.append(name)
+        remove(self, name)
+
+    patch.setattr(MemoryDisk, "remove", remove_one)
+
+
+@pytest.mark.parametrize("step", [at_the_start_of_the_log, behind_the_start_of_the_log, between_two_files])
+async def test_a_crash_while_the_log_is_dropped(step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is gone by then, log and checkpoints together hold everything; and the next time it goes on."""
+    cluster = Cluster(("a",), replication_factor=1, recycle=True, wal=WalConfig(segment_bytes=8_192))
+    try:
+        await cluster.create()
+        await cluster.start()
+        await fill(cluster, 0, batches=20)
+        status: Any = await cluster.nodes["a"].call(StoreDigest(partition=0))
+        stop = Stop()
+        with monkeypatch.context() as patch:
+            step(stop, patch)
+            with pytest.raises(DiskError):
+                await recycle(cluster)
+            assert stop.is_reached
+            cluster.kill("a")
+        await cluster.start()
+        assert cluster.reports == []
+        again: Any = await cluster.nodes["a"].call(StoreDigest(partition=0))
+        assert again.digest.split("-")[:2] == status.digest.split("-")[:2]
+        assert await cluster.count("a", 1) == 20 * 120
+        sequence = await fill(cluster, 20, batches=4)
+        before = len(cluster.disks["a"].at("wal").list())
+        await recycle(cluster)
+        assert log_start(cluster, "a") > 120 * 16
+        assert len(cluster.disks["a"].at("wal").list()) < min(before, 8)
+        cluster.kill("a")
+        await cluster.start()
+        repeats = await cluster.append_anywhere(ids(120, 0), (3, 0))
+        assert len(repeats.chunks[0].exceptions) == 120
+        assert await cluster.count("a", 1) == sequence * 120
+    finally:
+        await cluster.close()
+
+
+async def test_what_is_sent_keeps_the_log(cluster: Cluster) -> None:
+    """As long as somebody asks, and no longer."""
+    leader, name, sequence = await behind(cluster)
+    snapshots = cluster.nodes[leader].snapshots
+    assert snapshots is not None
+    replica = cluster.nodes[leader].store.replicas[0]
+    snapshots.offer(0, name, replica.epoch)
+    (held,) = snapshots._held.values()
+    await cluster.until(lambda: held.files)
+    await fill(cluster, sequence, batches=12)
+    await settled(cluster)
+    await recycle(cluster)
+    offset = held.manifest.offset
+    assert log_start(cluster, leader) <= offset
+    folder = cluster.disks[leader].at("checkpoints").at("p-0000")
+    assert {file for file, _, _ in held.files} <= set(folder.list())
+    held.asked_ns -= HOLD_NS + 1
+    await fill(cluster, sequence + 12, batches=2)
+    await recycle(cluster, leader)
+    await fill(cluster, sequence + 14, batches=1)
+    await recycle(cluster, leader)
+    assert not snapshots._held
+    assert log_start(cluster, leader) > offset
+    assert held.files[0][0] not in folder.list()
+    await cluster.start(name)
+    await settled(cluster)
+
+
+# ------------------------------------------------------------ bytes of a peer
+
+
+def offer(**changes: Any) -> Offer:
+    fields: dict[str, Any] = {
+        "partition": 0,
+        "epoch": 5,
+        "instance": "a-1",
+        "snapshot": "x",
+        "offset": 40,
+        "last_epoch": 5,
+        "append_ns": 7,
+        "members": [("a", "a1"), ("b", "b1")],
+        "members_offset": -1,
+        "files": [
+            (checkpoint.state_name(40), 2_000_000, 1),
+            (checkpoint.ids_name(3, 30), 10, 2),
+            (checkpoint.ids_name(30, 40), 10, 2),
+        ],
+    }
+    return Offer(**{**fields, **changes})
+
+
+def test_an_offer_is_a_manifest() -> None:
+    """With names of this side's own making."""
+    manifest = incoming.manifest_of(offer())
+    assert (manifest.partition, manifest.offset, manifest.epoch, manifest.last_append_ns) == (0, 40, 5, 7)
+    assert manifest.id_files == [(checkpoint.ids_name(3, 30), 3, 30), (checkpoint.ids_name(30, 40), 30, 40)]
+    assert manifest.memberships == [(-1, [("a", "a1"), ("b", "b1")])]
+
+
+STATE = (checkpoint.state_name(40), 9, 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"files": []},
+        {"files": [STATE, *[(checkpoint.ids_name(k, k + 1), 9, 1) for k in range(incoming.FILES_MAX)]]},
+        {"files": [("../../etc/passwd", 9, 1)]},
+        {"files": [(checkpoint.state_name(41), 9, 1)]},
+        {"files": [STATE, ("MANIFEST", 9, 1)]},
+        {"files": [STATE, ("../" + checkpoint.ids_name(1, 2), 9, 1)]},
+        {"files": [STATE, (checkpoint.ids_name(1, 2) + "\n", 9, 1)]},
+        {"files": [STATE, (checkpoint.ids_name(5, 5), 9, 1)]},
+        {"files": [STATE, (checkpoint.ids_name(5, 41), 9, 1)]},
+        {"files": [STATE, (checkpoint.ids_name(5, 9), 9, 1), (checkpoint.ids_name(8, 12), 9, 1)]},
+        {"files": [(STATE[0], 0, 1)]},
+        {"files": [(STATE[0], -4, 1)]},
+        {"files": [(STATE[0], 1 << 60, 1)]},
+        {"files": [(STATE[0], 9, 2**32)]},
+        {"members": []},
+        {"members": [("a", "1"), ("a", "2")]},
+        {"members": [(f"n{k}", "1") for k in range(65)]},
+        {"members_offset": -2},
+        {"members_offset": 40},
+        {"offset": 0},
+    ],
+)
+def test_an_offer_that_makes_no_sense_is_refused(changes: dict[str, Any]) -> None:
+    """Before anything is written, asked for, or believed."""
+    with pytest.raises(RemoteProtocolError):
+        incoming.manifest_of(offer(**changes))
+
+
+def getting(rate: int) -> tuple[Snapshots, list[Any], ManualClock]:
+    """The receiving side alone, and what it sends."""
+    sent: list[Any] = []
+    clock = ManualClock(monotonic_ns=10**12)
+    replicating = SimpleNamespace(send=lambda number, to, message: sent.append(message), snapshots=None)
+    store: Any = SimpleNamespace(replicating=replicating)
+    nothing: Any = None
+    snapshots = Snapshots(
+        store, nothing, {}, nothing, clock, Holds(),
+        config=ReplicaConfig(catch_up_bytes_per_s=rate), salt=1, dedup_window_ns=1, offload=nothing,
+    )  # fmt: skip
+    return snapshots, sent, clock
+
+
+def piece(ask: Ask, data: bytes, **changes: Any) -> Piece:
+    fields = {"snapshot": ask.snapshot, "file": ask.file, "position": ask.position, "data": data}
+    return Piece(0, **{**fields, "checksum": google_crc32c.value(data), **changes})  # type: ignore[arg-type]
+
+
+def test_pieces_are_asked_for_a_few_at_a_time_at_a_rate_and_again() -> None:
+    """And only what was asked for is taken, once, whole."""
+    rate = 4 * PIECE_BYTES
+    snapshots, sent, clock = getting(rate)
+    offered = offer(files=[(checkpoint.state_name(40), 40 * PIECE_BYTES + 5, 1)])
+    transfer = _Transfer(0, "a", offered, incoming.manifest_of(offered), clock.monotonic_ns())
+    snapshots._transfers[0] = transfer
+    assert transfer.left == 41
+    snapshots._ask(transfer)
+    assert 0 < len(sent) <= WINDOW
+    snapshots._ask(transfer)
+    first = len(sent)
+    clock.advance(ReplicaConfig().resend_ns)
+    snapshots._ask(transfer)
+    assert sent[first] == sent[0], "what does not come is asked for again"
+    data = bytes(PIECE_BYTES)
+    ask = sent[0]
+    for wrong in (
+        piece(ask, data[1:]),
+        piece(ask, data, checksum=1),
+        piece(ask, data, snapshot="y"),
+        piece(ask, data, file=7),
+        piece(ask, data, position=ask.position + 1),
+        piece(ask, data, position=30 * PIECE_BYTES),
+    ):
+        snapshots.take("a", wrong)
+        assert not transfer.arrived
+    snapshots.take("a", piece(ask, data))
+    snapshots.take("a", piece(ask, data))
+    assert len(transfer.arrived) == 1
+    began = clock.monotonic_ns()
+    asked: set[tuple[int, int]] = set()
+    while clock.monotonic_ns() < began + 3 * 10**9:
+        transfer.arrived.clear()
+        for place in list(transfer.asked):
+            snapshots.take("a", piece(Ask(0, "x", *place), bytes(transfer.piece_bytes(place))))
+        clock.advance(10_000_000)
+        snapshots._ask(transfer)
+        asked |= {(message.file, message.position) for message in sent}
+        assert len(transfer.asked) + len(transfer.arrived) <= WINDOW
+    assert 3 * 4 * 0.8 <= len(asked) <= 3 * 4 + WINDOW + 2
