@@ -37,7 +37,6 @@ from tallymark_store.copies import Copies
 from tallymark_store.partition import Partition
 from tallymark_store.recovery import restore
 from tallymark_store.recycling import Holds
-from tallymark_store.replication.effects import Role
 from tallymark_store.replication.messages import Ask, Offer, Piece
 from tallymark_store.replication.ports import Member, Membership, ReplicaConfig
 from tallymark_store.store import Offload, Store
@@ -49,6 +48,8 @@ WINDOW = 4  # pieces that are asked for and have not come
 HOLD_NS = 30_000_000_000  # so long after the last question a snapshot is kept for whoever was offered it
 HELD_MAX = 8  # snapshots that are kept at a time
 _READS_MAX = 16  # pieces that are read at a time
+_ROOM_S = 1.0  # between two looks whether the log has room
+_ROOM_TRIES = 30
 _SILENCE_LEASES = 5  # lease times without a piece, after which a snapshot is given up
 _BURST_NS = 250_000_000  # no longer than this an unused rate is saved up
 
@@ -447,15 +448,30 @@ class Snapshots:
             partition: Partition = await self._offload(self._load, transfer, disk)
             self._check(transfer)
             await self._offload(incoming.complete, disk, transfer.manifest, offer)
-            assert self._checkpoint_lock is not None
-            async with self._checkpoint_lock, self._copies.changing(number):
-                self._check(transfer)
-                if self._replace(transfer, partition):
-                    await self._publish(transfer, disk, partition)
-                else:
-                    await self._offload(incoming.clear, disk)
+            for _ in range(_ROOM_TRIES):
+                if await self._try_install(transfer, disk, partition):
+                    return
+                await asyncio.sleep(_ROOM_S)
         finally:
             waiting.cancel()
+
+    async def _try_install(self, transfer: _Transfer, disk: Disk, partition: Partition) -> bool:
+        """Install what is here, or find it of no use any more; False where there is no room in the log now."""
+        assert self._checkpoint_lock is not None
+        async with self._checkpoint_lock, self._copies.changing(transfer.number):
+            self._check(transfer)
+            if not self._is_wanted(transfer):
+                await self._offload(incoming.clear, disk)
+                return True
+            try:
+                self._replace(transfer, partition)
+            except BackpressureError as error:
+                _log.warning(
+                    "partition %d: no room to begin with a snapshot: %s", transfer.number, error.message
+                )
+                return False
+            await self._publish(transfer, disk, partition)
+            return True
 
     async def _keep(self, transfer: _Transfer) -> None:
         """Have the snapshot, and the log from it on, kept where it comes from until it is in force here."""
@@ -483,29 +499,32 @@ class Snapshots:
         partition.high_watermark = transfer.offer.offset
         return partition
 
-    def _replace(self, transfer: _Transfer, partition: Partition) -> bool:
-        """Put log and state in their places, all at once; False where the copy has come further meanwhile."""
-        number, offer, store = transfer.number, transfer.offer, self._store
+    def _is_wanted(self, transfer: _Transfer) -> bool:
+        """Whether the copy still is one that the snapshot is of use to."""
+        store, number, offer = self._store, transfer.number, transfer.offer
         replica = store.replicas.get(number)
-        before = store.partitions.get(number)
-        if replica is None or before is None or before.error is not None or self._is_closed:
-            return False
-        if replica.role is not Role.FOLLOWER or not replica.lacks(offer.offset, offer.last_epoch):
-            return False
+        return (
+            not self._is_closed
+            and replica is not None
+            and store.partitions[number].error is None
+            and replica.lacks(offer.offset, offer.last_epoch)
+        )
+
+    def _replace(self, transfer: _Transfer, partition: Partition) -> None:
+        """Put log and state in their places, all at once.
+
+        Raises:
+            BackpressureError: there is no room; nothing has changed.
+        """
+        number, offer, store = transfer.number, transfer.offer, self._store
+        replica = store.replicas[number]
         members = tuple(Member(*pair) for pair in offer.members)
-        try:
-            store.replicating.logs[number].reset(
-                offer.offset, epoch=offer.last_epoch, append_ns=offer.append_ns
-            )
-        except BackpressureError as error:
-            _log.warning("partition %d: no room to begin with a snapshot: %s", number, error.message)
-            return False
+        store.replicating.logs[number].reset(offer.offset, epoch=offer.last_epoch, append_ns=offer.append_ns)
         self._copies.replace_state(number, partition)
         store.replicating.call(
             number, replica.installed, offer.offset, Membership(members, offer.members_offset)
         )
         _log.info("partition %d: began with the snapshot of offset %d", number, offer.offset)
-        return True
 
     async def _publish(self, transfer: _Transfer, disk: Disk, partition: Partition) -> None:
         """Make the snapshot the newest checkpoint, once the log that begins with it is on disk."""
@@ -516,12 +535,14 @@ class Snapshots:
         except DiskError as error:
             # The next checkpoint takes its place; and a start before that finds what it needs.
             _log.warning("partition %d: the snapshot is in force, but was not published: %s", number, error)
-            self.installed += 1
-            return
+            is_published = False
+        else:
+            is_published = True
         if store.partitions.get(number) is not partition:
             checkpoint.discard(disk)  # the copy began anew meanwhile
             return
-        self._manifests[number] = transfer.manifest
+        if is_published:
+            self._manifests[number] = transfer.manifest
         self.installed += 1
 
 
