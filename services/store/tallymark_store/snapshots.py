@@ -442,12 +442,11 @@ class Snapshots:
     # ------------------------------------------------------------ installing
 
     async def _install(self, transfer: _Transfer, disk: Disk) -> None:
-        number, offer = transfer.number, transfer.offer
         waiting = asyncio.get_running_loop().create_task(self._keep(transfer))
         try:
             partition: Partition = await self._offload(self._load, transfer, disk)
             self._check(transfer)
-            await self._offload(incoming.complete, disk, transfer.manifest, offer)
+            await self._offload(incoming.complete, disk, transfer.manifest, transfer.offer)
             for _ in range(_ROOM_TRIES):
                 if await self._try_install(transfer, disk, partition):
                     return
