@@ -219,7 +219,7 @@ class StoreNode:
             interval_s=config.checkpoint_interval_s,
             events_max=config.checkpoint_events,
             holds=self._holds,
-            expire_holds=self._snapshots.expire,
+            expire_holds=self._snapshots.sending.expire,
             recycle=config.recycle,
             offload=self._offload,
         )

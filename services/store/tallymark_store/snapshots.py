@@ -2,8 +2,7 @@
 
 The leader's core says whom to offer one (`offer`), and the other's core whether it is of use (`install`); here is how
 the bytes get across, by one-way messages as everything else. Who was offered a snapshot asks for its files piece by
-piece, a few at a time, at a bounded rate, and again for what doesn't come. Who offered it keeps files and log for as
-long as somebody asks (`Holds`), but neither many snapshots nor for ever.
+piece, a few at a time, at a bounded rate, and again for what doesn't come (`sending` has the other end).
 
 Installing, in this order (`incoming` draws what is on the disk in between):
 
@@ -39,31 +38,16 @@ from tallymark_store.recovery import restore
 from tallymark_store.recycling import Holds
 from tallymark_store.replication.messages import Ask, Offer, Piece
 from tallymark_store.replication.ports import Member, Membership, ReplicaConfig
+from tallymark_store.sending import HOLD_NS, PIECE_BYTES, Sending
 from tallymark_store.store import Offload, Store
 
 _log = logging.getLogger(__name__)
 
-PIECE_BYTES = 512 * 1024
 WINDOW = 4  # pieces that are asked for and have not come
-HOLD_NS = 30_000_000_000  # so long after the last question a snapshot is kept for whoever was offered it
-HELD_MAX = 8  # snapshots that are kept at a time
-_READS_MAX = 16  # pieces that are read at a time
 _ROOM_S = 1.0  # between two looks whether the log has room
 _ROOM_TRIES = 30
 _SILENCE_LEASES = 5  # lease times without a piece, after which a snapshot is given up
 _BURST_NS = 250_000_000  # no longer than this an unused rate is saved up
-
-
-class _Held:
-    """A checkpoint that is kept while it is sent."""
-
-    def __init__(self, number: int, name: str, manifest: checkpoint.Manifest, now_ns: int) -> None:
-        self.number = number
-        self.name = name
-        self.manifest = manifest
-        self.files: list[tuple[str, int, int]] = []  # name, bytes, CRC-32C; empty while that is reckoned
-        self.is_reckoning = True
-        self.asked_ns = now_ns  # when somebody last asked for a piece, or it became ready
 
 
 class _Place(NamedTuple):
@@ -122,8 +106,7 @@ class Snapshots:
         offload: runs what waits for the disk, or takes long.
 
     Attributes:
-        sent: snapshots of which a last piece was sent.
-        sent_bytes: of pieces.
+        sending: the end that has what others lack.
         installed: snapshots that have come in, and are in force.
         received_bytes: of pieces.
     """
@@ -142,25 +125,22 @@ class Snapshots:
         dedup_window_ns: int,
         offload: Offload,
     ) -> None:
-        self.sent = self.sent_bytes = self.installed = self.received_bytes = 0
+        self.installed = self.received_bytes = 0
         self._store = store
         self._disk = disk
         self._manifests = manifests
         self._copies = copies
         self._clock = clock
-        self._holds = holds
         self._config = config
         self._salt = salt
         self._dedup_window_ns = dedup_window_ns
         self._offload = offload
         self._checkpoint_lock: asyncio.Lock | None = None  # None: not started yet
-        self._held: dict[str, _Held] = {}  # by name
-        self._offered: dict[tuple[int, str], str] = {}  # what a node was offered of a partition
-        self._reads = 0
         self._transfers: dict[int, _Transfer] = {}
         self._coming: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)  # files of a partition
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_closed = False
+        self.sending = Sending(store, disk, manifests, clock, holds, spawn=self._spawn, offload=offload)
         store.replicating.snapshots = self
 
     def start(self, checkpoint_lock: asyncio.Lock) -> None:
@@ -191,7 +171,7 @@ class Snapshots:
         if self._is_closed:
             return
         if isinstance(message, Ask):
-            self._on_ask(sender, message)
+            self.sending.on_ask(sender, message)
         else:
             self._on_piece(message)
 
@@ -199,103 +179,8 @@ class Snapshots:
 
     def offer(self, number: int, to: str, epoch: int) -> None:
         """Offer a node the newest checkpoint of a partition, or the one that it is getting. Never waits."""
-        replica = self._store.replicas.get(number)
-        if self._is_closed or replica is None or replica.epoch != epoch:
-            return
-        self.expire()
-        held = self._held.get(self._offered.get((number, to), ""))
-        if held is None:
-            held = self._hold(number, replica.copy_id)
-        if held is None or not held.files:
-            return  # it is offered again
-        self._offered[number, to] = held.name
-        manifest = held.manifest
-        members_offset, members = manifest.memberships[-1] if manifest.memberships else (-1, [])
-        offer = Offer(
-            number,
-            epoch,
-            replica.instance,
-            held.name,
-            manifest.offset,
-            manifest.epoch,
-            manifest.last_append_ns,
-            members,
-            members_offset,
-            held.files,
-        )
-        self._store.replicating.send(number, to, offer)
-
-    def _hold(self, number: int, copy_id: str) -> _Held | None:
-        manifest = self._manifests.get(number)
-        if manifest is None:
-            return None
-        name = f"{copy_id}-{manifest.offset}"
-        held = self._held.get(name)
-        if held is None and len(self._held) < HELD_MAX:
-            held = self._held[name] = _Held(number, name, manifest, self._clock.monotonic_ns())
-            names = [manifest.state_file, *(file for file, _, _ in manifest.id_files)]
-            self._holds.take(held, number, manifest.offset, frozenset(names))
-            self._spawn(self._reckon(held, names))
-        return held
-
-    async def _reckon(self, held: _Held, names: list[str]) -> None:
-        """Find out what is said of the files in an offer."""
-        disk = self._folder(held.number)
-        files = []
-        try:
-            for name in names:
-                size = await self._offload(_size, disk, name)
-                files.append((name, size, await self._offload(incoming.checksum, disk, name, size)))
-        except (DiskError, checkpoint.CheckpointError) as error:
-            _log.warning("partition %d: its checkpoint cannot be sent: %s", held.number, error)
-            self._release(held)
-            return
-        held.is_reckoning = False
-        held.files = files
-        held.asked_ns = self._clock.monotonic_ns()
-
-    def _release(self, held: _Held) -> None:
-        self._held.pop(held.name, None)
-        self._holds.release(held)
-        self._offered = {key: name for key, name in self._offered.items() if name != held.name}
-
-    def expire(self) -> None:
-        """Let go of what nobody has asked for in a while."""
-        now_ns = self._clock.monotonic_ns()
-        for held in list(self._held.values()):
-            if not held.is_reckoning and now_ns - held.asked_ns > HOLD_NS:
-                self._release(held)
-
-    def _on_ask(self, sender: str, message: Ask) -> None:
-        held = self._held.get(message.snapshot)
-        if held is None or held.number != message.partition or not held.files:
-            return
-        held.asked_ns = self._clock.monotonic_ns()
-        if not 0 <= message.file < len(held.files) or self._reads >= _READS_MAX:
-            return
-        name, size, _ = held.files[message.file]
-        if message.position % PIECE_BYTES or message.position >= size:
-            return
-        self._reads += 1
-        self._spawn(self._send_piece(sender, held, message, name, size))
-
-    async def _send_piece(self, to: str, held: _Held, ask: Ask, name: str, size: int) -> None:
-        try:
-            length = min(PIECE_BYTES, size - ask.position)
-            data: bytes = await self._offload(_read, self._folder(held.number), name, ask.position, length)
-        except DiskError as error:
-            _log.warning("partition %d: its checkpoint cannot be sent: %s", held.number, error)
-            self._release(held)
-            return
-        finally:
-            self._reads -= 1
-        if len(data) != length or self._is_closed or held.number not in self._store.replicas:
-            return
-        piece = Piece(held.number, held.name, ask.file, ask.position, data, google_crc32c.value(data))
-        self._store.replicating.send(held.number, to, piece)
-        self.sent_bytes += length
-        if ask.file == len(held.files) - 1 and ask.position + length == size:
-            self.sent += 1
+        if not self._is_closed:
+            self.sending.offer(number, to, epoch)
 
     # ------------------------------------------------------------ getting
 
@@ -327,8 +212,7 @@ class Snapshots:
         transfer = self._transfers.get(number)
         if transfer is not None:
             self._drop(transfer)
-        for held in [held for held in self._held.values() if held.number == number]:
-            self._release(held)
+        self.sending.forget(number)
 
     def _drop(self, transfer: _Transfer) -> None:
         transfer.is_dropped = True
@@ -543,19 +427,3 @@ class Snapshots:
         if is_published:
             self._manifests[number] = transfer.manifest
         self.installed += 1
-
-
-def _size(disk: Disk, name: str) -> int:
-    file = disk.open(name)
-    try:
-        return file.size()
-    finally:
-        file.close()
-
-
-def _read(disk: Disk, name: str, position: int, length: int) -> bytes:
-    file = disk.open(name)
-    try:
-        return file.read(position, length).tobytes()
-    finally:
-        file.close()

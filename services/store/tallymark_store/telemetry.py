@@ -171,9 +171,9 @@ class StoreTelemetry:
             scrape.add(CHECKPOINT_SECONDS, checkpointer.took_ns)
         snapshots = service.node.snapshots
         if snapshots is not None:
-            scrape.add(SNAPSHOTS, snapshots.sent, "sent")
+            scrape.add(SNAPSHOTS, snapshots.sending.sent, "sent")
             scrape.add(SNAPSHOTS, snapshots.installed, "installed")
-            scrape.add(SNAPSHOT_BYTES, snapshots.sent_bytes, "sent")
+            scrape.add(SNAPSHOT_BYTES, snapshots.sending.sent_bytes, "sent")
             scrape.add(SNAPSHOT_BYTES, snapshots.received_bytes, "received")
         deadline_ns = service.node.lease_deadline_ns
         scrape.add(LEASE_SECONDS, deadline_ns - now_ns if deadline_ns else 0)

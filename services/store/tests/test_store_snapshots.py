@@ -21,7 +21,8 @@ from tallymark_store.recycling import Holds
 from tallymark_store.replication.effects import Role
 from tallymark_store.replication.messages import Ask, Offer, Piece
 from tallymark_store.replication.ports import ReplicaConfig
-from tallymark_store.snapshots import HOLD_NS, PIECE_BYTES, WINDOW, Snapshots, _Transfer
+from tallymark_store.sending import HOLD_NS, PIECE_BYTES
+from tallymark_store.snapshots import WINDOW, Snapshots, _Transfer
 from tallymark_store.wal import WalConfig
 
 from .cluster_driver import WAIT_S, Cluster
@@ -110,7 +111,7 @@ async def test_a_member_that_was_away_gets_a_snapshot(cluster: Cluster) -> None:
     await settled(cluster)
     assert cluster.nodes[name].store.replicas[0].copy_id == copy_id
     assert log_start(cluster, name) > 0
-    assert cluster.nodes[leader].snapshots.sent == 1  # type: ignore[union-attr]
+    assert cluster.nodes[leader].snapshots.sending.sent == 1  # type: ignore[union-attr]
     # It leads: ids and chunks from before its log's start are known to it, and answered as they were first.
     replica = cluster.nodes[leader].store.replicas[0]
     cluster.nodes[leader].store.replicating.call(0, replica.hand_over, name)
@@ -392,9 +393,10 @@ async def test_what_is_sent_keeps_the_log(cluster: Cluster) -> None:
     leader, name, sequence = await behind(cluster)
     snapshots = cluster.nodes[leader].snapshots
     assert snapshots is not None
+    sending = snapshots.sending
     replica = cluster.nodes[leader].store.replicas[0]
     snapshots.offer(0, name, replica.epoch)
-    (held,) = snapshots._held.values()
+    (held,) = sending._held.values()
     await cluster.until(lambda: held.files)
     await fill(cluster, sequence, batches=12)
     await settled(cluster)
@@ -408,7 +410,7 @@ async def test_what_is_sent_keeps_the_log(cluster: Cluster) -> None:
     await recycle(cluster, leader)
     await fill(cluster, sequence + 14, batches=1)
     await recycle(cluster, leader)
-    assert not snapshots._held
+    assert not sending._held
     assert log_start(cluster, leader) > offset
     assert held.files[0][0] not in folder.list()
     await cluster.start(name)

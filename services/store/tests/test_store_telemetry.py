@@ -184,7 +184,8 @@ def test_the_lease_and_links_are_told():
 
 def test_snapshots_are_told():
     """What went out and what came in, each by itself."""
-    snapshots = SimpleNamespace(sent=2, installed=1, sent_bytes=900, received_bytes=300)
+    sending = SimpleNamespace(sent=2, sent_bytes=900)
+    snapshots = SimpleNamespace(sending=sending, installed=1, received_bytes=300)
     found = _figures(_store([], []), snapshots=snapshots)
     assert found["tallymark_store_snapshots_total", (("change", "sent"),)] == 2
     assert found["tallymark_store_snapshots_total", (("change", "installed"),)] == 1
