@@ -6,18 +6,20 @@ it, and holds everybody else to it. `Model` reads that log along and says what i
 
 from __future__ import annotations
 
+import bisect
 import random
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import google_crc32c
+import numpy as np
 
 from tallymark_store.folding import replay
 from tallymark_store.partition import Partition
 from tallymark_store.replication.effects import Role
 from tallymark_store.replication.ports import DurableState
 from tallymark_store.replication.replica import Replica
-from tallymark_store.wal import DamagedError, Position, RecordKind, Wal
+from tallymark_store.wal import DamagedError, PartitionIndex, Position, RecordKind, RecordMeta, Wal
 
 from .clients import Ledger, Part
 from .logbook import Model, parse_batch
@@ -35,6 +37,23 @@ class Committed(NamedTuple):
     epoch: int
     append_ns: int
     checksum: int
+
+
+class CommittedLog:
+    """What was committed, as a log that was never dropped: to count it again."""
+
+    def __init__(self, number: int, records: list[Committed], payloads: list[np.ndarray]) -> None:
+        index = PartitionIndex(number)
+        self._records = []
+        for record, payload in zip(records, payloads, strict=True):
+            meta = RecordMeta(number, record.kind, record.epoch, record.base, record.count, record.append_ns)
+            index.append(meta, segment=0, position=0, length=len(payload))
+            self._records.append((meta, payload))
+        self.partitions = {number: index}
+
+    def read(self, number: int, offset: int) -> tuple[RecordMeta, Any]:
+        """As `Wal.read` does."""
+        return self._records[self.partitions[number].find(offset)]
 
 
 class Seen:
@@ -86,6 +105,7 @@ class Checkers:
         self.commits = 0
         self.leaderships: list[dict[int, tuple[str, int]]] = [{} for _ in range(partitions)]  # epoch -> who
         self.digests_compared = 0
+        self._payloads: list[list[np.ndarray]] = [[] for _ in range(partitions)]  # of `committed`
         self._rows: list[dict[int, int]] = [
             {} for _ in range(partitions)
         ]  # base offset -> position in `committed`
@@ -203,8 +223,17 @@ class Checkers:
         index = store.wal.partitions[number]
         if end > self.ends[number]:
             self._check_commit(process, number, end)
-        row = index.find(start)
         at = start
+        if start < index.log_start:
+            # It was dropped, or a snapshot has taken its place: that must be something that is committed.
+            at = index.log_start
+            last = None if self.ends[number] < at else self._ending(number, at)
+            if last is None or (last.epoch, last.append_ns) != (index.start_epoch, index.start_append_ns):
+                raise SimulationError(
+                    f"LOG-2: {process} partition {number} has a log that begins at {at}, behind a record of epoch "
+                    f"{index.start_epoch} and time {index.start_append_ns}; committed is {last}"
+                )
+        row = index.find(at)
         while at < end:
             try:
                 meta, payload = store.wal.read_record(number, row)
@@ -248,8 +277,16 @@ class Checkers:
             replica.epoch,
         )
 
-    def _add(self, number: int, record: Committed, payload: object) -> None:
+    def _ending(self, number: int, offset: int) -> Committed | None:
+        """The committed record that ends at an offset."""
+        at = bisect.bisect_left(self.committed[number], offset, key=lambda record: record.base) - 1
+        found = self.committed[number][at] if at >= 0 else None
+        return found if found is not None and found.base + found.count == offset else None
+
+    def _add(self, number: int, record: Committed, payload: Any) -> None:
         self._rows[number][record.base] = len(self.committed[number])
+        # A copy: what is on a disk may rot.
+        self._payloads[number].append(np.frombuffer(bytes(payload), np.uint8))
         previous = self.committed[number][-1] if self.committed[number] else None
         if previous is not None and record.epoch < previous.epoch:
             raise SimulationError(f"LOG-3: partition {number}: the epoch falls from {previous} to {record}")
@@ -259,7 +296,7 @@ class Checkers:
         self.ends[number] = record.base + record.count
         self.commits += 1
         if record.kind == RecordKind.EVENTS:
-            self.models[number].take(parse_batch(record.base, payload))  # type: ignore[arg-type]
+            self.models[number].take(parse_batch(record.base, payload))
 
     def _check_commit(self, process: Process, number: int, end: int) -> None:
         """Whoever says first that something is committed: one leader an epoch, and a majority has it on disk."""
@@ -299,6 +336,9 @@ class Checkers:
         if process.store is None:
             return process.durable_ends.get(number, 0) >= end
         index = process.store.wal.partitions.get(number)
+        if index is not None and 0 < end <= index.log_start:
+            # It is in a checkpoint; or in a snapshot that is, once the log that begins with it is on disk.
+            return process.durable_ends.get(number, 0) >= end
         at = -1 if index is None else index.find(end - 1)
         if index is None or at < 0:
             return False
@@ -353,7 +393,8 @@ class Checkers:
                 )
             self.compare_digest(process, number)
             index = store.wal.partitions[number]
-            for row, record in enumerate(self.committed[number]):
+            kept = [record for record in self.committed[number] if record.base >= index.log_start]
+            for row, record in enumerate(kept):
                 try:
                     meta, payload = store.wal.read_record(number, row)
                 except DamagedError:
@@ -374,10 +415,11 @@ class Checkers:
                 raise SimulationError(f"LOG-1: {process} partition {number} ends at {index.log_end}")
             if number not in recounted and not process.is_tainted:
                 recounted.add(number)
+                book = CommittedLog(number, self.committed[number], self._payloads[number])
                 counted = Partition(
-                    number, dedup_window_ns=partition.dedup_window_ns, indexes=store.wal.partitions, salt=salt
+                    number, dedup_window_ns=partition.dedup_window_ns, indexes=book.partitions, salt=salt
                 )
-                replay(store.wal, counted, partition.applied)
+                replay(book, counted, partition.applied)  # type: ignore[arg-type]
                 if counted.digest() != partition.digest():
                     raise SimulationError(
                         f"FOLD-1: {process} partition {number} is not what its log counts to"

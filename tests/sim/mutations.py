@@ -12,8 +12,10 @@ from unittest import mock
 
 import msgspec
 
+from tallymark_store import checkpointer, snapshots
 from tallymark_store.copies import Copies
 from tallymark_store.node import StoreNode
+from tallymark_store.outcomes import Outcomes
 from tallymark_store.partition import Partition
 from tallymark_store.replicating import Replicating
 from tallymark_store.replication.core import ReplicaCore
@@ -24,6 +26,7 @@ from tallymark_store.replication.leader import Leading
 from tallymark_store.replication.messages import Appended
 from tallymark_store.replication.replica import Replica
 from tallymark_store.wal.scan import Scan
+from tallymark_store.window_times import WindowTimes
 
 from .simulation import Options
 
@@ -49,11 +52,11 @@ class Mutation(NamedTuple):
 
 
 def _mutation(
-    what: str, *kinds: str, mean_ms: int = 300, reads: int = 5
+    what: str, *kinds: str, mean_ms: int = 300, reads: int = 5, recycle: bool = False
 ) -> Callable[[Callable[[], list[Patch]]], Callable[[], list[Patch]]]:
     def register(patches: Callable[[], list[Patch]]) -> Callable[[], list[Patch]]:
         name = patches.__name__
-        options = Options(kinds=kinds, mean_ms=mean_ms, reads=reads)
+        options = Options(kinds=kinds, mean_ms=mean_ms, reads=reads, recycle=recycle)
         _REGISTRY[name] = Mutation(name, what, options, patches)
         return patches
 
@@ -366,6 +369,54 @@ def truncate_below_the_high_watermark() -> list[Patch]:
 @_mutation("bad bytes below the synced end are dropped as if they were a torn tail", "rot", "power")
 def take_damage_for_tail() -> list[Patch]:
     return [(Scan, "_is_damage", lambda self, gap: False)]
+
+
+# ---------------------------------------------------------------- dropped logs
+
+
+@_mutation(
+    "a snapshot is installed without the ids that it remembers",
+    "wipe",
+    "freeze",
+    "kill",
+    mean_ms=150,
+    recycle=True,
+)
+def install_without_ids() -> list[Patch]:
+    restore = snapshots.restore
+
+    def forgetful(partition: Any, *args: Any) -> None:
+        with mock.patch.object(partition.dedup, "load"):
+            restore(partition, *args)
+
+    return [(snapshots, "restore", forgetful)]
+
+
+@_mutation("the log is dropped past what checkpoints hold", "kill", "power", "kill_all", recycle=True)
+def recycle_past_the_checkpoint() -> list[Patch]:
+    return [(checkpointer, "recycle_floor", lambda indexes, needed, end: end)]
+
+
+@_mutation("ids are remembered as far back as the log reaches", "kill", "freeze", recycle=True)
+def forget_ids_with_the_log() -> list[Patch]:
+    def floor(self: Any, index: Any, append_ns: int) -> int:
+        return max(original(self, index, append_ns), index.log_start)
+
+    original = WindowTimes.floor
+    return [(WindowTimes, "floor", floor)]
+
+
+@_mutation(
+    "a repeat of what the log has dropped is answered as if all of it had been stored",
+    "wipe",
+    "freeze",
+    "storm",
+    "end_lease",
+    mean_ms=150,
+    recycle=True,
+)
+def forget_outcomes_with_the_log() -> list[Patch]:
+    return [(Outcomes, "note", lambda self, base, append_ns, verdicts, originals: None)]
 
 
 # ---------------------------------------------------------------- reads

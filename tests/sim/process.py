@@ -79,6 +79,8 @@ class Process:
         self.sync_ns = (100_000, 400_000)
         self.slow_syncs = 0.0
         self.reports: list[str] = []
+        self.recycled_bytes = 0  # of log that was dropped, in lives that have ended
+        self.installed = 0  # snapshots, likewise
         self._world = world
         self._network = network
         self._etcd = etcd
@@ -171,6 +173,9 @@ class Process:
         self.loop = None
         self.gate.is_open = False
         self._world.graveyard.append((self.node, self.coordinator))
+        if self.node is not None and self.node.checkpointer is not None and self.node.snapshots is not None:
+            self.recycled_bytes += self.node.checkpointer.recycled_bytes
+            self.installed += self.node.snapshots.installed
         if self.node is not None and self.node.driver is not None:
             # They reserve a lot of address space, which a run of many lives would use up.
             for partition in self.node.driver.partitions.values():

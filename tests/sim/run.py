@@ -33,11 +33,15 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--kinds", default=None, help="of faults, comma-separated; drawn where not given")
     parser.add_argument("--destructive", action="store_true")
+    parser.add_argument(
+        "--recycle", choices=("on", "off"), default=None, help="drop logs; drawn where not given"
+    )
     parser.add_argument("--keep-going", action="store_true")
     parser.add_argument("--lines", type=int, default=400, help="of a failing seed's trace")
     args = parser.parse_args()
     kinds = None if args.kinds is None else tuple(kind for kind in args.kinds.split(",") if kind)
-    options = Options(kinds=kinds, is_destructive=args.destructive)
+    recycle = None if args.recycle is None else args.recycle == "on"
+    options = Options(kinds=kinds, is_destructive=args.destructive, recycle=recycle)
     size = 1 if args.keep_going else 10
     tasks = [
         (start, min(start + size, args.start + args.seeds), options)
@@ -72,6 +76,10 @@ def main() -> int:
         f"{sum(r.acknowledged for r in done)} events acknowledged, {sum(r.commits for r in done)} records committed "
         f"in {sum(r.epochs for r in done)} epochs; new writes {sum(r.live_ms for r in done) // count} ms after healing "
         f"({max((r.live_ms for r in done), default=0)} at most)"
+    )
+    print(
+        f"{sum(r.recycled_bytes > 0 for r in done)} seeds dropped {sum(r.recycled_bytes for r in done) // 1024} KiB of log, "
+        f"{sum(r.installed > 0 for r in done)} of them installed {sum(r.installed for r in done)} snapshots"
     )
     print("faults:", ", ".join(f"{kind} {times}" for kind, times in sorted(faults.items())))
     return 1 if failed else 0

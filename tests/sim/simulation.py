@@ -21,7 +21,7 @@ import msgspec
 from tallymark_protocol.frames import Frame
 from tallymark_protocol.model import AggType, MetricSchema
 from tallymark_protocol.schema import encode_record, make_record
-from tallymark_runtime.assignments import Copy, copy_key
+from tallymark_runtime.assignments import Assignment, Copy, assignment_key, copy_key
 from tallymark_runtime.catalog import Leader, leader_key, metric_key
 from tallymark_runtime.coordinator import Put
 from tallymark_store.node import StoreConfig
@@ -56,6 +56,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     chunks: int = 36
     reads: int = 18
     mean_ms: int = 0  # between faults; 0: drawn
+    recycle: bool | None = None  # whether stores drop their log below checkpoints; None: drawn
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -68,6 +69,8 @@ class Result(msgspec.Struct, frozen=True):
     epochs: int
     faults: dict[str, int]
     live_ms: int  # from healing to the last of the first new writes
+    recycled_bytes: int = 0  # of log that was dropped
+    installed: int = 0  # snapshots
 
 
 class Failure(SimulationError):
@@ -116,6 +119,16 @@ class Simulation:
             wal=WalConfig(segment_bytes=rng.choice((16, 64, 256)) * 1024),
             checkpoint_interval_s=rng.choice((1.5, 600.0, 600.0)),
         )
+        # Drawn beside the rest, so that everything else of a seed is the same with and without.
+        recycle_rng = random.Random(seed ^ 0x5EED)
+        does_recycle = recycle_rng.random() < 0.4 if options.recycle is None else options.recycle
+        if does_recycle:
+            config = msgspec.structs.replace(
+                config,
+                recycle=True,
+                wal=WalConfig(segment_bytes=recycle_rng.choice((4, 8, 16)) * 1024),
+                checkpoint_interval_s=recycle_rng.choice((0.2, 0.5, 1.5)),
+            )
         for name in names:
             clock = SimClock(
                 self.world,
@@ -274,6 +287,8 @@ class Simulation:
             sum(len(epochs) for epochs in self.checkers.leaderships),
             self.faults.counts,
             self.live_ms,
+            sum(process.recycled_bytes for process in self.processes.values()),
+            sum(process.installed for process in self.processes.values()),
         )
 
     def _run(self) -> None:
@@ -347,6 +362,10 @@ class Simulation:
             members = self.members(number)
             if not members:
                 return f"nobody knows the members of partition {number}"
+            wish = self.etcd.state.get(assignment_key(number))
+            wished = set() if wish is None else set(msgspec.msgpack.decode(wish.value, type=Assignment).nodes)
+            if wished != {member.node_id for member in members}:
+                return f"partition {number} is held by {members}, and shall be held by {sorted(wished)}"
             leaders = 0
             for member in members:
                 process = self.processes[member.node_id]

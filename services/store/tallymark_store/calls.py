@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import msgspec
 
@@ -70,6 +71,8 @@ class Calls:
         offload: Offload,
     ) -> None:
         self.checkpoint_count: Callable[[], int] = lambda: 0
+        # Keeps a partition's log from an offset on while it is counted again.
+        self.hold_log: Callable[[int, int], AbstractContextManager[None]] = lambda _, __: nullcontext()
         self._store = store
         self._catalog = catalog
         self._clock = clock
@@ -305,12 +308,20 @@ class Calls:
             await store.wait_applied(partition)
         counted = partition
         if call.recount:
+            start = partition.index.log_start
+            if start > 0:
+                raise UnavailableError(
+                    f"partition {call.partition} cannot be counted again: its log begins at offset {start}, what lies "
+                    f"before is in checkpoints only",
+                    retriable=False,
+                )
             upto = partition.applied
             counted = Partition(
                 call.partition, dedup_window_ns=partition.dedup_window_ns, indexes=store.wal.partitions
             )
             try:
-                await self._offload(functools.partial(replay, store.wal, counted, upto))
+                with self.hold_log(call.partition, 0):
+                    await self._offload(functools.partial(replay, store.wal, counted, upto))
             except DamagedError as error:
                 store.folding.check_kept(partition)
                 store.refuse(partition, error)  # only a recount has looked at what lies below the checkpoint

@@ -3,8 +3,9 @@
 A partition's folder holds::
 
     MANIFEST              which files make up the newest checkpoint (a container of one MessagePack part)
-    state-<offset>        cells, sets, thresholds, alerts, schemas, producer windows, log index
+    state-<offset>        cells, sets, thresholds, alerts, schemas, producer windows, recent outcomes, times
     ids-<from>-<to>       remembered event ids whose events lie in [from, to); written once, listed by many
+    in-...                a snapshot of another copy that is coming in (`incoming`)
 
 Remembered ids are by far the largest part and never change once written, so each checkpoint adds only those
 since the one before; many small files are joined. The order is: files written and synced, folder synced,
@@ -16,6 +17,9 @@ only what follows. Its age and the partitions' are independent of each other.
 
 A checkpoint may have seen records beyond its own offset while it was gathered (see `Partition`), so the driver
 switches the manifest only once everything that was in the log by then is committed.
+
+The log may end where a checkpoint begins: with it comes whatever else was to be known of the log below, such as who
+the members were, and the epoch and time of the last record.
 """
 
 from __future__ import annotations
@@ -31,8 +35,10 @@ from tallymark_store import container
 from tallymark_store.dedup.index import ENTRY_DTYPE
 from tallymark_store.wal import WalStart
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ID_FILES_MAX = 32  # more are joined into one
+MEMBERSHIPS_MAX = 16  # in a manifest, the last ones
+INCOMING = "in-"  # what names of files begin with that are not to be touched here
 _MANIFEST = "MANIFEST"
 _WAL_START = "wal-start"
 _WRITE_BYTES = 4 * 1024 * 1024  # at a time, so that ingest's own syncs get between
@@ -47,13 +53,27 @@ class Manifest(msgspec.Struct, frozen=True):
     last_append_ns: int  # of the last record below `offset`
     state_file: str = ""
     id_files: list[tuple[str, int, int]] = []  # name, from, to
+    epoch: int = 0  # of the last record below `offset`
+    # Memberships below `offset`, ascending: where the record lies (-1: the founding one), (node id, copy id).
+    memberships: list[tuple[int, list[tuple[str, str]]]] = []
 
 
 class CheckpointError(Exception):
     """A checkpoint's files are missing or damaged; the message says which and how."""
 
 
-def _write(disk: Disk, name: str, parts: dict[str, container.Part]) -> None:
+def state_name(offset: int) -> str:
+    """The name of the state file of a checkpoint."""
+    return f"state-{offset:020d}"
+
+
+def ids_name(start: int, end: int) -> str:
+    """The name of a file of event ids."""
+    return f"ids-{start:020d}-{end:020d}"
+
+
+def write_container(disk: Disk, name: str, parts: dict[str, container.Part]) -> None:
+    """Write and sync a file of named parts."""
     file = disk.create(name)
     try:
         position = 0
@@ -69,7 +89,12 @@ def _write(disk: Disk, name: str, parts: dict[str, container.Part]) -> None:
         file.close()
 
 
-def _read(disk: Disk, name: str) -> dict[str, container.Part]:
+def read_container(disk: Disk, name: str) -> dict[str, container.Part]:
+    """Read such a file.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
     try:
         file = disk.open(name)
     except FileMissingError:
@@ -90,7 +115,7 @@ def load_manifest(disk: Disk) -> Manifest | None:
     """
     if _MANIFEST not in disk.list():
         return None
-    raw = _read(disk, _MANIFEST).get("manifest")
+    raw = read_container(disk, _MANIFEST).get("manifest")
     try:
         manifest = msgspec.msgpack.decode(raw if isinstance(raw, bytes) else b"", type=Manifest)
     except msgspec.DecodeError as error:
@@ -105,14 +130,14 @@ def load_manifest(disk: Disk) -> Manifest | None:
 
 def load_state(disk: Disk, manifest: Manifest) -> dict[str, container.Part]:
     """The parts of the state file."""
-    return _read(disk, manifest.state_file)
+    return read_container(disk, manifest.state_file)
 
 
 def load_ids(disk: Disk, manifest: Manifest) -> list[npt.NDArray[Any]]:
     """The remembered ids, one array a file, oldest first."""
     arrays = []
     for name, _, _ in manifest.id_files:
-        entries = _read(disk, name).get("entries")
+        entries = read_container(disk, name).get("entries")
         if not isinstance(entries, np.ndarray) or entries.dtype != ENTRY_DTYPE:
             raise CheckpointError(f"checkpoint file {name} holds no event ids")
         arrays.append(entries)
@@ -158,32 +183,32 @@ def write(
             new_ids = new_ids[new_ids["offset"] >= id_floor]
             since = kept[0][1]
             kept = []
-        fresh = [(f"ids-{since:020d}-{manifest.offset:020d}", since, manifest.offset)]
-        _write(disk, fresh[0][0], {"entries": new_ids})
-    state_file = f"state-{manifest.offset:020d}"
+        fresh = [(ids_name(since, manifest.offset), since, manifest.offset)]
+        write_container(disk, fresh[0][0], {"entries": new_ids})
+    state_file = state_name(manifest.offset)
     if previous is not None and previous.state_file == state_file:
         return previous
-    _write(disk, state_file, state)
+    write_container(disk, state_file, state)
     disk.sync_dir()
     return msgspec.structs.replace(manifest, state_file=state_file, id_files=[*kept, *fresh])
 
 
-def publish(disk: Disk, manifest: Manifest) -> None:
-    """Make a written checkpoint the newest, durably, and remove what it does not list."""
+def publish(disk: Disk, manifest: Manifest, kept: frozenset[str] = frozenset()) -> None:
+    """Make a written checkpoint the newest, durably, and remove what neither it lists nor `kept`."""
     temporary = _MANIFEST + ".new"
-    _write(disk, temporary, {"manifest": msgspec.msgpack.encode(manifest)})
+    write_container(disk, temporary, {"manifest": msgspec.msgpack.encode(manifest)})
     disk.rename(temporary, _MANIFEST)
     disk.sync_dir()
-    listed = {_MANIFEST, manifest.state_file, *(name for name, _, _ in manifest.id_files)}
+    listed = {_MANIFEST, manifest.state_file, *(name for name, _, _ in manifest.id_files), *kept}
     for name in disk.list():
-        if name not in listed:
+        if name not in listed and not name.startswith(INCOMING):
             disk.remove(name)
 
 
 def write_wal_start(disk: Disk, start: WalStart) -> None:
     """Make a synced state of the log the one that recovery begins at."""
     temporary = _WAL_START + ".new"
-    _write(disk, temporary, dict(start.to_arrays()))
+    write_container(disk, temporary, dict(start.to_arrays()))
     disk.rename(temporary, _WAL_START)
     disk.sync_dir()
 
@@ -196,7 +221,9 @@ def load_wal_start(disk: Disk) -> WalStart | None:
     """
     if _WAL_START not in disk.list():
         return None
-    arrays = {name: part for name, part in _read(disk, _WAL_START).items() if not isinstance(part, bytes)}
+    arrays = {
+        name: part for name, part in read_container(disk, _WAL_START).items() if not isinstance(part, bytes)
+    }
     try:
         return WalStart.from_arrays(arrays)
     except ValueError as error:
@@ -204,7 +231,7 @@ def load_wal_start(disk: Disk) -> WalStart | None:
 
 
 def discard(disk: Disk) -> None:
-    """Forget every checkpoint here (the log is whole, and everything follows from it)."""
+    """Forget every checkpoint here (the log is whole, and everything follows from it; or the copy begins anew)."""
     for name in [_MANIFEST, *disk.list()]:
         try:
             disk.remove(name)

@@ -1,16 +1,21 @@
-"""When and how checkpoints are taken while the store serves.
+"""When and how checkpoints are taken while the store serves, and the log below them dropped.
 
 One partition at a time. At one offset, the applied one, the fold's arrays are copied in one go (a memcpy) and the
 producer windows are listed; remembered ids, which never change once written, are then gathered shard by shard with
 the loop running in between. Files are written and synced in a thread. The manifest is switched once everything that
 the judge had seen by then is committed (what was gathered may have been shaped by it) and what it covers is on this
 store's own disk: others may have been faster.
+
+With `recycle`, segments that no partition needs any more go after that, in this order: checkpoints of all partitions
+are durable; the indexes forget what lies in those segments; the log's state without it is durable; the files are
+removed, in a thread. A crash at any point leaves a log from which everything follows that a checkpoint doesn't hold.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +27,8 @@ from tallymark_runtime.disk import Disk, DiskError
 from tallymark_store import checkpoint, container
 from tallymark_store.dedup.index import SHARD_COUNT
 from tallymark_store.partition import Partition
+from tallymark_store.recycling import Holds, recycle_floor
+from tallymark_store.replication.ports import Membership
 from tallymark_store.store import Offload, Store
 
 _log = logging.getLogger(__name__)
@@ -37,6 +44,13 @@ class Checkpointer:
         disk: the folder that holds a folder for each partition.
         interval_s: a checkpoint is due so long after the last, if anything was folded since.
         events_max: or after so many folded events.
+        holds: who keeps more of log and files than the newest checkpoints do.
+        expire_holds: called before the log is dropped: who has kept something for too long lets go.
+        recycle: whether the log below the checkpoints is dropped.
+
+    Attributes:
+        lock: held while a checkpoint is taken; whoever else changes checkpoints takes it.
+        recycled_bytes: of log files that were removed.
     """
 
     def __init__(
@@ -48,6 +62,9 @@ class Checkpointer:
         *,
         interval_s: float,
         events_max: int,
+        holds: Holds,
+        expire_holds: Callable[[], None] = lambda: None,
+        recycle: bool = False,
         offload: Offload = asyncio.to_thread,
     ) -> None:
         self._store = store
@@ -59,7 +76,11 @@ class Checkpointer:
         self._offload = offload
         self._last_ns = clock.monotonic_ns()
         self._last_events = store.events_folded
-        self._lock = asyncio.Lock()
+        self._holds = holds
+        self._expire_holds = expire_holds
+        self._recycle = recycle
+        self.lock = asyncio.Lock()
+        self.recycled_bytes = 0
         self.count = 0  # taken since the start
         self.finished_ns = clock.monotonic_ns()  # when the last was, or the start
         self.took_ns = 0  # the last one
@@ -88,7 +109,7 @@ class Checkpointer:
         Raises:
             DiskError: the disk refused; the checkpoints before stay in force.
         """
-        async with self._lock:
+        async with self.lock:
             began_ns = self._last_ns = self._clock.monotonic_ns()
             self._last_events = self._store.events_folded
             for partition in list(self._store.partitions.values()):
@@ -96,12 +117,33 @@ class Checkpointer:
                     await self._try_partition(partition)
             # With damage in the log, every start is to read it again from before: to say where the damage lies.
             if all(partition.error is None for partition in self._store.partitions.values()):
-                start = self._store.wal.snapshot()
+                wal = self._store.wal
+                floor = self._trim() if self._recycle else 0
+                start = wal.snapshot()
                 await self._store.wait_synced(start.position)
                 await self._offload(checkpoint.write_wal_start, self._disk, start)
+                if floor:
+                    self.recycled_bytes += await self._offload(wal.remove_segments_before, floor)
             self.count += 1
             self.finished_ns = self._clock.monotonic_ns()
             self.took_ns = self.finished_ns - began_ns
+
+    def _trim(self) -> int:
+        """Have the indexes forget what no partition needs any more; the lowest segment that is left."""
+        self._expire_holds()
+        wal, manifests = self._store.wal, self._manifests
+        needed = {
+            number: self._holds.lowest(number, manifests[number].offset if number in manifests else 0)
+            for number in wal.partitions
+        }
+        floor = recycle_floor(wal.partitions, needed, wal.synced_end.segment)
+        for number, index in wal.partitions.items():
+            rows = int(index.column("segment").searchsorted(floor, side="left"))
+            if rows:
+                last = index.row(rows - 1)
+                self._store.partitions[number].times.drop(index, last.base_offset + last.count)
+        wal.trim(floor)
+        return floor
 
     async def _try_partition(self, partition: Partition) -> None:
         try:
@@ -118,7 +160,9 @@ class Checkpointer:
         if offset == (0 if previous is None else previous.offset):
             return
         generation = self._store.generation(partition.partition)
-        manifest, state = snapshot_parts(partition)
+        replica = self._store.replicas.get(partition.partition)
+        memberships = [] if replica is None else replica.memberships_below(offset)
+        manifest, state = snapshot_parts(partition, memberships)
         id_floor = partition.dedup_floor(manifest.last_append_ns)
         ids = await self._gather_ids(partition, previous.offset if previous else 0, offset)
         seen = partition.judged_end
@@ -142,7 +186,7 @@ class Checkpointer:
             )
         await self._store.wait_committed(partition, seen, generation)
         await self._store.wait_durable(partition, offset)
-        await self._offload(checkpoint.publish, disk, written)
+        await self._offload(checkpoint.publish, disk, written, self._holds.files(partition.partition))
         if self._store.partitions.get(partition.partition) is not partition:
             checkpoint.discard(disk)  # the copy began anew meanwhile
             return
@@ -170,20 +214,27 @@ def folder(partition: int) -> str:
     return f"p-{partition:04d}"
 
 
-def snapshot_parts(partition: Partition) -> tuple[checkpoint.Manifest, dict[str, container.Part]]:
+def snapshot_parts(
+    partition: Partition, memberships: Sequence[Membership] = ()
+) -> tuple[checkpoint.Manifest, dict[str, container.Part]]:
     """A partition's state at its applied offset, but for the remembered ids: all of it at once."""
     offset = partition.applied
     index = partition.index
-    row = index.find(offset - 1)
-    last_append_ns = index.row(row).append_ns if row >= 0 else 0
     state: dict[str, container.Part] = {
         f"fold.{name}": part for name, part in partition.fold.snapshot().items()
     }
     state["windows"] = partition.windows.entries(offset)
+    state["outcomes"] = partition.outcomes.encode(offset)
+    state["times"] = partition.times.below(index, offset)
     manifest = checkpoint.Manifest(
         format_version=checkpoint.FORMAT_VERSION,
         partition=partition.partition,
         offset=offset,
-        last_append_ns=last_append_ns,
+        last_append_ns=index.append_ns_before(offset),
+        epoch=index.epoch_before(offset),
+        memberships=[
+            (membership.offset, [(member.node_id, member.copy_id) for member in membership.members])
+            for membership in memberships[-checkpoint.MEMBERSHIPS_MAX :]
+        ],
     )
     return manifest, state

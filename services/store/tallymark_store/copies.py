@@ -23,7 +23,7 @@ from tallymark_store.checkpointer import folder
 from tallymark_store.coordination import Coordination
 from tallymark_store.partition import Partition
 from tallymark_store.replication.effects import Role
-from tallymark_store.replication.ports import DurableState, Membership
+from tallymark_store.replication.ports import DurableState, Member, Membership
 from tallymark_store.store import WAY_OUT, Store
 
 _log = logging.getLogger(__name__)
@@ -68,6 +68,8 @@ class Copies:
         self._report = report
         self._changing: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)  # taken up, or removed
         self._wake = asyncio.Event()  # a copy of this node was removed by a leader
+        # Called when all that a copy had is forgotten: what was on its way to it is of no use.
+        self.on_forgotten: Callable[[int], None] = lambda _: None
 
     # ------------------------------------------------------------ beginning
 
@@ -100,7 +102,13 @@ class Copies:
         known = msgspec.structs.replace(
             state, high_watermark=max(state.high_watermark, partition.high_watermark)
         )
-        store.replicating.add(number, known, founding=founding, is_damaged=partition.error is not None)
+        store.replicating.add(
+            number,
+            known,
+            founding=founding,
+            earlier=checkpointed_memberships(self._manifests.get(number)),
+            is_damaged=partition.error is not None,
+        )
         replica = store.replicas[number]
         if replica.role is Role.DAMAGED:
             if partition.error is None:
@@ -158,6 +166,16 @@ class Copies:
             store.replicating.call(number, replica.set_founding, late)
         coordination.tell_leader(number)
 
+    def changing(self, number: int) -> asyncio.Lock:
+        """Held while a partition's copy is taken up, removed, or brought up by a snapshot."""
+        return self._changing[number]
+
+    def replace_state(self, number: int, partition: Partition) -> None:
+        """A snapshot takes the place of a copy's state; its checkpoint, of the discarded log, is of no use any more."""
+        self._manifests.pop(number, None)
+        self._store.partitions[number] = partition
+        self._store.end_generation(number)
+
     # ------------------------------------------------------------ ending
 
     def on_discarded(self, number: int, copy_id: str) -> None:
@@ -169,6 +187,7 @@ class Copies:
     def _forget(self, number: int) -> None:
         """Forget all state of a partition but its log: its copy is discarded."""
         store = self._store
+        self.on_forgotten(number)
         checkpoint.discard(self._checkpoints.at(folder(number)))
         self._manifests.pop(number, None)
         before = store.partitions[number]
@@ -262,3 +281,13 @@ class Copies:
                 file.save_all(states)
             except DiskError as error:
                 self._store.log_failed(error)
+
+
+def checkpointed_memberships(manifest: checkpoint.Manifest | None) -> list[Membership]:
+    """The memberships that a checkpoint knows of, ascending: those of the log before it."""
+    if manifest is None:
+        return []
+    return [
+        Membership(tuple(Member(*pair) for pair in members), offset)
+        for offset, members in manifest.memberships
+    ]

@@ -35,7 +35,7 @@ import numpy as np
 from tallymark_protocol import limits
 from tallymark_protocol.errors import RemoteProtocolError
 from tallymark_runtime.disk import BytesLike
-from tallymark_store.replication.messages import AnyMessage, Record
+from tallymark_store.replication.messages import AnyMessage, Offer, Piece, Record
 from tallymark_store.wal import RecordKind, RecordMeta
 from tallymark_store.wal.format import INTERNAL_KINDS, PAYLOAD_BYTES_MAX, as_crc_input, crc_of_parts
 
@@ -134,6 +134,10 @@ def encode(
                 payload_bytes += length
             metas = b"".join(packed)
         room = _MESSAGE_BYTES + len(metas) + 32 * len(getattr(message, "tail", ()))
+        if isinstance(message, Piece):
+            room += len(message.data)
+        elif isinstance(message, Offer):
+            room += 128 * (len(message.files) + len(message.members))
         if entries and (
             body_bytes + payload_bytes > BUNDLE_BYTES_SOFT
             or head_bytes + room > HEAD_BYTES_MAX // 2
@@ -232,6 +236,12 @@ _OFFSETS: Final = (
     "match_end",
     "applied",
     "record_count",
+    "log_start",
+    "offset",
+    "last_epoch",
+    "append_ns",
+    "position",
+    "checksum",
 )
 _TAIL_MAX: Final = 1_024
 _KINDS: Final = frozenset(RecordKind) - INTERNAL_KINDS

@@ -42,15 +42,17 @@ from tallymark_store.belonging import check_cluster
 from tallymark_store.calls import Calls
 from tallymark_store.checkpointer import Checkpointer
 from tallymark_store.coordination import Coordination, founding_of
-from tallymark_store.copies import Copies
+from tallymark_store.copies import Copies, checkpointed_memberships
 from tallymark_store.lease import LeaseKeeper, LeaseThread
 from tallymark_store.links import Transport
+from tallymark_store.recycling import Holds
 from tallymark_store.replicas_file import ReplicasFile, ReplicasFileError
 from tallymark_store.replicating import Identity
 from tallymark_store.replication.effects import Role
 from tallymark_store.replication.ports import Member, Membership, ReplicaConfig
 from tallymark_store.replication.replica import Replica
 from tallymark_store.replication.wal_log import WalLog
+from tallymark_store.snapshots import Snapshots
 from tallymark_store.store import Offload, Store, ThreadsFactory
 from tallymark_store.wal import DamagedError, Wal, WalConfig, WalThreads
 
@@ -75,6 +77,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     dedup_window_ns: int = limits.DEDUP_WINDOW_NS
     lease_ttl_s: float = 2.0
     replication: ReplicaConfig | None = None  # None: as follows from the lease
+    # Whether the log below the checkpoints is dropped. Raw events have no other home yet, so nothing sets it.
+    recycle: bool = False
 
 
 def replica_config(config: StoreConfig) -> ReplicaConfig:
@@ -152,6 +156,8 @@ class StoreNode:
         self._tasks: list[asyncio.Task[None]] = []
         self._copies: Copies | None = None
         self._outdated: dict[int, WireError] = {}  # partitions whose leader key had an epoch that was passed
+        self._holds = Holds()
+        self._snapshots: Snapshots | None = None
 
     @property
     def store(self) -> Store:
@@ -168,6 +174,11 @@ class StoreNode:
     def driver(self) -> Store | None:
         """The driver, whatever state it is in; None before there is one."""
         return self._store
+
+    @property
+    def snapshots(self) -> Snapshots | None:
+        """Who sends and takes in snapshots, for telemetry; None before it runs."""
+        return self._snapshots
 
     @property
     def lease_deadline_ns(self) -> int:
@@ -206,6 +217,7 @@ class StoreNode:
         await self._check_history(store)
         assert self._coordination is not None
         assert self._copies is not None
+        assert self._snapshots is not None
         store.start()
         await self._coordination.start()
         loop = asyncio.get_running_loop()
@@ -216,8 +228,12 @@ class StoreNode:
             self._clock,
             interval_s=config.checkpoint_interval_s,
             events_max=config.checkpoint_events,
+            holds=self._holds,
+            expire_holds=self._snapshots.sending.expire,
+            recycle=config.recycle,
             offload=self._offload,
         )
+        self._snapshots.start(self.checkpointer.lock)
         self._tasks += [
             loop.create_task(self.checkpointer.run()),
             loop.create_task(self._copies.tidy()),
@@ -256,10 +272,10 @@ class StoreNode:
             ) from error
         salt = self._rng.getrandbits(63)
 
-        def committed_end(wal: Wal, number: int) -> int:
+        def committed_end(wal: Wal, number: int, manifest: checkpoint.Manifest | None) -> int:
             log = WalLog(wal, number)
             state = file.states.get(number)
-            memberships = log.memberships()
+            memberships = checkpointed_memberships(manifest) + log.memberships()
             current = memberships[-1] if memberships else foundings.get(number)
             if state is None or current is None:
                 return log.log_end if state is None and current is None else 0
@@ -279,7 +295,7 @@ class StoreNode:
         )
         self._manifests = found.manifests
         file.use_log(found.wal.log_id)
-        older = await self._begin_life(file, found.wal, foundings)
+        older = await self._begin_life(file, found, foundings)
         node = Node(config.node_id, self.address, "store", zone=config.zone)
         self._coordination = Coordination(
             self._coordinator,
@@ -317,6 +333,7 @@ class StoreNode:
             offload=self._offload,
         )
         self._calls.checkpoint_count = self._checkpoint_count
+        self._calls.hold_log = self._holds.held
         self._copies = Copies(
             store,
             self._coordination,
@@ -328,10 +345,23 @@ class StoreNode:
             report=self._report,
         )
         self._copies.adopt(foundings, older)
+        self._snapshots = Snapshots(
+            store,
+            self._disk.at("checkpoints"),
+            found.manifests,
+            self._copies,
+            self._clock,
+            self._holds,
+            config=replica_config(config),
+            salt=salt,
+            dedup_window_ns=config.dedup_window_ns,
+            offload=self._offload,
+        )
+        self._copies.on_forgotten = self._snapshots.forget
         return store
 
     async def _begin_life(
-        self, file: ReplicasFile, wal: Wal, foundings: dict[int, Membership]
+        self, file: ReplicasFile, found: recovery.Recovered, foundings: dict[int, Membership]
     ) -> frozenset[int]:
         """Count this start; return the copies that may have acknowledged more than this disk knows of.
 
@@ -348,7 +378,7 @@ class StoreNode:
         older: set[int] = set()
         if not file.is_new and file.life < known:
             for number in sorted(file.states):
-                if await self._is_only_copy(number, file, wal, foundings):
+                if await self._is_only_copy(number, file, found, foundings):
                     self._report(
                         f"partition {number}: the data directory is older than this store's last start; there is no "
                         f"other copy, so what was acknowledged since is lost"
@@ -364,13 +394,19 @@ class StoreNode:
         return frozenset(older)
 
     async def _is_only_copy(
-        self, number: int, file: ReplicasFile, wal: Wal, foundings: dict[int, Membership]
+        self, number: int, file: ReplicasFile, found: recovery.Recovered, foundings: dict[int, Membership]
     ) -> bool:
         """Whether nobody else has ever held a partition, as far as this log says, nor shall."""
+        log = WalLog(found.wal, number)
         try:
-            history = WalLog(wal, number).memberships()
+            history = log.memberships()
         except (DamagedError, RemoteProtocolError):
             return False
+        if log.log_start:
+            before = checkpointed_memberships(found.manifests.get(number))
+            if not before or before[0].offset >= 0:
+                return False  # who the first members were is not known any more
+            history = before + history
         if number in foundings:
             history.insert(0, foundings[number])
         own = (Member(self._config.node_id, file.states[number].copy_id),)
@@ -463,6 +499,8 @@ class StoreNode:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._snapshots is not None:
+            await self._snapshots.close()
         store = self._store
         if store is not None:
             await store.close()
@@ -483,6 +521,8 @@ class StoreNode:
         self._closing = True
         for task in self._tasks:
             task.cancel()
+        if self._snapshots is not None:
+            self._snapshots.halt()
         if self._store is not None:
             self._store.halt()
         if self._coordination is not None:

@@ -45,6 +45,7 @@ from tallymark_store import batch
 from tallymark_store.dedup import NEW, REPEAT, REUSED, UNKNOWN, DedupIndex, ProducerWindows
 from tallymark_store.fold import Fold, SchemaTable
 from tallymark_store.judge import WANTS_LOOKUP, event_keys, judge_events, sealed_events, time_range
+from tallymark_store.outcomes import Outcomes
 from tallymark_store.prepared import (
     HIGH_WORD,
     Bytes,
@@ -58,6 +59,7 @@ from tallymark_store.prepared import (
     exceptions_of,
 )
 from tallymark_store.wal import PartitionIndex, RecordKind, RecordMeta
+from tallymark_store.window_times import WindowTimes
 
 # What the producer windows take of a row of a chunk table: producer, sequence, checksum | count << 32, and first sent to judge by, or
 # three places of their own to remember it.
@@ -95,6 +97,8 @@ class Partition:
         self.schemas = SchemaTable()  # as of `judged_end`
         self.dedup = DedupIndex(salt=salt)  # likewise, uncommitted suffix included
         self.windows = ProducerWindows(salt=salt)  # likewise
+        self.outcomes = Outcomes()  # likewise
+        self.times = WindowTimes(dedup_window_ns)  # of what the log has dropped
         self.fold = Fold(partition, hash_seed=salt)  # as of `fold.applied`
         self.last_append_ns = 0  # of the last record below `judged_end`
         # Appended by this leader, not folded, without a gap; what lies before the first of them is folded from the log.
@@ -124,9 +128,7 @@ class Partition:
 
     def dedup_floor(self, append_ns: int) -> int:
         """The first offset whose ids are still remembered at `append_ns`: a pure function of the log."""
-        times = self.index.column("append_ns")
-        row = int(times.searchsorted(append_ns - self.dedup_window_ns, side="left"))
-        return int(self.index.column("base_offset")[row]) if row < len(times) else self.log_end
+        return self.times.floor(self.index, append_ns)
 
     # ------------------------------------------------------------ append
 
@@ -248,10 +250,16 @@ class Partition:
                 if int(judged.record_offsets[c]) == base:
                     first = own[first]
                 commit_offset = max(commit_offset, first + counts[c])
+            record = int(judged.record_offsets[c])
             if first >= base:
-                found = LoggedVerdicts(base, verdicts, originals)
+                found: LoggedVerdicts | None = LoggedVerdicts(base, verdicts, originals)
+            elif record < self.index.log_start:
+                found = self.outcomes.find(record)  # the log has dropped it, or never held it
             else:
-                found = read_verdicts(int(judged.record_offsets[c]))
+                found = read_verdicts(record)
+            if found is None:
+                outcomes.append(ChunkOutcome(-1, [], _UNKNOWN_ERROR))
+                continue
             exceptions = exceptions_of(found.verdicts, found.originals, first - found.base_offset, counts[c])
             outcomes.append(ChunkOutcome(first, exceptions))
         answer = Appended(outcomes, base)
@@ -358,6 +366,7 @@ class Partition:
             chunk_verdicts=chunk_verdicts,
             first_offsets=first_offsets,
             stored=accepted,
+            originals=originals,
         )
 
     def back_out(self, base: int, columns: Ints) -> None:
@@ -380,6 +389,9 @@ class Partition:
             new = prepared.chunk_verdicts == NEW
             words, first_offsets = words[new], first_offsets[new]
         self._remember(words, first_offsets, prepared.item.base_offset, prepared.append_ns)
+        self.outcomes.note(
+            prepared.item.base_offset, prepared.append_ns, prepared.item.verdicts, prepared.originals
+        )
         self._enqueue(prepared.item)
 
     def _remember(self, words: Words, first_offsets: Ints, base: int, append_ns: int) -> None:
@@ -434,8 +446,9 @@ class Partition:
     def committed_floor(self) -> int:
         """The first offset whose ids are still remembered, by the append time of the last committed record."""
         index = self.index
-        last = index.find(self.high_watermark - 1)
-        return 0 if last < 0 else self.dedup_floor(index.row(last).append_ns)
+        if self.high_watermark < index.log_start:
+            return 0
+        return self.dedup_floor(index.append_ns_before(self.high_watermark))
 
     @property
     def fold_behind(self) -> bool:
@@ -480,12 +493,12 @@ class Partition:
         if self.judged_end > applied:
             self.dedup.truncate(applied)
             self.windows.truncate(applied)
+            self.outcomes.truncate(applied)
             # Metrics that only the uncommitted suffix knows are gone with it.
             self.schemas = copy.deepcopy(self.fold.schemas)
             self.judged_end = applied
         index = self.index
-        row = index.find(applied - 1)
-        self.last_append_ns = index.row(row).append_ns if row >= 0 else 0
+        self.last_append_ns = index.append_ns_before(max(applied, index.log_start))
         self.schemas_stale = False
         self.epoch = 0
         self.epoch_due = False
@@ -498,9 +511,7 @@ class Partition:
         high watermark.
         """
         applied = self.applied
-        index = self.index
-        row = index.find(applied - 1)
-        last_ns = index.row(row).append_ns if row >= 0 else 0
+        last_ns = self.index.append_ns_before(applied)
         floor = min(self.dedup_floor(last_ns), applied)
         parts = (
             self.fold.digest(),
@@ -573,6 +584,7 @@ class Partition:
         starts = counts.cumsum() - counts
         new = verdicts[starts] != _REPEAT_VERDICT
         self._remember(words[new], base_offset + starts[new], base_offset, append_ns)
+        self.outcomes.note(base_offset, append_ns, view.verdicts, view.originals)
         if columns[C_ID_ENCODING] == PLAIN:
             self._replay_ids(view.data, columns, verdicts, base_offset)
 

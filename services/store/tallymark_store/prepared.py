@@ -55,6 +55,7 @@ class Prepared(NamedTuple):
     first_offsets: Ints | None
     stored: int
     has_old_chunks: bool = False  # some chunk is not NEW
+    originals: Ints | None = None  # of the record's duplicates and conflicts, in order
 
 
 class JudgedChunks(NamedTuple):

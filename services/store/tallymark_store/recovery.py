@@ -1,7 +1,9 @@
 """From a data directory to partitions: log, checkpoints, and what the log holds beyond them that is committed.
 
-The log is the truth. A checkpoint that is missing or damaged only costs time: the partition is folded again from its
-first record. A damaged log is another matter: the partitions concerned are refused, with a sentence that says where
+The log is the truth. Where it is whole, a checkpoint that is missing or damaged only costs time: the partition is
+folded again from its first record. Where it begins later, everything before is in the checkpoint only, and without one
+that reaches the log's start the copy is damaged; but for a snapshot that had come in whole when the process ended,
+which is published now. A damaged log is another matter: the partitions concerned are refused, with a sentence that says where
 the damage lies and what to do; the others are served.
 
 What is committed is not in the log itself. A checkpoint shows it, REPLICAS records it now and then; of a partition
@@ -20,14 +22,16 @@ import numpy as np
 
 from tallymark_protocol.errors import ErrorCode, RemoteProtocolError, WireError
 from tallymark_runtime.disk import Disk, DiskError
-from tallymark_store import checkpoint
+from tallymark_store import checkpoint, incoming
 from tallymark_store.checkpointer import folder
 from tallymark_store.dedup.producers import ENTRY_DTYPE as WINDOW_DTYPE
 from tallymark_store.fold import Fold
 from tallymark_store.folding import replay
+from tallymark_store.outcomes import Outcomes
 from tallymark_store.partition import Partition
 from tallymark_store.store import WAY_OUT
 from tallymark_store.wal import DamagedError, Recovery, Wal, WalConfig, open_wal
+from tallymark_store.window_times import WindowTimes
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +55,7 @@ def recover(
     new_log_id: bytes,
     salt: int,
     report: Callable[[str], None],
-    committed_end: Callable[[Wal, int], int] | None = None,
+    committed_end: Callable[[Wal, int, checkpoint.Manifest | None], int] | None = None,
 ) -> Recovered:
     """Open a store's data directory.
 
@@ -90,7 +94,9 @@ def recover(
             partitions[number] = partition
             if manifest is not None:
                 manifests[number] = manifest
-            upto = None if committed_end is None else max(committed_end(wal, number), partition.applied)
+            upto = None
+            if committed_end is not None:
+                upto = max(committed_end(wal, number, manifest), partition.applied)
             replayed += replay(wal, partition, upto)
         except DamagedError as error:
             wal.mark_damaged(number)
@@ -132,8 +138,9 @@ def _load(
 ) -> tuple[Partition, checkpoint.Manifest | None]:
     number = partition.partition
     disk = checkpoints.at(folder(number))
+    start = partition.index.log_start
     try:
-        manifest = checkpoint.load_manifest(disk)
+        manifest = _newest(disk, number, start, report)
         if manifest is None:
             return partition, None
         if foreign:
@@ -146,7 +153,7 @@ def _load(
                 f"it held everything below {manifest.offset}",
                 partition=number,
             )
-        _restore(partition, disk, manifest, salt)
+        restore(partition, disk, manifest, salt)
     except (DamagedError, DiskError, MemoryError):
         raise
     except Exception as error:
@@ -155,13 +162,47 @@ def _load(
         if not isinstance(error, (checkpoint.CheckpointError, RemoteProtocolError)):
             _log.exception("partition %d: restoring the checkpoint failed", number)
             sentence = f"{type(error).__name__} {error}".strip()
+        if start > 0:
+            raise DamagedError(
+                f"partition {number}: the log begins at offset {start}, and the checkpoint cannot be used: {sentence}",
+                partition=number,
+            ) from error
         report(f"partition {number}: the checkpoint cannot be used, folding the log again: {sentence}")
         checkpoint.discard(disk)
         return Partition(number, dedup_window_ns=dedup_window_ns, indexes=wal.partitions, salt=salt), None
     return partition, manifest
 
 
-def _restore(partition: Partition, disk: Disk, manifest: checkpoint.Manifest, salt: int) -> None:
+def _newest(disk: Disk, number: int, start: int, report: Callable[[str], None]) -> checkpoint.Manifest | None:
+    """The manifest of the newest checkpoint, which reaches the log's start; of a snapshot that had come in, at last."""
+    reason = "there is no checkpoint"
+    try:
+        manifest = checkpoint.load_manifest(disk)
+    except checkpoint.CheckpointError as error:
+        if start == 0:
+            raise
+        manifest, reason = None, str(error)
+    if manifest is not None and manifest.offset < start:
+        reason = f"the checkpoint is of offset {manifest.offset}"
+        manifest = None
+    if start > 0 and manifest is None:
+        manifest = incoming.finish(disk, number, start)
+        if manifest is None:
+            raise DamagedError(
+                f"partition {number}: the log begins at offset {start}, and {reason}", partition=number
+            )
+        report(f"partition {number}: the snapshot of offset {start} that had come in is in force now")
+    incoming.clear(disk)
+    return manifest
+
+
+def restore(partition: Partition, disk: Disk, manifest: checkpoint.Manifest, salt: int) -> None:
+    """Load a checkpoint into a new partition.
+
+    Raises:
+        CheckpointError: its files are missing or damaged, or are none of this partition at that offset.
+        RemoteProtocolError: what is in them makes no sense.
+    """
     state = checkpoint.load_state(disk, manifest)
     fold_parts = {
         name.removeprefix("fold."): part for name, part in state.items() if name.startswith("fold.")
@@ -173,6 +214,15 @@ def _restore(partition: Partition, disk: Disk, manifest: checkpoint.Manifest, sa
     if not isinstance(windows, np.ndarray) or windows.dtype != WINDOW_DTYPE:
         raise checkpoint.CheckpointError("the state file holds no producer windows")
     partition.windows.load(windows)
+    if partition.applied != manifest.offset:
+        raise checkpoint.CheckpointError(
+            f"the state file is of offset {partition.applied}, not {manifest.offset}"
+        )
+    partition.outcomes = Outcomes.decode(state["outcomes"])
+    times = state["times"]
+    if not isinstance(times, np.ndarray) or times.dtype != np.int64 or times.ndim != 2 or times.shape[1] != 2:
+        raise checkpoint.CheckpointError("the state file holds no times")
+    partition.times = WindowTimes(partition.dedup_window_ns, times)
     for entries in checkpoint.load_ids(disk, manifest):
         partition.dedup.reserve(len(entries))
         partition.dedup.load(entries)

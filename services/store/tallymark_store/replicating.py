@@ -38,6 +38,8 @@ from tallymark_store.replication.effects import (
     Discarded,
     Effect,
     Fault,
+    Install,
+    OfferSnapshot,
     Persist,
     Role,
     Send,
@@ -45,6 +47,7 @@ from tallymark_store.replication.effects import (
     StepDown,
     Truncated,
 )
+from tallymark_store.replication.messages import AnyMessage, Ask, Offer, Piece
 from tallymark_store.replication.ports import DurableState, Membership, ReplicaConfig
 from tallymark_store.replication.replica import Replica
 from tallymark_store.replication.wal_log import WalLog
@@ -117,6 +120,22 @@ class Leadership(Protocol):
         ...
 
 
+class SnapshotPort(Protocol):
+    """Who sends and takes in snapshots: `snapshots.Snapshots`. Nothing here waits."""
+
+    def offer(self, number: int, to: str, epoch: int) -> None:
+        """Offer a node the newest checkpoint of a partition."""
+        ...
+
+    def install(self, number: int, leader: str, offer: Offer) -> None:
+        """Get a snapshot, and put it in the place of log and state; asked for again and again."""
+        ...
+
+    def take(self, sender: str, message: Ask | Piece) -> None:
+        """Take a message that is about the bytes of a snapshot."""
+        ...
+
+
 class Replicating:
     """All replicas of a process. Part of `store.Store`.
 
@@ -125,6 +144,7 @@ class Replicating:
         logs: their logs.
         fitness: whether this store can lead as well as others.
         identity: who this store is.
+        snapshots: who sends and takes in snapshots, once there is somebody.
     """
 
     def __init__(
@@ -145,6 +165,7 @@ class Replicating:
         self.logs: dict[int, WalLog] = {}
         self.identity = identity
         self.keys = keys
+        self.snapshots: SnapshotPort | None = None
         self.file = file
         self.heard_ns: dict[int, int] = {}  # by partition, when a leader was last heard of
         self.fitness = Fitness(
@@ -172,10 +193,19 @@ class Replicating:
 
     # ------------------------------------------------------------ replicas
 
-    def add(self, number: int, state: DurableState, *, founding: Membership | None, is_damaged: bool) -> None:
-        """Take up a partition's copy, as it was recovered."""
+    def add(
+        self,
+        number: int,
+        state: DurableState,
+        *,
+        founding: Membership | None,
+        earlier: Sequence[Membership] = (),
+        is_damaged: bool,
+    ) -> None:
+        """Take up a partition's copy, as it was recovered; `earlier` memberships are those that a checkpoint knows."""
         log = self.logs[number] = WalLog(self._wal, number, self._leadership.sync_soon)
         history = [founding] if founding is not None else []
+        history += [m for m in earlier if (m.offset >= 0 or not history) and m.offset < log.log_start]
         try:
             history += log.memberships()
         except (DamagedError, RemoteProtocolError) as error:
@@ -286,6 +316,10 @@ class Replicating:
         if replica.role is not Role.DAMAGED:
             self._calls.appendleft((number, replica.damaged, (reason,)))
 
+    def send(self, number: int, to: str, message: AnyMessage) -> None:
+        """Send a message about a partition, with the others of this turn of the loop."""
+        self._on_send(number, Send(to, message, []))
+
     def _on_send(self, number: int, effect: Send) -> None:
         if number in self._silent:
             return
@@ -353,6 +387,14 @@ class Replicating:
         state = self.file.states.get(number)
         if state is not None and state.copy_id == self.replicas[number].copy_id:
             self.persist(number, msgspec.structs.replace(state, is_damaged=True))
+
+    def _on_offer_snapshot(self, number: int, effect: OfferSnapshot) -> None:
+        if self.snapshots is not None:
+            self.snapshots.offer(number, effect.to, effect.epoch)
+
+    def _on_install(self, number: int, effect: Install) -> None:
+        if self.snapshots is not None:
+            self.snapshots.install(number, effect.leader, effect.offer)
 
     def _on_discarded(self, number: int, effect: Discarded) -> None:
         self._reset_due[number] = effect.copy_id
@@ -433,7 +475,10 @@ class Replicating:
         self.fitness.heard(bundle.sender, bundle.standing)
         for message, records in bundle.messages:
             replica = self.replicas.get(message.partition)
-            if replica is not None and message.partition not in self._silent:
+            if isinstance(message, Ask | Piece):
+                if replica is not None and self.snapshots is not None:
+                    self.snapshots.take(bundle.sender, message)
+            elif replica is not None and message.partition not in self._silent:
                 self.call(message.partition, replica.step, bundle.sender, message, records)
                 if replica.leader == bundle.sender:
                     self.heard_ns[message.partition] = self._clock.monotonic_ns()
@@ -509,6 +554,8 @@ _HANDLERS: dict[type, Callable[[Replicating, int, Any], None]] = {
     Truncated: Replicating._on_truncated,
     Committed: Replicating._on_committed,
     Discarded: Replicating._on_discarded,
+    OfferSnapshot: Replicating._on_offer_snapshot,
+    Install: Replicating._on_install,
     Fault: Replicating._on_fault,
 }
 

@@ -49,6 +49,18 @@ CHECKPOINT_AGE = Family(
 CHECKPOINT_SECONDS = Family(
     "tallymark_store_checkpoint_seconds", "gauge", "How long the last checkpoint took.", scale=NS
 )
+SNAPSHOTS = Family(
+    "tallymark_store_snapshots_total",
+    "counter",
+    'Checkpoints sent to copies that lack what is no longer in the log ("sent"), and taken over as such ("installed").',
+    ("change",),
+)
+SNAPSHOT_BYTES = Family(
+    "tallymark_store_snapshot_bytes_total",
+    "counter",
+    'Bytes of such checkpoints, "sent" or "received".',
+    ("change",),
+)
 LEASE_SECONDS = Family(
     "tallymark_store_lease_seconds",
     "gauge",
@@ -157,6 +169,12 @@ class StoreTelemetry:
             scrape.add(CHECKPOINTS, checkpointer.count)
             scrape.add(CHECKPOINT_AGE, now_ns - checkpointer.finished_ns)
             scrape.add(CHECKPOINT_SECONDS, checkpointer.took_ns)
+        snapshots = service.node.snapshots
+        if snapshots is not None:
+            scrape.add(SNAPSHOTS, snapshots.sending.sent, "sent")
+            scrape.add(SNAPSHOTS, snapshots.installed, "installed")
+            scrape.add(SNAPSHOT_BYTES, snapshots.sending.sent_bytes, "sent")
+            scrape.add(SNAPSHOT_BYTES, snapshots.received_bytes, "received")
         deadline_ns = service.node.lease_deadline_ns
         scrape.add(LEASE_SECONDS, deadline_ns - now_ns if deadline_ns else 0)
         scrape.add(LINK_DROPS, service.peers.dropped)

@@ -10,6 +10,7 @@ from tallymark_protocol.errors import ErrorCode, Reason
 from tallymark_protocol.model import AggType, UniqueType
 from tallymark_protocol.periods import period_of
 from tallymark_protocol.schema import MetricRecord
+from tallymark_store.window_times import STEPS
 
 from .store_driver import Chunk
 
@@ -66,11 +67,13 @@ class PartitionModel:
         """(account, uid, id) of stored events in the window -> (payload as sent, offset)."""
         found: dict[Any, tuple[Any, int]] = {}
         living: dict[str, int] = {}
+        step_ns = max(self.window_ns // STEPS, 1)
+        start_ns = (now_ns - self.window_ns) // step_ns * step_ns
         for record in self.records:
             if record.schema is not None:
                 living[record.schema.schema.code] = record.schema.uid
             for i, event in enumerate(record.events):
-                if event["id"] and record.verdicts[i] == 0 and record.append_ns >= now_ns - self.window_ns:
+                if event["id"] and record.verdicts[i] == 0 and record.append_ns >= start_ns:
                     found[self._key(event, living[event["metric"]])] = (self._sent(event), record.base + i)
         return found
 

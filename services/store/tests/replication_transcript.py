@@ -16,7 +16,10 @@ comments. Commands:
     damage a             a read finds damage in a's log
     wish a b d           the nodes that shall hold the partition
     hand-over a b        a gives the leadership to b
+    recycle a            a takes a checkpoint of what is committed, and drops the log below it
+    install a            the snapshot that a was told to install is there: it takes the place of log and state
     log [a]              print logs
+    why a                print why a is in its role
 """
 
 import re
@@ -27,7 +30,7 @@ from tallymark_store.replication import effects as fx
 from tallymark_store.replication.core import members_of
 from tallymark_store.replication.membership import encode_members
 from tallymark_store.replication.memory_log import MemoryLog
-from tallymark_store.replication.messages import Record
+from tallymark_store.replication.messages import Offer, Record
 from tallymark_store.replication.ports import DurableState, Member, Membership, ReplicaConfig
 from tallymark_store.replication.replica import Replica
 from tallymark_store.wal import RecordKind, RecordMeta
@@ -54,7 +57,8 @@ def show_message(message):
     shown = [
         f"{name}={value}"
         for name, value in fields.items()
-        if name not in ("partition", "instance", "record_count") and not (name == "is_damaged" and not value)
+        if name not in ("partition", "instance", "record_count", "snapshot", "append_ns", "files")
+        and not (name in ("is_damaged", "log_start") and not value)
     ]
     return f"{type(message).__name__} {' '.join(shown)}"
 
@@ -67,7 +71,8 @@ class Player:
         self.lines = []
         self.replicas = {}
         self.logs = {}
-        self.disks = {}
+        self.disks = {}  # records, and where they begin: (offset, epoch)
+        self.offers = {}  # what a node was told to install
         self.states = {}
         self.damaged = set()
         self.lives = {}
@@ -94,12 +99,13 @@ class Player:
         self.wished = names[:3]
         for name in names:
             self.states[name] = DurableState(copy_id=f"{name}1")
-            self.disks[name] = []
+            self.disks[name] = [], 0, 0
             self.on_start(name)
 
     def on_start(self, name):
         self.lives[name] = self.lives.get(name, 0) + 1
-        log = self.logs[name] = MemoryLog(self.disks[name])
+        records, start, start_epoch = self.disks[name]
+        log = self.logs[name] = MemoryLog(records, start=start, start_epoch=start_epoch)
         log.is_damaged = name in self.damaged
         history = [self.founding]
         history += [
@@ -158,7 +164,8 @@ class Player:
 
     def on_sync(self, *names):
         for name in names:
-            self.disks[name] = list(self.logs[name].records)
+            log = self.logs[name]
+            self.disks[name] = list(log.records), log.log_start, log.start_epoch
             self.do(name, self.replicas[name].synced(self.logs[name].log_end, self.now))
 
     def on_deliver(self, *links):
@@ -188,11 +195,45 @@ class Player:
     def on_hand_over(self, name, target):
         self.do(name, self.replicas[name].hand_over(target, self.now))
 
+    def on_recycle(self, name):
+        self.logs[name].trim(self.replicas[name].high_watermark)
+
+    def on_install(self, name):
+        offer, replica = self.offers.pop(name), self.replicas[name]
+        assert replica.lacks(offer.offset, offer.last_epoch)
+        self.logs[name].reset(offer.offset, epoch=offer.last_epoch)
+        membership = Membership(tuple(Member(*pair) for pair in offer.members), offer.members_offset)
+        self.do(name, replica.installed(offer.offset, membership, self.now))
+
+    def offer(self, name, effect):
+        """The newest checkpoint is that of the log's start."""
+        log, replica = self.logs[name], self.replicas[name]
+        membership = replica.memberships_below(log.log_start)[-1]
+        members = [(member.node_id, member.copy_id) for member in membership.members]
+        return Offer(
+            0,
+            effect.epoch,
+            replica.instance,
+            "",
+            log.log_start,
+            log.start_epoch,
+            0,
+            members,
+            membership.offset,
+            [],
+        )
+
+    def on_why(self, name):
+        self.say(f"{name}: {self.replicas[name].why}")
+
     def on_log(self, *names):
         for name in names or sorted(self.logs):
             replica = self.replicas.get(name)
             state = "down" if replica is None else f"{replica.role.value}, committed {replica.high_watermark}"
-            self.say(f"{name} [{' '.join(show(record) for record in self.logs[name].records)}] {state}")
+            log = self.logs[name]
+            shown = [f"{log.start_epoch}:..{log.log_start}"] if log.log_start else []
+            shown += [show(record) for record in log.records]
+            self.say(f"{name} [{' '.join(shown)}] {state}")
 
     # ---- effects
 
@@ -225,10 +266,14 @@ class Player:
                     self.do(name, replica.appended(self.now))
                 case fx.Discarded():
                     self.say(f"{name} discards its copy: now {effect.copy_id}")
-                    self.logs[name].records = []
-                    self.logs[name].is_damaged = False
+                    self.logs[name].reset()
                     self.damaged.discard(name)
-                    self.disks[name] = []
+                    self.disks[name] = [], 0, 0
+                case fx.OfferSnapshot():
+                    self.do(name, [fx.Send(effect.to, self.offer(name, effect), [])])
+                case fx.Install():
+                    self.say(f"{name} is to install what lies below {effect.offer.offset}")
+                    self.offers[name] = effect.offer
                 case _:
                     words = re.sub(r"(?<!^)([A-Z])", r" \1", type(effect).__name__).lower()
                     values = " ".join(str(value) for value in effect)

@@ -12,7 +12,7 @@ from tallymark_store.replication.core import members_of
 from tallymark_store.replication.effects import Role
 from tallymark_store.replication.membership import encode_members
 from tallymark_store.replication.memory_log import MemoryLog
-from tallymark_store.replication.messages import Record
+from tallymark_store.replication.messages import Offer, Record
 from tallymark_store.replication.ports import DurableState, Member, Membership, ReplicaConfig
 from tallymark_store.replication.replica import Replica
 from tallymark_store.wal import RecordKind, RecordMeta
@@ -41,7 +41,15 @@ class Node:
         self.world = world
         self.name = name
         self.state = DurableState(copy_id=f"{name}-copy0")
-        self.disk = []  # records as of the last sync
+        self.disk = (
+            [],
+            0,
+            0,
+        )  # records as of the last sync, where they begin, and the epoch of what ended there
+        self.checkpoint = (
+            None  # (offset, epoch, membership): durable, and not above what is committed and durable
+        )
+        self.incoming = None  # an offer whose snapshot will be there in a moment
         self.is_damaged = False
         self.replica = None
         self.log = None
@@ -53,11 +61,16 @@ class Node:
     def start(self):
         """Recover from the disk."""
         self.life += 1
-        self.log = MemoryLog(self.disk)
+        records, start, start_epoch = self.disk
+        self.log = MemoryLog(records, start=start, start_epoch=start_epoch)
+        self.incoming = None
         self.generation = 0
         self.syncing = False
         self.acks = []
         history = list(self.world.founding)
+        if start:
+            assert self.checkpoint[0] >= start, "LOG-6: a log begins nowhere above the checkpoint"
+            history += [m for m in [self.checkpoint[2]] if 0 <= m.offset < start]
         history += memberships(self.log.records)
         self.replica = Replica(
             0,
@@ -113,7 +126,7 @@ class Node:
         if self.replica is None:
             return
         self.world.trace(
-            f"{self.name} crashes at log end {self.log.log_end}, disk {self.disk[-1].end if self.disk else 0}"
+            f"{self.name} crashes at log end {self.log.log_end}, disk {self.disk[0][-1].end if self.disk[0] else self.disk[1]}"
         )
         self.replica = None
 
@@ -123,7 +136,8 @@ class Node:
         self.world.trace(f"{self.name} is {'wiped' if wiped else 'damaged'}")
         if wiped:
             self.state = DurableState(copy_id=self.new_copy_id())
-            self.disk = []
+            self.disk = [], 0, 0
+            self.checkpoint = None
             self.is_damaged = False
         else:
             self.is_damaged = True
@@ -167,11 +181,19 @@ class Node:
                     world.on_committed(self, effect.high_watermark)
                 case fx.Discarded():
                     world.trace(f"{self.name} discards its copy, now {effect.copy_id}")
-                    self.log.records = []
-                    self.log.is_damaged = self.is_damaged = False
-                    self.disk = []
+                    self.log.reset()
+                    self.is_damaged = False
+                    self.disk = [], 0, 0
+                    self.checkpoint = self.incoming = None
                     self.generation += 1
                     self.seen_high_watermark = 0
+                case fx.OfferSnapshot():
+                    world.send(self.name, effect.to, self.offer(effect.epoch), [])
+                case fx.Install():
+                    if self.incoming is None:
+                        self.incoming = effect.offer
+                        wait = world.rng.randint(1, 300) * MS
+                        world.at_node(self, wait, self.life, lambda: self.install(self.incoming))
                 case fx.Fault():
                     world.trace(f"{self.name} is damaged: {effect.reason}")
                     self.is_damaged = True
@@ -181,6 +203,55 @@ class Node:
             return
         self.sync()
 
+    def recycle(self):
+        """Take a checkpoint of what is committed and durable, and drop the log below it, or below some of it."""
+        replica, log = self.replica, self.log
+        end = min(replica.high_watermark, replica.durable_end)
+        if replica.role is Role.DAMAGED or end <= log.log_start or log.epoch_before(end) < 0:
+            return
+        self.checkpoint = end, log.epoch_before(end), replica.memberships_below(end)[-1]
+        start = self.world.rng.choice([r.end for r in log.records if r.end <= end])
+        # What the disk holds of it is dropped at once, as the files go when all that is durable.
+        records, disk_start, disk_epoch = self.disk
+        held = MemoryLog(records, start=disk_start, start_epoch=disk_epoch)
+        if held.epoch_before(start) == log.epoch_before(start):
+            held.trim(start)
+            log.trim(start)
+            self.disk = held.records, held.log_start, held.start_epoch
+            self.world.recycled += 1
+
+    def offer(self, epoch):
+        offset, last_epoch, membership = self.checkpoint
+        members = [(member.node_id, member.copy_id) for member in membership.members]
+        return Offer(
+            0,
+            epoch,
+            self.replica.instance,
+            "",
+            offset,
+            last_epoch,
+            0,
+            members,
+            membership.offset,
+            [("", 1, 0)],
+        )
+
+    def install(self, offer):
+        """The snapshot is here: durable, beside what is in force."""
+        self.incoming = None
+        if offer is None or not self.replica.lacks(offer.offset, offer.last_epoch):
+            return
+        membership = Membership(tuple(Member(*pair) for pair in offer.members), offer.members_offset)
+        self.world.trace(f"{self.name} begins with a snapshot of {offer.offset}")
+        self.world.installed += 1
+        self.log.reset(offer.offset, epoch=offer.last_epoch)
+        self.generation += 1
+        # In force when the emptied log is on disk: see `synced`. Before, the one before is.
+        self.snapshot = offer.offset, offer.last_epoch, membership
+        self.do(self.replica.installed(offer.offset, membership, self.world.now))
+
+    snapshot = None
+
     def append(self, kind, payload):
         world = self.world
         meta = RecordMeta(0, kind, self.replica.epoch, self.log.log_end, 1, world.now)
@@ -189,10 +260,11 @@ class Node:
 
     def sync(self):
         """Begin a sync of what is there, if none is under way and there is something new."""
-        if self.syncing or self.log.records == self.disk:
+        records = list(self.log.records), self.log.log_start, self.log.start_epoch
+        if self.syncing or records == self.disk:
             return
         self.syncing = True
-        records, generation, life = list(self.log.records), self.generation, self.life
+        generation, life = self.generation, self.life
         self.world.at_node(
             self,
             self.world.rng.randint(1, 10 * self.world.sync_ms) * MS // 10,
@@ -202,9 +274,15 @@ class Node:
 
     def synced(self, records, generation):
         self.syncing = False
-        self.disk = records
+        found, start, epoch = records
+        held = MemoryLog(found, start=start, start_epoch=epoch)
+        if self.disk[1] > start and held.epoch_before(self.disk[1]) == self.disk[2]:
+            held.trim(self.disk[1])  # dropped while this was on its way
+        self.disk = held.records, held.log_start, held.start_epoch
+        if self.snapshot is not None and held.log_start == self.snapshot[0]:
+            self.checkpoint, self.snapshot = self.snapshot, None
         if generation == self.generation:  # else it says nothing about what was written since the truncation
-            end = records[-1].end if records else 0
+            end = held.log_end
             self.do(self.replica.synced(min(end, self.log.log_end), self.world.now))
         else:
             self.sync()
@@ -226,6 +304,7 @@ class World:
         self.sync_ms = 1  # how long a sync takes at most
         self.spite = 0.0  # how often a node crashes at a delicate moment
         self.lost_copy = False
+        self.recycled = self.installed = 0  # how often
         self.cut = set()  # (from, to)
         self.founding = [Membership(tuple(Member(name, f"{name}-copy0") for name in names))]
         self.wish = tuple(names)
@@ -358,6 +437,10 @@ class World:
             assert self.committers.setdefault(replica.epoch, life) == life, (
                 "LOG-3: one leader commits in an epoch"
             )
+        start = node.log.log_start
+        if start:
+            assert start - 1 in self.committed, "LOG-6: what was dropped was committed"
+            assert self.committed[start - 1][0] == node.log.start_epoch, "LOG-6: of this epoch"
         for record in node.log.records:
             if record.end <= end:
                 entry = (record.meta.epoch, record.parts)
@@ -377,6 +460,11 @@ class World:
         self.served += 1
         found = {record.meta.base_offset: record.parts for record in node.log.records}
         for offset, payload in self.acknowledged.items():
+            if offset < node.log.log_start:
+                assert self.committed[offset][1] == payload, (
+                    "LOG-1: what was acknowledged is not what was committed"
+                )
+                continue
             assert found.get(offset) == payload, f"LOG-1: the leader lacks what was acknowledged at {offset}"
 
     def write(self):

@@ -230,7 +230,7 @@ def test_a_newer_format_is_refused() -> None:
     disk = MemoryDisk()
     manifest = msgspec.structs.replace(take(disk, None, 5), format_version=99)
     checkpoint.publish(disk, manifest)
-    with pytest.raises(checkpoint.CheckpointError, match=r"99.*reads version 1"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"99.*reads version 2"):
         checkpoint.load_manifest(disk)
 
 
@@ -238,7 +238,7 @@ def test_a_newer_format_is_refused() -> None:
 def test_a_file_that_is_no_manifest_is_refused(content: dict[str, container.Part]) -> None:
     """Though it is undamaged."""
     disk = MemoryDisk()
-    checkpoint._write(disk, "MANIFEST", content)
+    checkpoint.write_container(disk, "MANIFEST", content)
     with pytest.raises(checkpoint.CheckpointError):
         checkpoint.load_manifest(disk)
 
@@ -247,7 +247,7 @@ def test_ids_of_another_shape_are_refused() -> None:
     """Though the file is undamaged."""
     disk = MemoryDisk()
     manifest = take(disk, None, 5)
-    checkpoint._write(disk, manifest.id_files[0][0], {"entries": np.zeros(5)})
+    checkpoint.write_container(disk, manifest.id_files[0][0], {"entries": np.zeros(5)})
     with pytest.raises(checkpoint.CheckpointError, match="holds no event ids"):
         checkpoint.load_ids(disk, manifest)
 

@@ -16,8 +16,11 @@ from tallymark_store.replication.messages import (
     Announce,
     Append,
     Appended,
+    Ask,
     Fetched,
     HandOver,
+    Offer,
+    Piece,
     Promised,
     Record,
 )
@@ -44,6 +47,9 @@ MESSAGES = [
     Outgoing(Promised(4, 9, True, 9, "copy", 12, 10, [(3, 7), (9, 12)]), []),
     Outgoing(Fetched(2, 9, 3, 12, 1), RECORDS[:1]),
     Outgoing(Appended(2, 9, "copy", 12, 11), []),
+    Outgoing(Offer(2, 9, "i", "copy-40", 40, 7, 1_000, [("a", "a1")], -1, [("state-40", 9, 2**32 - 1)]), []),
+    Outgoing(Ask(2, "copy-40", -1, 0), []),
+    Outgoing(Piece(2, "copy-40", 0, 512, bytes(range(256)), 7), []),
 ]
 
 
@@ -65,6 +71,33 @@ def test_payloads_are_not_copied() -> None:
     (_, records) = links.decode(joined(parts)).messages[0]
     assert isinstance(records[0].parts[0], np.ndarray)
     assert not records[0].parts[0].flags.owndata
+
+
+def test_pieces_of_snapshots_go_out_in_several_bundles() -> None:
+    """Their bytes travel in the head, which has its own bound."""
+    outgoing = [Outgoing(Piece(2, "x", 0, 524_288 * k, bytes(524_288), 7), []) for k in range(32)]
+    bundles = packed(outgoing)
+    assert 8 <= len(bundles) <= 16
+    found = [message for data in bundles for message, _ in links.decode(data).messages]
+    assert found == [item.message for item in outgoing]
+
+
+def test_numbers_of_snapshots_that_cannot_be_are_refused() -> None:
+    """Negative offsets and positions, like all others."""
+    good = Offer(2, 9, "i", "x", 40, 7, 1_000, [("a", "a1")], -1, [("state-40", 9, 1)])
+    wrong = [
+        msgspec.structs.replace(good, offset=-1),
+        msgspec.structs.replace(good, last_epoch=-1),
+        msgspec.structs.replace(good, append_ns=-1),
+        Ask(2, "x", 0, -1),
+        Piece(2, "x", 0, -512, b"", 0),
+        Piece(2, "x", 0, 0, b"", -1),
+        Promised(4, 9, True, 9, "copy", 12, 10, [], False, -3),
+    ]
+    for message in wrong:
+        (data,) = packed([Outgoing(message, [])])
+        with pytest.raises(RemoteProtocolError):
+            links.decode(data)
 
 
 def test_much_goes_out_in_several_bundles() -> None:

@@ -16,6 +16,7 @@ from tallymark_protocol.model import AggType, PeriodType, UniqueType
 from tallymark_runtime.disk import DiskError
 from tallymark_store import checkpoint
 from tallymark_store.prepared import Prepared, exceptions_of
+from tallymark_store.window_times import STEPS
 
 from .partition_model import Outcome, PartitionModel
 from .payload_builder import event
@@ -246,14 +247,16 @@ def test_a_sealed_period_takes_repeats_but_nothing_new() -> None:
 
 
 def test_an_id_is_remembered_for_the_whole_window_and_no_longer() -> None:
-    """To the nanosecond, by append time; the same after a restart and from a checkpoint."""
+    """And to the end of its step, by append time, to the nanosecond; the same after a restart and from a checkpoint."""
     driver = started()
     one = event(1, "sum", id=encode_event_id("x"))
     driver.append(0, [one], [(1, 0, BASE, 1, 1)], BASE + 1)
     driver.append(0, [event(1, "sum")], [(1, 1, BASE, 1, 1)], BASE + 2)
     driver.sync()
     driver.checkpoint(0)
-    end = BASE + 1 + WINDOW
+    step = WINDOW // STEPS
+    end = ((BASE + 1) // step + 1) * step - 1 + WINDOW
+    assert BASE + 1 + WINDOW <= end < BASE + 1 + WINDOW + step
     inside = driver.append(0, [one], [(2, 0, end, 1, 1)], end)
     assert inside.stored == 0
     driver.sync()

@@ -24,6 +24,9 @@ def test_there_are_transcripts():
         "damaged_replica.txt",
         "membership_change.txt",
         "hand_over.txt",
+        "learner_behind_the_log_start.txt",
+        "member_behind_the_log_start.txt",
+        "candidate_behind_the_log_start.txt",
     } <= set(NAMES)
 
 

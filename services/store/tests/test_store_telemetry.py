@@ -68,12 +68,12 @@ def _store(partitions, replicas):
     )
 
 
-def _figures(store, checkpointer=None, clock=None, *, lease_deadline_ns=0, unsent=None):
+def _figures(store, checkpointer=None, clock=None, *, lease_deadline_ns=0, unsent=None, snapshots=None):
     clock = clock or ManualClock()
     service = SimpleNamespace(
         driver=store,
         checkpointer=checkpointer,
-        node=SimpleNamespace(lease_deadline_ns=lease_deadline_ns),
+        node=SimpleNamespace(lease_deadline_ns=lease_deadline_ns, snapshots=snapshots),
         peers=SimpleNamespace(dropped=5, unsent_bytes=lambda: unsent or {}),
     )
     telemetry = Telemetry(clock, node_id="n", version="v")
@@ -180,6 +180,17 @@ def test_the_lease_and_links_are_told():
     found = _figures(store, clock=clock, lease_deadline_ns=98 * S)
     assert found["tallymark_store_lease_seconds", ()] == pytest.approx(-2)
     assert _figures(store, clock=clock)["tallymark_store_lease_seconds", ()] == 0
+
+
+def test_snapshots_are_told():
+    """What went out and what came in, each by itself."""
+    sending = SimpleNamespace(sent=2, sent_bytes=900)
+    snapshots = SimpleNamespace(sending=sending, installed=1, received_bytes=300)
+    found = _figures(_store([], []), snapshots=snapshots)
+    assert found["tallymark_store_snapshots_total", (("change", "sent"),)] == 2
+    assert found["tallymark_store_snapshots_total", (("change", "installed"),)] == 1
+    assert found["tallymark_store_snapshot_bytes_total", (("change", "sent"),)] == 900
+    assert found["tallymark_store_snapshot_bytes_total", (("change", "received"),)] == 300
 
 
 def test_a_store_that_does_not_run_yet_tells_nothing():

@@ -79,7 +79,8 @@ class ReplicaCore:
         self.leader = ""  # node id of whom it follows; "" where it knows none
         self.why = ""  # it is in this role: for people
         # Exclusive; committed, and in this log. Never falls. high_watermark <= log_end
-        self.high_watermark = min(state.high_watermark, log.log_end)
+        # What lies before the log's start was committed when it was dropped.
+        self.high_watermark = max(min(state.high_watermark, log.log_end), log.log_start)
         self.durable_end = log.log_end  # exclusive; on disk. durable_end <= log_end
         self.state = state
         self.wish: tuple[str, ...] = ()  # nodes that shall hold the partition, the preferred leader first

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple
 
-from tallymark_store.replication.messages import AnyMessage, Record
+from tallymark_store.replication.messages import AnyMessage, Offer, Record
 from tallymark_store.replication.ports import DurableState, Membership
 
 
@@ -76,6 +76,23 @@ class Discarded(NamedTuple):
     copy_id: str
 
 
+class OfferSnapshot(NamedTuple):
+    """Offer a node the newest checkpoint; asked for again and again, until its log can be gone on with."""
+
+    to: str
+    epoch: int
+
+
+class Install(NamedTuple):
+    """Get this checkpoint from who leads, put it in the place of log and state, then call `installed`.
+
+    Asked for again with each offer. Nothing changes for the replica before.
+    """
+
+    leader: str
+    offer: Offer
+
+
 class Fault(NamedTuple):
     """This copy cannot be trusted: it counts for nothing from here on, also after a restart."""
 
@@ -94,6 +111,8 @@ Effect = (
     | Truncated
     | Committed
     | Discarded
+    | OfferSnapshot
+    | Install
     | Fault
 )
 

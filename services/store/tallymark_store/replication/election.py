@@ -6,7 +6,7 @@ advanced log of a majority holds everything that was ever committed.
 
 from __future__ import annotations
 
-from tallymark_store.replication.core import NEVER
+from tallymark_store.replication.core import NEVER, parting_point
 from tallymark_store.replication.effects import BeginEpoch, CreateKey, DeleteKey, Role
 from tallymark_store.replication.follower import Following
 from tallymark_store.replication.messages import Announce, Fetch, Fetched, HandOver, Promised, Record
@@ -169,6 +169,10 @@ class Candidacy(Following):
             return
         if not self.membership.has(sender, message.copy_id):
             return  # a copy that is no member, such as a wiped one, never votes
+        before = self._promises.get(sender)
+        if sender == self._fetching and before is not None and message.log_start > before.log_start:
+            self._fetching = ""  # what it was asked for is not there any more
+            self._fetch_due_ns = NEVER
         self._promises[sender] = message
         self._evaluate(now_ns)
 
@@ -197,6 +201,18 @@ class Candidacy(Following):
                     best, best_at = node, at
             if not best:
                 self._begin(granted, now_ns)
+                return
+            promise = self._promises[best]
+            point = parting_point(
+                self._tail(), self.log.log_end, promise.tail, promise.log_end, self.high_watermark
+            )
+            if point < promise.log_start:
+                self._step_down(
+                    f"what this log lacks from {point} on is no longer in that of {best}, which begins at "
+                    f"{promise.log_start}: it has to lead",
+                    now_ns,
+                    backoff_ns=self.config.lease_ns,
+                )
                 return
             self._fetching = best
             self._fetch_due_ns = now_ns + self.config.resend_ns

@@ -6,7 +6,7 @@ import msgspec
 
 from tallymark_protocol.errors import BackpressureError
 from tallymark_store.replication.core import ReplicaCore, parting_point
-from tallymark_store.replication.effects import Discarded, Persist, Role
+from tallymark_store.replication.effects import Discarded, Install, Persist, Role
 from tallymark_store.replication.messages import (
     Announce,
     Append,
@@ -14,10 +14,12 @@ from tallymark_store.replication.messages import (
     Fetch,
     Fetched,
     Mismatch,
+    Offer,
     Promised,
     Rebuild,
     Record,
 )
+from tallymark_store.replication.ports import Membership
 
 
 class Following(ReplicaCore):
@@ -31,11 +33,14 @@ class Following(ReplicaCore):
             self._promise(message.epoch, message.instance, now_ns)
             # Whom it followed is deposed; records of its epoch are refused from here on.
             self.leader = sender
+        self._send_promised(sender, message.epoch, granted=granted)
+
+    def _send_promised(self, to: str, epoch: int, *, granted: bool) -> None:
         self._send(
-            sender,
+            to,
             Promised(
                 self.partition,
-                message.epoch,
+                epoch,
                 granted,
                 self.promised,
                 self.copy_id,
@@ -43,6 +48,7 @@ class Following(ReplicaCore):
                 self.high_watermark,
                 self._tail(),
                 self.role is Role.DAMAGED,
+                self.log.log_start,
             ),
         )
 
@@ -53,6 +59,11 @@ class Following(ReplicaCore):
         base = parting_point(
             self._tail(), self.log.log_end, message.tail, message.log_end, message.high_watermark
         )
+        if base < self.log.log_start:
+            self._send_promised(
+                sender, message.epoch, granted=True
+            )  # it does not know yet that this was dropped
+            return
         if base > self.log.log_end or self.log.epoch_before(base) < 0:
             return  # it knows more than this log, so it lacks nothing
         records = self._read(base, self.config.message_bytes, now_ns)
@@ -144,6 +155,52 @@ class Following(ReplicaCore):
                 self.role is Role.DAMAGED,
             ),
         )
+
+    # ------------------------------------------------------------ snapshots
+
+    def lacks(self, offset: int, epoch: int) -> bool:
+        """Whether a checkpoint of what lies below `offset`, where a record of `epoch` ends, is of use to this copy.
+
+        One leader wrote an epoch: with that record in it, the log is the same up to there. Without it, everything
+        here that was ever committed lies below `offset`, and what lies above was overwritten by later leaders.
+        """
+        return (
+            self.role is Role.FOLLOWER
+            and offset > self.high_watermark
+            and self.log.epoch_before(offset) != epoch
+        )
+
+    def _on_offer(self, sender: str, message: Offer, now_ns: int) -> None:
+        if self.role is Role.DAMAGED or not self._may_promise(message.epoch, message.instance):
+            return  # its appends are answered
+        if self.epoch == message.epoch:
+            return  # an epoch is one node's: this is no message of ours
+        self._promise(message.epoch, message.instance, now_ns)
+        self.leader = sender
+        self._leader_end = max(self._leader_end, message.offset)
+        if self.lacks(message.offset, message.last_epoch):
+            self._emit(Install(sender, message))
+        elif self.role is Role.FOLLOWER and message.offset > self.high_watermark:
+            # All of it is here, and committed, which is what the leader could not tell.
+            self._commit(message.offset)
+
+    def _on_installed(self, offset: int, membership: Membership, now_ns: int) -> None:
+        assert self.role is Role.FOLLOWER, "only who follows is brought up"
+        assert self.log.log_start == self.log.log_end == offset, "the log begins at the snapshot"
+        assert offset > self.high_watermark, "a high watermark never falls"
+        # The emptied log is on disk once that is synced; up to then it is the log before, of which this much counts.
+        self.durable_end = min(self.durable_end, self.high_watermark)
+        self.high_watermark = offset
+        self._verified_epoch = self._verified_end = 0
+        self._acknowledged_end = -1
+        founding = self._history[:1] if self._history and self._history[0].offset < 0 else []
+        self._history = [membership] if membership.offset < 0 else [*founding, membership]
+        self.why = f"began with a snapshot of offset {offset}"
+        self._consider_candidacy(now_ns)
+
+    def _consider_candidacy(self, now_ns: int) -> None:
+        """The concern of candidates."""
+        raise NotImplementedError
 
     def _on_rebuild(self, message: Rebuild) -> None:
         """A leader with a majority has taken this copy for lost: begin anew, as another copy."""

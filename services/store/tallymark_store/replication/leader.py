@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from tallymark_store.replication.core import NEVER, parting_point
-from tallymark_store.replication.effects import AppendMembership, Role, Serve
+from tallymark_store.replication.effects import AppendMembership, OfferSnapshot, Role, Serve
 from tallymark_store.replication.election import Candidacy
 from tallymark_store.replication.membership import CopyView, next_membership
 from tallymark_store.replication.messages import (
@@ -36,11 +36,13 @@ class Progress:
         "heard_ns",
         "in_flight",
         "in_flight_bytes",
+        "is_behind",
         "is_damaged",
         "is_probing",
         "match_end",
         "next_offset",
         "node_id",
+        "offered_ns",
         "probe_base",
         "progress_ns",
         "resend_ns",
@@ -61,9 +63,11 @@ class Progress:
         self.allowance_ns = now_ns
         self.is_probing = True  # where its log stands isn't known: one message at a time
         self.probe_base = -1  # of the last message sent while probing
+        self.is_behind = False  # by what it said last, it lacks what is no longer in the leader's log
         self.is_damaged = False
         self.heard_ns = 0  # 0 = never
         self.sent_ns = 0
+        self.offered_ns = 0  # when a snapshot was offered last; 0 = never
         self.progress_ns = now_ns  # when something was acknowledged, or first sent after that
         self.resend_ns = 0  # the present wait for an acknowledgement; 0 = the configured one
 
@@ -126,6 +130,7 @@ class Leading(Candidacy):
                 point = parting_point(own, end, promise.tail, promise.log_end, promise.high_watermark)
                 progress.equal_end = progress.next_offset = min(point, end)
                 progress.is_probing = False
+                progress.is_behind = point < self.log.log_start
 
     def _update_followers(self, now_ns: int) -> None:
         """Everyone who is a member or shall be one is sent the log."""
@@ -146,6 +151,9 @@ class Leading(Candidacy):
         """Send what this follower lacks, as far as its window goes."""
         if progress.is_damaged or (progress.is_probing and progress.in_flight):
             return
+        if progress.next_offset < self.log.log_start:
+            self._bring_in(progress, now_ns)
+            return
         end = self.log.log_end
         config = self.config
         is_member = self.membership.has(progress.node_id, progress.copy_id)
@@ -165,6 +173,17 @@ class Leading(Candidacy):
             self._send_append(progress, base, records, now_ns)
             if progress.is_probing:
                 return
+
+    def _bring_in(self, progress: Progress, now_ns: int) -> None:
+        """What a follower lacks is no longer in this log: offer it a snapshot, now and then, until it has begun with it.
+
+        But for one that has not said so, as what it has acknowledged may be less than what it has: it is asked.
+        """
+        if not progress.is_behind:
+            return
+        if not progress.offered_ns or now_ns - progress.offered_ns >= self.config.resend_ns:
+            progress.offered_ns = now_ns
+            self._emit(OfferSnapshot(progress.node_id, self.epoch))
 
     def _may_send(self, progress: Progress, now_ns: int) -> bool:
         """Whether a learner may be sent more now: it is brought up at a bounded rate, in bursts of a quarter second."""
@@ -201,6 +220,7 @@ class Leading(Candidacy):
             return
         progress.is_damaged = False
         progress.is_probing = False
+        progress.is_behind = False
         if message.match_end > progress.match_end:
             progress.match_end = min(message.match_end, self.log.log_end)
             progress.progress_ns = now_ns
@@ -211,6 +231,8 @@ class Leading(Candidacy):
             if progress.next_offset < progress.match_end:
                 progress.rewind(progress.match_end)
             self._advance_commit(now_ns)
+        elif progress.next_offset < self.log.log_start <= progress.match_end:
+            progress.rewind(progress.match_end)  # late news had it further behind than it is
         if self.role in (Role.STARTING, Role.LEADER):
             self._replicate(progress, now_ns)
             if self._target == sender:
@@ -245,6 +267,7 @@ class Leading(Candidacy):
         if progress.is_probing and point == progress.probe_base:
             return  # asked again by the timer
         progress.is_probing = True
+        progress.is_behind = point < self.log.log_start
         progress.equal_end = progress.next_offset = min(point, self.log.log_end)
         self._probe(progress, now_ns)
 
@@ -252,7 +275,7 @@ class Leading(Candidacy):
         """Send one message, with or without records, and wait for what comes back."""
         progress.rewind(progress.next_offset)
         self._replicate(progress, now_ns)
-        if not progress.in_flight:
+        if not progress.in_flight and progress.next_offset >= self.log.log_start:
             self._send_append(progress, progress.next_offset, [], now_ns)
 
     def _heard(self, sender: str, epoch: int, copy_id: str, now_ns: int) -> Progress | None:
@@ -267,6 +290,7 @@ class Leading(Candidacy):
                 progress.match_end = progress.equal_end = 0
                 progress.rewind(0)
                 progress.is_probing = True
+                progress.is_behind = False
             progress.copy_id = copy_id
         return progress
 
@@ -330,13 +354,15 @@ class Leading(Candidacy):
             progress.is_probing = True
             self._probe(progress, now_ns)
             return
-        if not progress.is_probing and progress.next_offset < self.log.log_end:
-            self._replicate(progress, now_ns)  # a learner whose allowance was used up
+        is_out_of_reach = progress.next_offset < self.log.log_start
+        if (is_out_of_reach or not progress.is_probing) and progress.next_offset < self.log.log_end:
+            self._replicate(progress, now_ns)  # a learner whose allowance was used up; or a snapshot is due
         if now_ns - progress.sent_ns >= config.heartbeat_ns:
             if progress.is_probing or progress.is_damaged:
-                self._send_append(progress, progress.next_offset, [], now_ns)
+                base = progress.next_offset
             else:
-                self._send_append(progress, max(progress.match_end, progress.equal_end), [], now_ns)
+                base = max(progress.match_end, progress.equal_end)
+            self._send_append(progress, max(base, self.log.log_start), [], now_ns)
 
     def _hears_majority(self, now_ns: int) -> bool:
         if now_ns - self._led_since_ns <= self.config.lease_ns:

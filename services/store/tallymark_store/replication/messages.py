@@ -56,6 +56,7 @@ class Promised(Message, frozen=True, gc=False):
     high_watermark: int
     tail: Tail
     is_damaged: bool = False
+    log_start: int = 0  # nothing below it can be fetched from here
 
 
 class Fetch(Message, frozen=True, gc=False):
@@ -123,4 +124,52 @@ class HandOver(Message, frozen=True, gc=False):
     epoch: int
 
 
-AnyMessage = Announce | Promised | Fetch | Fetched | Append | Appended | Mismatch | Rebuild | HandOver
+class Offer(Message, frozen=True, gc=False):
+    """The leader's log no longer reaches back to where the follower's ends: here is a checkpoint to begin from.
+
+    Its state is that of everything below `offset`, all of which is committed. Its files are asked for by `Ask`.
+    """
+
+    epoch: int
+    instance: str
+    snapshot: str  # names this checkpoint of this copy, for as long as its files are kept
+    offset: int
+    last_epoch: int  # of the record that ends at `offset`
+    append_ns: int  # of that record
+    members: list[tuple[str, str]]  # in force at `offset`: node ids and copy ids
+    members_offset: int  # of the record that says so; -1: the founding members
+    files: list[tuple[str, int, int]]  # name, length in bytes, CRC-32C
+
+
+class Ask(Message, frozen=True, gc=False):
+    """A copy asks who offered it a snapshot for a piece of a file."""
+
+    snapshot: str
+    file: int  # its place in the offer; -1: for nothing, but the snapshot is still wanted
+    position: int
+
+
+class Piece(Message, frozen=True, gc=False):
+    """A piece of a snapshot's file; its length follows from the file's."""
+
+    snapshot: str
+    file: int
+    position: int
+    data: bytes
+    checksum: int  # CRC-32C of the data
+
+
+AnyMessage = (
+    Announce
+    | Promised
+    | Fetch
+    | Fetched
+    | Append
+    | Appended
+    | Mismatch
+    | Rebuild
+    | HandOver
+    | Offer
+    | Ask
+    | Piece
+)

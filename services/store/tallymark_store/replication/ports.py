@@ -26,11 +26,17 @@ class Log(Protocol):
         ...
 
     def tail(self, below: int, count: int) -> Tail:
-        """Where the last `count` epochs end, of the part of the log below offset `below`."""
+        """Where the last `count` epochs end, of the part of the log below offset `below`.
+
+        The first may be that of the record before `log_start`: all that is still known of what lay there.
+        """
         ...
 
     def epoch_before(self, offset: int) -> int:
-        """The epoch of the record that ends at `offset`; 0 at offset 0; -1 if no record ends there."""
+        """The epoch of the record that ends at `offset`; 0 at offset 0; -1 if no record is known to end there.
+
+        Known from `log_start` on: also of the record that ended right there.
+        """
         ...
 
     def append(self, records: list[Record]) -> None:

@@ -26,6 +26,7 @@ from tallymark_store.replication.messages import (
     Fetched,
     HandOver,
     Mismatch,
+    Offer,
     Promised,
     Rebuild,
     Record,
@@ -109,6 +110,10 @@ class Replica(Leading):
                 self._on_rebuild(message)
             case HandOver():
                 self._on_hand_over(sender, message, now_ns)
+            case Offer():
+                self._on_offer(sender, message, now_ns)
+            case _:
+                raise RemoteProtocolError("a message that is not for a replica")
         return self._take_effects()
 
     # ------------------------------------------------------------ time
@@ -148,6 +153,18 @@ class Replica(Leading):
             self._note_own_membership(now_ns)
         self._replicate_all(now_ns)
         return self._take_effects()
+
+    def installed(self, offset: int, membership: Membership, now_ns: int) -> list[Effect]:
+        """A snapshot of everything below `offset` has taken the place of log and state: `Install` is done.
+
+        The log is empty and begins there. `membership` is the one in force there. Only if `lacks` still says so.
+        """
+        self._on_installed(offset, membership, now_ns)
+        return self._take_effects()
+
+    def memberships_below(self, offset: int) -> list[Membership]:
+        """All memberships that records below `offset` brought, as far as they are known; the founding one included."""
+        return [membership for membership in self._history if membership.offset < offset]
 
     def damaged(self, reason: str, now_ns: int) -> list[Effect]:
         """A read found damage in this copy."""

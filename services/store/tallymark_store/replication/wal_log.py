@@ -45,7 +45,10 @@ class WalLog:
         return self._index.log_end
 
     def tail(self, below: int, count: int) -> Tail:
-        """Where the last `count` epochs end, of the part of the log below offset `below`, oldest first."""
+        """Where the last `count` epochs end, of the part of the log below offset `below`, oldest first.
+
+        Of what lies before the log's start the last epoch is known.
+        """
         index = self._index
         row = index.find(min(below, index.log_end) - 1)
         epochs, bases = index.column("epoch"), index.column("base_offset")
@@ -57,21 +60,15 @@ class WalLog:
             first = int(epochs[: row + 1].searchsorted(epoch, side="left"))  # epochs never fall
             end = int(bases[first])
             row = first - 1
+        start = index.log_start
+        if 0 < start <= below and len(found) < count and (not found or found[-1][0] != index.start_epoch):
+            found.append((index.start_epoch, start))
         found.reverse()
         return found
 
     def epoch_before(self, offset: int) -> int:
-        """The epoch of the record that ends at `offset`; 0 at offset 0; -1 if no record ends there."""
-        if offset == 0:
-            return 0
-        index = self._index
-        if offset == index.log_end and len(index):
-            return index.last_epoch()
-        row = index.find(offset - 1)
-        if row < 0:
-            return -1
-        found = index.row(row)
-        return found.epoch if found.base_offset + found.count == offset else -1
+        """The epoch of the record that ends at `offset`; 0 at offset 0; -1 if no record is known to end there."""
+        return self._index.epoch_before(offset)
 
     def append(self, records: Sequence[Record]) -> None:
         """Write records at the log's end.
@@ -93,9 +90,12 @@ class WalLog:
         )
         self._on_written()
 
-    def reset(self) -> None:
-        """Discard the copy: an empty log, undamaged. Raises as `append` does."""
-        self._barrier = self._wal.reset(self._partition, 0, epoch=0, append_ns=0)
+    def reset(self, log_start: int = 0, *, epoch: int = 0, append_ns: int = 0) -> None:
+        """Discard the copy: an empty log, undamaged, from `log_start` on. Raises as `append` does.
+
+        `epoch` and `append_ns` are those of the record that ended there.
+        """
+        self._barrier = self._wal.reset(self._partition, log_start, epoch=epoch, append_ns=append_ns)
         self._on_written()
 
     def read(self, start: int, bytes_max: int) -> list[Record]:
@@ -132,7 +132,7 @@ class WalLog:
         return min(end, self.log_end) if group >= self._barrier else None
 
     def memberships(self) -> list[Membership]:
-        """All memberships that the log records, ascending.
+        """All memberships that the log records, ascending; those before its start are a checkpoint's to know.
 
         Raises:
             DamagedError: one of them cannot be read.

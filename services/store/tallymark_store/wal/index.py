@@ -2,6 +2,9 @@
 
 An index is what a partition's log *is* to the rest of the process: its rows tile `[log_start, log_end)` without
 gaps. It holds no bytes of records and does no I/O. A row number is good until the next `trim` or `truncate`.
+
+A log that has been trimmed, or that began with a snapshot, still knows of the last record before its start what
+whoever goes on from there has to know: its epoch and its append time.
 """
 
 from __future__ import annotations
@@ -51,6 +54,9 @@ class PartitionIndex:
         self.partition = partition
         self.log_start = log_start  # offset of the first record kept (== log_end when there is none)
         self.log_end = log_start  # next offset to be written, exclusive; rises by append, falls by truncate
+        # Of the record that ended at `log_start`; 0 at offset 0, where none did.
+        self.start_epoch = 0
+        self.start_append_ns = 0
         self.next_sequence = 0  # of the partition's next record in the log, of whatever kind
         self.damaged = False  # bytes of this copy can't be trusted: nothing is appended before a reset
         self._first = 0  # rows [_first, _last) of the columns are in use
@@ -135,12 +141,31 @@ class PartitionIndex:
         return self.find(start), self.find(end - 1) + 1
 
     def last_epoch(self) -> int:
-        """Return the epoch of the last record; 0 for an empty log."""
-        return int(self._columns[7][self._last - 1]) if len(self) else 0
+        """Return the epoch of the record that ends at `log_end`; 0 at offset 0."""
+        return int(self._columns[7][self._last - 1]) if len(self) else self.start_epoch
 
     def last_append_ns(self) -> int:
-        """Return the append time of the last record; 0 for an empty log."""
-        return int(self._columns[2][self._last - 1]) if len(self) else 0
+        """Return the append time of the record that ends at `log_end`; 0 at offset 0."""
+        return int(self._columns[2][self._last - 1]) if len(self) else self.start_append_ns
+
+    def append_ns_before(self, offset: int) -> int:
+        """Return the append time of the last record that begins below `offset`, which is not below `log_start`."""
+        assert offset >= self.log_start, "what lies before the log's start is not known"
+        row = self.find(offset - 1)
+        return int(self._columns[2][self._first + row]) if row >= 0 else self.start_append_ns
+
+    def epoch_before(self, offset: int) -> int:
+        """Return the epoch of the record that ends at `offset`; 0 at offset 0; -1 if none is known to end there."""
+        if offset == self.log_start:
+            return self.start_epoch
+        if offset == self.log_end:
+            return self.last_epoch()
+        row = self.find(offset - 1)
+        if row < 0:
+            return -1
+        at = self._first + row
+        ends_there = int(self._bases[at]) + int(self._columns[1][at]) == offset
+        return int(self._columns[7][at]) if ends_there else -1
 
     def is_boundary(self, offset: int) -> bool:
         """Say whether a record begins or ends at `offset`: whether the log can be cut there."""
@@ -158,20 +183,33 @@ class PartitionIndex:
 
     def trim(self, segment_floor: int) -> None:
         """Forget the records in segments below `segment_floor`; they are the first rows."""
-        keep = int(self.column("segment").searchsorted(segment_floor, side="left"))
-        self._first += keep
-        self.log_start = int(self._bases[self._first]) if len(self) else self.log_end
+        gone = int(self.column("segment").searchsorted(segment_floor, side="left"))
+        if gone:
+            last = self._first + gone - 1
+            self.start_epoch = int(self._columns[7][last])
+            self.start_append_ns = int(self._columns[2][last])
+            self._first += gone
+            self.log_start = int(self._bases[self._first]) if len(self) else self.log_end
 
-    def reset(self, log_start: int) -> None:
-        """Forget everything; the log is empty and begins at `log_start`."""
+    def reset(self, log_start: int, *, epoch: int = 0, append_ns: int = 0) -> None:
+        """Forget everything; the log is empty and begins at `log_start`, where a record of this epoch and time ended."""
         self._first = self._last = 0
         self.log_start = self.log_end = log_start
+        self.start_epoch, self.start_append_ns = epoch, append_ns
         self.damaged = False
 
     def to_arrays(self) -> dict[str, IntArray]:
         """Return a copy of everything, for a checkpoint."""
         arrays = {name: self.column(name).copy() for name in _COLUMNS}
-        state = (self.partition, self.log_start, self.log_end, self.next_sequence, int(self.damaged))
+        state = (
+            self.partition,
+            self.log_start,
+            self.log_end,
+            self.next_sequence,
+            int(self.damaged),
+            self.start_epoch,
+            self.start_append_ns,
+        )
         arrays["state"] = np.array(state, np.int64)
         return arrays
 
@@ -179,7 +217,9 @@ class PartitionIndex:
     def from_arrays(cls, arrays: dict[str, IntArray]) -> PartitionIndex:
         """Rebuild what `to_arrays` gave. Raises ValueError if it can't be an index."""
         try:
-            partition, log_start, log_end, next_sequence, damaged = (int(x) for x in arrays["state"])
+            partition, log_start, log_end, next_sequence, damaged, epoch, append_ns = map(
+                int, arrays["state"]
+            )
             columns = [np.array(arrays[name], np.int64, ndmin=1) for name in _COLUMNS]
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a partition's index: {error}") from error
@@ -193,6 +233,7 @@ class PartitionIndex:
         index.log_end = log_end
         index.next_sequence = next_sequence
         index.damaged = bool(damaged)
+        index.start_epoch, index.start_append_ns = epoch, append_ns
         index._last = len(bases)
         if len(bases):
             index._columns = columns

@@ -131,6 +131,8 @@ class Wal:
     def reset(self, partition: int, log_start: int, *, epoch: int, append_ns: int) -> int:
         """Discard a partition's copy; a new one begins, empty and undamaged, at `log_start`.
 
+        `epoch` and `append_ns` are those of the record that ended there; 0 at offset 0.
+
         Returns a group's number, as `truncate` does.
         """
         try:
@@ -274,14 +276,15 @@ class Wal:
         """Remove segments below `segment`; return the bytes that became free.
 
         To be called after `trim(segment)`, and when a checkpoint is durable whose `snapshot` was taken after
-        that and lies at or behind `segment`: without one, the log can't be read any more.
+        that and lies at or behind `segment`: without one, the log can't be read any more. Waits for the disk, and
+        holds up nobody else: nothing refers to these files any more.
         """
         with self._lock:
             floor = min(segment, self._writer.synced_end.segment)
             for index in self._partitions.values():
                 rows = index.column("segment", 0, min(1, len(index)))
                 assert not len(rows) or rows[0] >= floor, "trimmed first"
-            return self._store.remove_before(floor)
+        return self._store.remove_before(floor)
 
     # Reading.
 

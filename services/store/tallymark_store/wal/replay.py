@@ -86,7 +86,7 @@ class Replay:
         if index is None:
             index = self.partitions[meta.partition] = PartitionIndex(meta.partition)
         if meta.kind == RecordKind.RESET:
-            index.reset(meta.base_offset)
+            index.reset(meta.base_offset, epoch=meta.epoch, append_ns=meta.append_ns)
             index.next_sequence = header.sequence + 1
             self.damages.pop(meta.partition, None)
             self._proven[meta.partition] = len(self._gaps)

@@ -178,12 +178,14 @@ class WalWriter:
     def reset(self, partition: int, log_start: int, *, epoch: int, append_ns: int) -> int:
         """Discard a partition's copy, damaged or not: a new one begins, empty, at `log_start`.
 
+        `epoch` and `append_ns` are those of the record that ended there; 0 at offset 0.
+
         Returns a group's number, as `truncate` does. Raises as `append` does, but for DamagedError.
         """
         self._check_alive()
         index = self.partitions.get(partition)
         self._store(RecordMeta(partition, RecordKind.RESET, epoch, log_start, 0, append_ns), (), index)
-        self.partitions[partition].reset(log_start)
+        self.partitions[partition].reset(log_start, epoch=epoch, append_ns=append_ns)
         group = self._group()
         group.log_ends[partition] = log_start
         group.truncated.add(partition)
