@@ -140,7 +140,7 @@ def test_a_small_round_goes_out_once_it_carries_as_many_requests_as_are_under_wa
     assert (gateway._round_requests, gateway._waiting_events, gateway._waiting_bytes) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("full", [{"full_round_events": 10}, {"full_round_bytes": 200}])
+@pytest.mark.parametrize("full", [{"full_round_events": 10}, {"full_round_bytes": 150}])
 def test_a_full_round_waits_only_for_as_many_as_may_be_under_way(full):
     """More in one round would save nothing."""
     gateway, leaders = _gateway(**full), _leaders()
