@@ -87,7 +87,9 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     appends_in_flight_max: int = 3  # per partition; and rounds under way before requests wait for each other
     small_rounds_max: int = 2  # rounds under way before requests wait that would make no full round together
-    full_round_events: int = 8_192  # what a full round has: more in it costs as much as it would in the next one
+    full_round_events: int = (
+        8_192  # what a full round has: more in it costs as much as it would in the next one
+    )
     full_round_bytes: int = 256 * 1024  # likewise
     coalesce_ns_max: int = 50_000_000  # how long a request waits for others at most
     pending_bytes_max: int = 64 * 1024 * 1024  # of requests and appends together; more is refused
