@@ -26,7 +26,8 @@ from tallymark_store.runs import RUN_BODY_BYTES_MAX, RUN_BYTES_MAX, RUN_RECORDS_
 from tallymark_store.wal import DamagedError, RecordKind, RecordMeta, Wal
 
 FOLD_SLICE_NS = 15_000_000  # of the loop's time at once
-FOLD_DELAY_S = 0.02  # what is committed meanwhile is folded together
+FOLD_DELAY_S = 0.1  # what is committed meanwhile is folded together
+FOLD_EVENTS = 16_384  # so many are not waited with
 BACKLOG_HIGH_BYTES = 192 * 1024 * 1024  # appended and not folded: above it, nothing more is read
 BACKLOG_LOW_BYTES = 96 * 1024 * 1024
 _EVENTS = int(RecordKind.EVENTS)
@@ -69,6 +70,7 @@ class Folding:
         self._loop = asyncio.get_running_loop()
         self._due = False
         self._timer: asyncio.TimerHandle | None = None  # of the next slice
+        self._unfolded = 0  # events committed since the last slice
         self._closed = False
         self._paused = False
         self._columns: Ints = np.zeros(COLUMNS, dtype=np.int64)
@@ -83,16 +85,20 @@ class Folding:
             self._due = True
             self._loop.call_soon(self._slice)
 
-    def later(self) -> None:
-        """Fold what is committed in a moment, together with what is committed by then: that costs less.
+    def later(self, events: int) -> None:
+        """So many events more were committed: fold them in a moment, together with what is committed by then.
 
-        Nobody waits for it: a read folds what it needs by itself.
+        That costs less, and nobody waits for it: a read folds what it needs by itself.
         """
-        if not self._due and self._timer is None and not self._closed:
+        self._unfolded += events
+        if self._unfolded >= FOLD_EVENTS:
+            self.soon()
+        elif not self._due and self._timer is None and not self._closed:
             self._timer = self._loop.call_later(FOLD_DELAY_S, self._slice)
 
     def _slice(self) -> None:
         self._due = False
+        self._unfolded = 0
         self._cancel_timer()
         if self._closed:
             return

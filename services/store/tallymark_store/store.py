@@ -317,9 +317,10 @@ class Store:
 
     def committed(self, partition: Partition, high_watermark: int) -> None:
         """Everything below is committed: answer, then fold."""
+        events = high_watermark - partition.high_watermark
         for send in partition.commit(high_watermark):
             send()
-        self.folding.later()
+        self.folding.later(events)
         if self._waiters:
             self._notify()
 
