@@ -72,7 +72,7 @@ def parse(data: npt.NDArray[np.uint8], base: int, length: int) -> BatchView:
     """
     if length < PREFIX_BYTES:
         raise RemoteProtocolError("malformed event batch: it is shorter than its prefix")
-    checksum, n, verdict_bytes, original_count = PREFIX.unpack_from(data, base)
+    checksum, n, verdict_bytes, original_count = PREFIX.unpack_from(data.data, base)
     start = base + PREFIX_BYTES
     payload_base = start + verdict_bytes + 8 * original_count
     if verdict_bytes not in {0, n} or original_count > verdict_bytes or payload_base > base + length:

@@ -88,6 +88,24 @@ class Calls:
             return await self._digest(call)
         return None
 
+    def call_now(self, call: StoreRealtime) -> RealtimeResult | None:
+        """Answer as `call` does, if nothing has to be waited for; None where it has to, or it is not clear.
+
+        Raises:
+            UnavailableError: this store does not lead the partition, or not for sure.
+        """
+        if call.consistency != Consistency.LEADER:
+            return None
+        partition = self._store.serving(call.partition)
+        if not self._knows(partition, call.metric_code) or not self._store.folding.catch_up(partition):
+            return None
+        try:
+            answer = self._reads_of(partition).realtime(call, self._clock.now_ns())
+        except InvalidRequestError:
+            return None
+        self._check_lease()  # no other turn of the loop has come between, so nothing else can have changed
+        return answer
+
     # ------------------------------------------------------------ reads
 
     async def _answer(self, call: Read) -> Message:

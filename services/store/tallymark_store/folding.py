@@ -26,6 +26,7 @@ from tallymark_store.runs import RUN_BODY_BYTES_MAX, RUN_BYTES_MAX, RUN_RECORDS_
 from tallymark_store.wal import DamagedError, RecordKind, RecordMeta, Wal
 
 FOLD_SLICE_NS = 15_000_000  # of the loop's time at once
+CATCH_UP_NS = 2_000_000  # likewise, for a read that would else have to wait
 FOLD_DELAY_S = 0.1  # what is committed meanwhile is folded together
 FOLD_EVENTS = 16_384  # so many are not waited with
 BACKLOG_HIGH_BYTES = 192 * 1024 * 1024  # appended and not folded: above it, nothing more is read
@@ -176,6 +177,16 @@ class Folding:
             if not fits:
                 break
         return records
+
+    def catch_up(self, partition: Partition) -> bool:
+        """Fold up to the high watermark, if that is done in a moment; whether it is."""
+        if partition.applied >= partition.high_watermark:
+            return True
+        deadline = self._clock.monotonic_ns() + CATCH_UP_NS
+        while partition.applied < partition.high_watermark:
+            if self._clock.monotonic_ns() > deadline or not self.fold_some(partition):
+                return False
+        return True
 
     async def wait_applied(self, partition: Partition) -> None:
         """Wait until the fold has reached the high watermark as it is now.

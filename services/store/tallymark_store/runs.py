@@ -71,7 +71,7 @@ def of_records(records: Sequence[tuple[RecordMeta, Bytes]]) -> Run:
     Raises:
         RemoteProtocolError: one of them makes no sense to this version.
     """
-    places = []
+    places: list[tuple[int, ...]] = []
     start = 0
     counts = []
     for meta, body in records:
@@ -84,8 +84,7 @@ def of_records(records: Sequence[tuple[RecordMeta, Bytes]]) -> Run:
         marks = start + batch.PREFIX_BYTES
         marks_end = marks if view.verdicts is None else marks + view.event_count
         places.append(
-            (start + view.payload_base, view.payload_length, marks, marks_end)
-            + (meta.base_offset, meta.append_ns, 0, 0)
+            (start + view.payload_base, view.payload_length, marks, marks_end, *_stamp(meta)),
         )
         start += len(body)
     return _place(b"".join([body.data for _, body in records]), places, counts)
@@ -93,7 +92,7 @@ def of_records(records: Sequence[tuple[RecordMeta, Bytes]]) -> Run:
 
 def of_items(items: Sequence[FoldItem]) -> Run:
     """Make a run of batches that were appended here."""
-    places = []
+    places: list[tuple[int, ...]] = []
     parts: list[bytes | memoryview] = []
     start = 0
     counts = []
@@ -104,10 +103,15 @@ def of_items(items: Sequence[FoldItem]) -> Run:
         if item.verdicts is not None:
             parts.append(item.verdicts.data)
             marks_end = marks + len(item.verdicts)
-        places.append((start, size, marks, marks_end, item.base_offset, item.append_ns, 0, 0))
+        places.append((start, size, marks, marks_end, *_stamp(item)))
         counts.append(item.end_offset - item.base_offset)
         start = marks_end
     return _place(b"".join(parts), places, counts)
+
+
+def _stamp(record: RecordMeta | FoldItem) -> tuple[int, int, int, int]:
+    """The later fields of a place."""
+    return record.base_offset, record.append_ns, 0, 0
 
 
 def _place(data: bytes, places: list[tuple[int, ...]], counts: list[int]) -> Run:

@@ -23,7 +23,9 @@ from tallymark_store.wal import RecordKind
 _BURST_NS = 250_000_000  # no longer than this a learner's unused rate is saved up
 _CAUGHT_UP_BYTES = 1024 * 1024  # a learner that lacks no more than this may become a member
 
-_Read = dict[int, tuple[list[Record], int]]  # by offset: the records of a message from there on, and their bytes
+_Read = dict[
+    int, tuple[list[Record], int]
+]  # by offset: the records of a message from there on, and their bytes
 
 
 class Progress:
@@ -223,7 +225,7 @@ class Leading(Candidacy):
             self._replicate(progress, now_ns)
             if self._target == sender:
                 self._consider_hand_over(now_ns)
-            elif self._membership_is_due:
+            elif not self._is_settled(progress) and self._membership_is_due:
                 self._consider_membership(now_ns)
 
     def _on_mismatch(self, sender: str, message: Mismatch, now_ns: int) -> None:
@@ -380,6 +382,15 @@ class Leading(Candidacy):
             self.role is Role.LEADER
             and self._membership_due is None
             and self.membership.offset < self.high_watermark
+        )
+
+    def _is_settled(self, progress: Progress) -> bool:
+        """Whether nothing about this follower's copy asks for another membership. What else does, the tick finds."""
+        membership, wish = self.membership, self.wish
+        return (
+            len(membership.members) == len(wish)
+            and progress.node_id in wish
+            and membership.has(progress.node_id, progress.copy_id)
         )
 
     def _consider_membership(self, now_ns: int) -> None:
