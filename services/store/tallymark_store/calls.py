@@ -146,6 +146,8 @@ class Calls:
             raise UnavailableError(
                 f"this store has no copy of partition {call.partition}", code=ErrorCode.NOT_LEADER
             )
+        if partition.error is None and replica.role is not Role.DAMAGED:
+            store.folding.catch_up(partition)  # so that no more is missing than is not committed here
         if partition.error is not None or replica.role is Role.DAMAGED:
             raise UnavailableError(f"this copy of partition {call.partition} is damaged")
         leads = replica.role is Role.LEADER
