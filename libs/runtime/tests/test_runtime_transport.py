@@ -17,6 +17,7 @@ from tallymark_protocol.errors import (
     NotFoundError,
     RemoteProtocolError,
     ServerError,
+    TallymarkError,
     UnavailableError,
 )
 from tallymark_protocol.messages import (
@@ -861,3 +862,93 @@ def test_bad_addresses_are_refused(address):
 def test_encode_is_what_the_wire_carries():
     """A call decodes to what it was."""
     assert encode(StoreStatus()) == b"\x91\xacstore_status"
+
+
+# ---------------------------------------------------------------- calls without a task
+
+
+class Prompt(Recorder):
+    """Takes calls as it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.take = lambda connection, request_id, call: False
+        self.deadlines = []
+
+    def on_call_now(self, connection, request_id, call, deadline):
+        self.deadlines.append(deadline)
+        return self.take(connection, request_id, call)
+
+
+@asynccontextmanager
+async def prompt():
+    handler = Prompt()
+    server = FrameServer(handler, welcome)
+    client = PeerClient(await server.start(), rng=random.Random(1))
+    try:
+        yield server, handler, client
+    finally:
+        handler.go_on.set()
+        await client.close()
+        await server.close(deadline_s=2)
+
+
+async def test_a_handler_answers_a_call_without_a_task():
+    """Nothing is under way then; what it doesn't take, and what it hands on, `on_call` answers."""
+    async with prompt() as (server, handler, client):
+
+        def answer(connection, request_id, call):
+            assert server.calls == 0
+            connection.respond(request_id, FrameType.RESULT, encode(StatusResult("at once", [], 1, False)))
+            return True
+
+        def hand_on(connection, request_id, call):
+            connection.run_call(request_id, call, handler.deadlines[-1])
+            return True
+
+        assert (await client.call(StoreStatus(), StatusResult)).node_id == "node"
+        handler.take = answer
+        before = asyncio.get_running_loop().time()
+        assert (await client.call(StoreStatus(), StatusResult, timeout_s=5)).node_id == "at once"
+        assert before <= handler.deadlines[-1] - 4.9 <= before + WAIT_S
+        handler.take = hand_on
+        assert (await client.call(StoreStatus(), StatusResult)).node_id == "node"
+        (connection,) = server.connections
+        assert connection.in_flight == 0
+
+
+async def test_an_error_of_a_call_that_was_to_be_answered_at_once_is_its_answer():
+    """Of ours, and of the handler's own doing."""
+    async with prompt() as (server, handler, client):
+        for error, code in ((UnavailableError("no"), None), (ZeroDivisionError(), ErrorCode.INTERNAL)):
+
+            def fail(connection, request_id, call, error=error):
+                raise error
+
+            handler.take = fail
+            with pytest.raises(TallymarkError) as caught:
+                await client.call(StoreStatus(), StatusResult)
+            assert code is None or caught.value.code == code
+        assert server.calls == 0
+
+
+async def test_a_call_that_is_handed_on_when_its_caller_is_gone_begins_no_task():
+    """There is nobody to answer."""
+    async with prompt() as (server, handler, client):
+        kept = []
+
+        def keep(connection, request_id, call):
+            kept.append((connection, request_id, call))
+            handler.arrived.set()
+            return True
+
+        handler.take = keep
+        asked = asyncio.ensure_future(client.call(StoreStatus(), StatusResult))
+        await handler.wait(lambda: kept)
+        ((connection, request_id, call),) = kept
+        await client.close()
+        with pytest.raises(TallymarkError):
+            await asked
+        await until(lambda: not server.connections)
+        connection.run_call(request_id, call, handler.deadlines[-1])
+        assert (server.calls, connection.in_flight) == (0, 0)

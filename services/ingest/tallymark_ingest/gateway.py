@@ -5,9 +5,9 @@ in; what is to be sent collects in `take_answers` and `take_appends`, and `next_
 be called at the latest. `server` is its shell.
 
 **Coalescing.** Requests that arrived since the last tick are split together, in one call, into one append per
-partition. While `appends_in_flight_max` such rounds are under way new requests wait, at most
-`coalesce_ns_max`, so that what goes to the leaders grows with the load and a single caller waits for nobody.
-SYNC and ASYNC requests never share an append.
+partition: a **round**. What a round costs, at the gateway and at every copy, hardly depends on how many share it,
+so under load new requests wait for company, at most `coalesce_ns_max`, and a single caller waits for nobody: see
+`_is_held`. SYNC and ASYNC requests never share an append.
 
 **No loss, no doubling.** Every request is answered exactly once. An append whose fate is open (connection lost, no
 leader, no answer in time) is sent again, with the very same bytes, until an answer comes or all its requests have
@@ -86,7 +86,12 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The core's bounds. Times in nanoseconds."""
 
     appends_in_flight_max: int = 3  # per partition; and rounds under way before requests wait for each other
-    coalesce_ns_max: int = 2_000_000  # how long a request waits for others at most
+    small_rounds_max: int = 2  # rounds under way before requests wait that would make no full round together
+    full_round_events: int = (
+        8_192  # what a full round has: more in it costs as much as it would in the next one
+    )
+    full_round_bytes: int = 256 * 1024  # likewise
+    coalesce_ns_max: int = 50_000_000  # how long a request waits for others at most
     pending_bytes_max: int = 64 * 1024 * 1024  # of requests and appends together; more is refused
     append_timeout_ns: int = 10_000_000_000  # for one attempt
     retry_ns_min: int = 20_000_000  # before the second attempt; doubles from there
@@ -119,6 +124,8 @@ class Gateway:
             deque(),
         )  # not yet split: SYNC, ASYNC
         self._waiting_since_ns = 0  # when the oldest of them came, if there is any
+        self._waiting_events = 0  # in them
+        self._waiting_bytes = 0  # likewise, of bodies
         self._open: dict[Request, None] = {}  # every request that has no answer yet, in order of arrival
         # Heap of (deadline, tie, request) with every open request, and some that have been answered since.
         self._deadlines: list[tuple[int, int, Request]] = []
@@ -130,6 +137,7 @@ class Gateway:
         self._trouble = [""] * partition_count  # why its last attempt failed; empty after one that didn't
         self._look_ns = 0  # when to look next for appends that are out for long
         self._rounds = 0  # rounds that requests wait for
+        self._round_requests = 0  # requests in them
         self._retries: list[
             tuple[int, int, Append]
         ] = []  # heap of (due_ns, tie, append); stale entries are skipped
@@ -185,7 +193,7 @@ class Gateway:
         if self._waiting[0] or self._waiting[1]:
             flush = self._waiting_since_ns + self.config.coalesce_ns_max
             due = flush if due is None or flush < due else due
-            if self._rounds >= self.config.appends_in_flight_max and self._look_ns < due:
+            if self._rounds and self._look_ns < due:
                 due = self._look_ns
         if self._retries and (due is None or self._retries[0][0] < due):
             due = self._retries[0][0]
@@ -234,6 +242,8 @@ class Gateway:
         heapq.heappush(self._deadlines, (deadline, self._tie, request))
         if not self._waiting[0] and not self._waiting[1]:
             self._waiting_since_ns = now_ns
+        self._waiting_events += seen.events
+        self._waiting_bytes += len(body)
         self._waiting[seen.flags & lay.FLAG_ASYNC].append(request)
 
     def tick(self, now_ns: int) -> None:
@@ -254,10 +264,7 @@ class Gateway:
         for _ in range(_ROUNDS_PER_TICK):
             if not self._waiting[0] and not self._waiting[1]:
                 break
-            if (
-                self._rounds >= self.config.appends_in_flight_max
-                and now_ns < self._waiting_since_ns + self.config.coalesce_ns_max
-            ):
+            if self._is_held(now_ns):
                 break
             for kind in (0, 1):
                 if self._waiting[kind]:
@@ -348,6 +355,37 @@ class Gateway:
 
     # ------------------------------------------------------------ splitting
 
+    def _is_held(self, now_ns: int) -> bool:
+        """Whether what waits shall wait on for company.
+
+        With nothing under way it goes out at once. Otherwise a round is worth its cost if it is full, or carries as
+        many requests as all that are under way: few callers then don't wait for each other, and many end up in two
+        rounds, one of which is under way while the callers of the other take their answers.
+        """
+        config = self.config
+        rounds = self._rounds
+        if not rounds or now_ns >= self._waiting_since_ns + config.coalesce_ns_max:
+            return False
+        if rounds >= config.appends_in_flight_max:
+            return True
+        if self._waiting_events >= config.full_round_events or self._waiting_bytes >= config.full_round_bytes:
+            return False
+        waiting = len(self._waiting[0]) + len(self._waiting[1])
+        return rounds >= config.small_rounds_max or waiting < self._round_requests
+
+    def _begin_round(self, round_: Round, requests: int) -> None:
+        """Count a round among those that requests wait for, unless none of its appends is."""
+        if round_.left:
+            round_.requests = requests
+            self._rounds += 1
+            self._round_requests += requests
+
+    def _uncount(self, append: Append) -> None:
+        """Let requests wait for this append no longer."""
+        if append.uncount():
+            self._rounds -= 1
+            self._round_requests -= append.round.requests
+
     def _split_round(self, waiting: deque[Request], *, is_async: bool, now_ns: int) -> None:
         """Split as many waiting requests of a kind as go into one call, and hand on the appends."""
         if len(waiting) == 1 and self._split_single(waiting, is_async=is_async, now_ns=now_ns):
@@ -371,6 +409,8 @@ class Gateway:
             requests.append(request)
             bodies.append(body)
             waiting.popleft()
+            self._waiting_events -= request.events
+            self._waiting_bytes -= len(body)
         if not requests:
             return
         result = split(bodies, self.partition_count, self._seed)
@@ -395,8 +435,7 @@ class Gateway:
         # Only now: queueing can fail an append at once, and a request must know by then what else it waits for.
         for append in appends:
             self._queue(append, now_ns)
-        if round_.left:
-            self._rounds += 1
+        self._begin_round(round_, len(requests))
 
     def _split_single(self, waiting: deque[Request], *, is_async: bool, now_ns: int) -> bool:
         """Hand on the one request that waits, if it is one event of a shape that is known. Whether that is done."""
@@ -410,12 +449,13 @@ class Gateway:
         waiting.popleft()
         request.body = None
         self._bytes -= len(body) + 8
+        self._waiting_events -= 1
+        self._waiting_bytes -= len(body)
         request.left[payload.partition] = 1
         round_ = Round(None, [])
         append = Append(payload, [request], round_, is_async=is_async, metrics_revision=self.metrics_revision)
         self._queue(append, now_ns)
-        if round_.left:
-            self._rounds += 1
+        self._begin_round(round_, 1)
         return True
 
     def _queue(self, append: Append, now_ns: int) -> None:
@@ -461,8 +501,7 @@ class Gateway:
         assert append.state is AppendState.QUEUED
         append.state = AppendState.DONE
         self._bytes -= len(append.body)
-        if append.uncount():
-            self._rounds -= 1
+        self._uncount(append)
 
     # ------------------------------------------------------------ an append's life
 
@@ -502,11 +541,9 @@ class Gateway:
         """Let requests no longer wait for what a partition has under way."""
         self._is_slow[partition] = True
         for append in self._live[partition]:
-            if append.uncount():
-                self._rounds -= 1
+            self._uncount(append)
         for append in self._queues[partition]:
-            if append.uncount():
-                self._rounds -= 1
+            self._uncount(append)
 
     def _look(self, now_ns: int) -> None:
         """Notice appends that are out for long. Costs a look at each partition, so it is done now and then only."""
@@ -534,8 +571,7 @@ class Gateway:
         """An append that was SENT or WAITING is over: its place goes to the next of its partition."""
         assert append.state is AppendState.SENT or append.state is AppendState.WAITING
         partition = append.partition
-        if append.uncount():
-            self._rounds -= 1
+        self._uncount(append)
         if append.has_failed:
             self._failing[partition] -= 1
         append.state = AppendState.DONE
@@ -620,6 +656,8 @@ class Gateway:
                 continue
             if request.body is not None:
                 self._bytes -= len(request.body) + 8 * request.events
+                self._waiting_events -= request.events
+                self._waiting_bytes -= len(request.body)
                 request.body = None
                 self._close(request)
                 error = WireError(int(ErrorCode.TIMEOUT), True, "the gateway did not get to it in time")

@@ -89,12 +89,13 @@ class Request:
 class Round:
     """What the appends of one split share."""
 
-    __slots__ = ("firsts", "left", "part")
+    __slots__ = ("firsts", "left", "part", "requests")
 
     def __init__(self, part: npt.NDArray[np.uint16] | None, firsts: list[int]) -> None:
         self.part = part  # None: there is one event
         self.firsts = firsts
         self.left = 0  # appends that requests to come should wait for
+        self.requests = 0  # in it, once it counts among the rounds that requests wait for
 
 
 class Append:

@@ -109,6 +109,58 @@ def test_requests_wait_while_rounds_are_under_way_but_not_for_long():
     assert gateway.pending_bytes == 0
 
 
+def _lone(gateway, number):
+    gateway.ingest("c", number, encode_chunk([Ev(account=_account(1))], sequence=number), 0, 0)
+    gateway.tick(0)
+    return gateway.take_appends()
+
+
+def test_a_small_round_goes_out_once_it_carries_as_many_requests_as_are_under_way():
+    """Few callers don't wait for each other; beyond that the rounds grow, and there are two of them."""
+    gateway, leaders = _gateway(), _leaders()
+    (first,) = _lone(gateway, 1)
+    (second,) = _lone(gateway, 2)  # one, as under way
+    assert _lone(gateway, 3) == []  # there are two rounds
+    _serve(gateway, leaders, [first])
+    gateway.tick(0)
+    (third,) = gateway.take_appends()
+    for number in (4, 5, 6):
+        assert _lone(gateway, number) == []
+    _serve(gateway, leaders, [second])
+    gateway.tick(0)
+    (three,) = gateway.take_appends()
+    assert len(three.requests) == 3
+    _serve(gateway, leaders, [third])
+    for number in (7, 8):
+        assert _lone(gateway, number) == []  # fewer than the three under way
+    (also_three,) = _lone(gateway, 9)
+    _serve(gateway, leaders, [three, also_three])
+    assert sorted(_receipts(gateway)) == list(range(1, 10))
+    assert gateway.pending_bytes == 0
+    assert (gateway._round_requests, gateway._waiting_events, gateway._waiting_bytes) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("full", [{"full_round_events": 10}, {"full_round_bytes": 150}])
+def test_a_full_round_waits_only_for_as_many_as_may_be_under_way(full):
+    """More in one round would save nothing."""
+    gateway, leaders = _gateway(**full), _leaders()
+
+    def send(number, events):
+        chunk = encode_chunk([Ev(account=_account(1), value=k + 2) for k in range(events)], sequence=number)
+        gateway.ingest("c", number, chunk, 0, 0)
+        gateway.tick(0)
+        return gateway.take_appends()
+
+    sent = [send(number, 10) for number in (1, 2, 3)]
+    assert [len(appends) for appends in sent] == [1, 1, 1]
+    assert send(4, 10) == []
+    _serve(gateway, leaders, sent[0])
+    gateway.tick(0)
+    (fourth,) = gateway.take_appends()
+    _serve(gateway, leaders, [*sent[1], *sent[2], fourth])
+    assert sorted(_receipts(gateway)) == [1, 2, 3, 4]
+
+
 def test_async_and_sync_never_share_an_append():
     """Each kind has payloads of its own, and says so in the header."""
     gateway, leaders = _gateway(), _leaders()
@@ -475,7 +527,10 @@ def test_a_refusal_by_the_new_leader_does_not_say_that_nothing_is_stored():
 
 def test_rounds_that_are_out_for_long_hold_nobody():
     """A partition that doesn't answer stops counting after `patience_ns`, and fails after `stall_ns`."""
-    gateway, leaders = _gateway(coalesce_ns_max=10**11, patience_ns=100 * MS, stall_ns=300 * MS), _leaders()
+    gateway, leaders = (
+        _gateway(coalesce_ns_max=10**11, full_round_events=1, patience_ns=100 * MS, stall_ns=300 * MS),
+        _leaders(),
+    )
 
     def send(number, partition, now):
         chunk = encode_chunk([Ev(account=_account(partition))], sequence=number)

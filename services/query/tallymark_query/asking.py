@@ -12,10 +12,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
 from tallymark_protocol.codec import decode, encode
 from tallymark_protocol.errors import ErrorCode, TallymarkError, UnavailableError
+from tallymark_protocol.frames import Frame
 from tallymark_protocol.messages import (
     Consistency,
     FrameType,
@@ -47,6 +49,45 @@ _MAY_PASS: Final = {
 _DOUBTS: Final = frozenset({ErrorCode.NOT_LEADER, ErrorCode.PARTITION_UNAVAILABLE, ErrorCode.CLOSED})
 
 
+class _Direct:
+    """A question to a leader that nobody awaits: its answer calls back. Looks like a future to who ends it early."""
+
+    __slots__ = ("_end", "_is_done", "_on_answer", "_on_failure")
+
+    def __init__(
+        self,
+        on_answer: Callable[[bytes], None],
+        on_failure: Callable[[], None],
+        end: Callable[[_Direct], None],
+    ) -> None:
+        self._on_answer = on_answer
+        self._on_failure = on_failure
+        self._end = end
+        self._is_done = False
+
+    def answered(self, frame: Frame) -> None:
+        """The store answered."""
+        if not self._is_done:
+            self._is_done = True
+            self._end(self)
+            self._on_answer(frame.body)
+
+    def failed(self, error: TallymarkError) -> None:  # noqa: ARG002 - whoever asks again finds out
+        """It refused, or can't answer any more."""
+        if not self._is_done:
+            self._is_done = True
+            self._end(self)
+            self._on_failure()
+
+    def done(self) -> bool:
+        """Whether its outcome is known."""
+        return self._is_done
+
+    def set_exception(self, error: TallymarkError) -> None:
+        """Wait no longer."""
+        self.failed(error)
+
+
 class Asking:
     """Asks stores; see the module's docstring. Use it on one event loop; close it at the end.
 
@@ -64,7 +105,7 @@ class Asking:
         self._peers = PeerPool(rng=rng, software=node_id)
         self._peers.on_connected = self._on_connected
         # By partition: questions that are out to its leader, with its address; and retries that wait for news.
-        self._out: dict[int, dict[asyncio.Future[Any], str]] = {}
+        self._out: dict[int, dict[asyncio.Future[Any] | _Direct, str]] = {}
         self._waiting: dict[int, set[asyncio.Future[None]]] = {}
         self._catching_up: asyncio.Task[None] | None = None
         self._turn = 0  # where the next question to any copy begins
@@ -133,6 +174,38 @@ class Asking:
                 ) from error
             await self._wait_news(partition, wait)
             delay = min(delay * 2, RETRY_MAX_S)
+
+    def ask_now(
+        self,
+        partition: int,
+        question: Question,
+        deadline: float,
+        *,
+        on_answer: Callable[[bytes], None],
+        on_failure: Callable[[], None],
+    ) -> bool:
+        """Ask a partition's leader, once and without waiting; False where that can't be done now.
+
+        One of the two is called later: with the answer's bytes, or where there will be none, for whatever reason, and
+        `ask` is to be tried.
+        """
+        if question.consistency is Consistency.STALE:
+            return False
+        address = self.leaders.address(partition)
+        peer = None if address is None else self._peers.get(address)
+        left = deadline - asyncio.get_running_loop().time()
+        left -= min(MARGIN_S, left * MARGIN_SHARE)
+        if peer is None or address is None or left <= 0:
+            return False
+        out = self._out.setdefault(partition, {})
+        direct = _Direct(on_answer, on_failure, out.__delitem__)
+        out[direct] = address
+        try:
+            peer.send(FrameType.CALL, encode(question), timeout_s=left, waiter=direct)
+        except TallymarkError:
+            del out[direct]
+            return False
+        return True
 
     def _copies(self, partition: int) -> list[str | None]:
         """The addresses of all copies, in the order in which they are to be asked: the leader last."""

@@ -262,3 +262,45 @@ async def test_other_calls_are_refused(world: World) -> None:
     """A query node answers queries only."""
     with pytest.raises(TallymarkError, match="doesn't answer"):
         await world.ask(StoreRealtime(0, "m", 1))
+
+
+async def test_a_question_for_a_running_total_is_passed_on(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a task, as long as not too many are; a failure that may pass has one begin, and all are counted once."""
+    tasks: list[Any] = []
+    answer = world.service.on_call
+
+    async def on_call(connection: Any, call: Any) -> Any:
+        tasks.append(call)
+        return await answer(connection, call)
+
+    monkeypatch.setattr(world.service, "on_call", on_call)
+    latency = world.service.counters.latency_ns["realtime"]
+    for _ in range(3):
+        assert (await world.ask(QueryRealtime(ACCOUNT, "m"))).rows[0].stats.count == 3
+    assert (tasks, latency.count) == ([], 3)
+    assert len(world.store.asked) == 3
+
+    def refuse_once(call: Any) -> Any:
+        world.store.answer = world.store.answer_as_usual
+        raise UnavailableError("not now", code=ErrorCode.NOT_LEADER)
+
+    world.store.answer = refuse_once
+    assert (await world.ask(QueryRealtime(ACCOUNT, "m"))).rows[0].stats.count == 3
+    assert (len(tasks), latency.count) == (1, 4)
+    monkeypatch.setattr(query, "PASSED_ON_MAX", 0)
+    assert (await world.ask(QueryRealtime(ACCOUNT, "m"))).rows[0].stats.count == 3
+    assert (len(tasks), latency.count) == (2, 5)
+    assert world.service.counters.under_way == 0
+    assert world.service._passed_on == 0
+    assert all(not out for out in world.service._asking._out.values())
+
+
+async def test_an_answer_to_a_question_passed_on_that_makes_no_sense_is_an_error(world: World) -> None:
+    """It is counted as a failure."""
+    world.store.answer = lambda call: AlertsResult([], 6, more=False)
+    with pytest.raises(TallymarkError):
+        await world.ask(QueryRealtime(ACCOUNT, "m"))
+    assert sum(world.service.counters.failures["realtime"].values()) == 1
+    assert world.service.counters.under_way == 0

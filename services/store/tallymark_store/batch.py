@@ -28,6 +28,10 @@ PREFIX = struct.Struct("<IIII")
 PREFIX_BYTES = 16
 
 
+_NO_OFFSETS: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+_NO_OFFSETS.setflags(write=False)
+
+
 class BatchView(NamedTuple):
     """An event batch in a buffer, nothing copied. Positions are absolute in `data`."""
 
@@ -68,13 +72,13 @@ def parse(data: npt.NDArray[np.uint8], base: int, length: int) -> BatchView:
     """
     if length < PREFIX_BYTES:
         raise RemoteProtocolError("malformed event batch: it is shorter than its prefix")
-    checksum, n, verdict_bytes, original_count = PREFIX.unpack(data[base : base + PREFIX_BYTES].tobytes())
+    checksum, n, verdict_bytes, original_count = PREFIX.unpack_from(data.data, base)
     start = base + PREFIX_BYTES
     payload_base = start + verdict_bytes + 8 * original_count
     if verdict_bytes not in {0, n} or original_count > verdict_bytes or payload_base > base + length:
         raise RemoteProtocolError("malformed event batch: its verdict column does not add up")
     verdicts = data[start : start + verdict_bytes] if verdict_bytes else None
-    originals = np.frombuffer(
-        data[start + verdict_bytes : payload_base].tobytes(), dtype="<i8", count=original_count
-    )
+    originals = _NO_OFFSETS
+    if original_count:
+        originals = np.frombuffer(data[start + verdict_bytes : payload_base].tobytes(), dtype="<i8")
     return BatchView(data, checksum, n, verdicts, originals, payload_base, base + length - payload_base)

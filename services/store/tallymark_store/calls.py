@@ -94,6 +94,24 @@ class Calls:
             return await self._digest(call)
         return None
 
+    def call_now(self, call: StoreRealtime) -> RealtimeResult | None:
+        """Answer as `call` does, if nothing has to be waited for; None where it has to, or it is not clear.
+
+        Raises:
+            UnavailableError: this store does not lead the partition, or not for sure.
+        """
+        if call.consistency != Consistency.LEADER:
+            return None
+        partition = self._store.serving(call.partition)
+        if not self._knows(partition, call.metric_code) or not self._store.folding.catch_up(partition):
+            return None
+        try:
+            answer = self._reads_of(partition).realtime(call, self._clock.now_ns())
+        except InvalidRequestError:
+            return None
+        self._check_lease()  # no other turn of the loop has come between, so nothing else can have changed
+        return answer
+
     # ------------------------------------------------------------ reads
 
     async def _answer(self, call: Read) -> Message:
@@ -134,6 +152,8 @@ class Calls:
             raise UnavailableError(
                 f"this store has no copy of partition {call.partition}", code=ErrorCode.NOT_LEADER
             )
+        if partition.error is None and replica.role is not Role.DAMAGED:
+            store.folding.catch_up(partition)  # so that no more is missing than is not committed here
         if partition.error is not None or replica.role is Role.DAMAGED:
             raise UnavailableError(f"this copy of partition {call.partition} is damaged")
         leads = replica.role is Role.LEADER

@@ -4,6 +4,8 @@ Owns the backlog (what was appended here and is not folded yet) and back-pressur
 log's end when a leadership begins. A slice stays short, so that reads, acknowledgements and lease renewals come in
 between; what is left waits for the next turn of the loop.
 
+Small records are folded in runs (`runs`), so there is a moment between their commit and their fold.
+
 Records that this process has appended as leader come from the partition's queue; all others are read from the log
 when their turn comes, so that memory stays bounded however far behind a copy is.
 """
@@ -19,12 +21,17 @@ from tallymark_protocol.errors import ErrorCode, UnavailableError
 from tallymark_protocol.payload import COLUMNS
 from tallymark_runtime.clock import Clock
 from tallymark_store.partition import Partition
-from tallymark_store.prepared import Ints
-from tallymark_store.wal import DamagedError, Wal
+from tallymark_store.prepared import Bytes, Ints
+from tallymark_store.runs import RUN_BODY_BYTES_MAX, RUN_BYTES_MAX, RUN_RECORDS_MAX
+from tallymark_store.wal import DamagedError, RecordKind, RecordMeta, Wal
 
 FOLD_SLICE_NS = 15_000_000  # of the loop's time at once
+CATCH_UP_NS = 2_000_000  # likewise, for a read that would else have to wait
+FOLD_DELAY_S = 0.1  # what is committed meanwhile is folded together
+FOLD_EVENTS = 16_384  # so many are not waited with
 BACKLOG_HIGH_BYTES = 192 * 1024 * 1024  # appended and not folded: above it, nothing more is read
 BACKLOG_LOW_BYTES = 96 * 1024 * 1024
+_EVENTS = int(RecordKind.EVENTS)
 
 
 class Folding:
@@ -63,6 +70,9 @@ class Folding:
         self._on_failed = on_failed
         self._loop = asyncio.get_running_loop()
         self._due = False
+        self._timer: asyncio.TimerHandle | None = None  # of the next slice
+        self._unfolded = 0  # events committed since the last slice
+        self._closed = False
         self._paused = False
         self._columns: Ints = np.zeros(COLUMNS, dtype=np.int64)
         # Partitions whose judge is on its way to the log's end, with what is to be called there.
@@ -72,12 +82,27 @@ class Folding:
 
     def soon(self) -> None:
         """Fold what is committed, beginning in the next turn of the loop."""
-        if not self._due:
+        if not self._due and not self._closed:
             self._due = True
             self._loop.call_soon(self._slice)
 
+    def later(self, events: int) -> None:
+        """So many events more were committed: fold them in a moment, together with what is committed by then.
+
+        That costs less, and nobody waits for it: a read folds what it needs by itself.
+        """
+        self._unfolded += events
+        if self._unfolded >= FOLD_EVENTS:
+            self.soon()
+        elif not self._due and self._timer is None and not self._closed:
+            self._timer = self._loop.call_later(FOLD_DELAY_S, self._slice)
+
     def _slice(self) -> None:
         self._due = False
+        self._unfolded = 0
+        self._cancel_timer()
+        if self._closed:
+            return
         deadline = self._clock.monotonic_ns() + FOLD_SLICE_NS
         # Who is about to lead comes first: its clients wait.
         behind = bool(self._promoting) and self._promote(deadline)
@@ -85,7 +110,7 @@ class Folding:
             if partition.error is not None:
                 continue
             while partition.fold_behind and self._clock.monotonic_ns() < deadline:
-                if not self.fold_one(partition):
+                if not self.fold_some(partition):
                     break
             else:
                 behind = behind or partition.fold_behind
@@ -101,16 +126,14 @@ class Folding:
             self._paused = False
             self._pause_reading(False)
 
-    def fold_one(self, partition: Partition) -> bool:
-        """Fold the next committed record; False where it is damaged."""
+    def fold_some(self, partition: Partition) -> bool:
+        """Fold the next committed record, or those that make a run with it; False where it is damaged."""
         try:
             if not partition.folds_from_log:
-                events, size = partition.fold_step()
+                events, size = partition.fold_steps()
                 self.backlog_bytes -= size
             else:
-                found = self._wal.read(partition.partition, partition.applied)
-                assert found is not None, "what is committed is in the log"
-                events, _ = partition.apply_logged(*found, self._columns)
+                events, _ = partition.apply_logged_run(self._read_run(partition), self._columns)
         except DamagedError as error:
             self._on_damage(partition, error)
             return False
@@ -118,6 +141,51 @@ class Folding:
             self._on_failed(error)
             raise
         self.events_folded += events
+        return True
+
+    def _read_run(self, partition: Partition) -> list[tuple[RecordMeta, Bytes]]:
+        """The next committed record of the log, with those behind it if they make a run.
+
+        Raises:
+            DamagedError: of the first of them.
+        """
+        number = partition.partition
+        index = partition.index
+        row = index.find(partition.applied)
+        assert row >= 0, "what is committed is in the log"
+        end = partition.high_watermark
+        if partition.judged_end > partition.applied:
+            end = min(end, partition.judged_end)  # a run is judged already, or not at all
+        last = index.find(end - 1) + 1
+        last = min(last, row + RUN_RECORDS_MAX)
+        lengths = index.column("length", row, last).tolist()
+        kinds = index.column("kind", row, last).tolist()
+        records: list[tuple[RecordMeta, Bytes]] = []
+        size = 0
+        for kind, length in zip(kinds, lengths, strict=True):
+            size += length
+            fits = kind == _EVENTS and length <= RUN_BODY_BYTES_MAX and size <= RUN_BYTES_MAX
+            if records and not fits:
+                break
+            try:
+                records.append(self._wal.read_record(number, row))
+            except DamagedError:
+                if not records:
+                    raise
+                break  # it is found again when its turn comes
+            row += 1
+            if not fits:
+                break
+        return records
+
+    def catch_up(self, partition: Partition) -> bool:
+        """Fold up to the high watermark, if that is done in a moment; whether it is."""
+        if partition.applied >= partition.high_watermark:
+            return True
+        deadline = self._clock.monotonic_ns() + CATCH_UP_NS
+        while partition.applied < partition.high_watermark:
+            if self._clock.monotonic_ns() > deadline or not self.fold_some(partition):
+                return False
         return True
 
     async def wait_applied(self, partition: Partition) -> None:
@@ -130,7 +198,7 @@ class Folding:
         target = partition.high_watermark
         deadline = self._clock.monotonic_ns() + FOLD_SLICE_NS
         while partition.applied < target:
-            if not self.fold_one(partition):
+            if not self.fold_some(partition):
                 raise DamagedError(
                     f"partition {partition.partition} has a damaged record at offset {partition.applied}",
                     partition=partition.partition,
@@ -191,10 +259,20 @@ class Folding:
             raise
         return True
 
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def close(self) -> None:
+        """Fold nothing more by itself."""
+        self._closed = True
+        self._cancel_timer()
+
     def finish(self, partitions: Iterable[Partition]) -> None:
         """At the end: fold all that is committed and came from here, so that nothing of it is left in memory only."""
         for partition in partitions:
-            while partition.error is None and partition.fold_behind and self.fold_one(partition):
+            while partition.error is None and partition.fold_behind and self.fold_some(partition):
                 pass
 
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol, get_args
 
 import google_crc32c
 import msgspec
@@ -71,6 +71,10 @@ class Outgoing(NamedTuple):
     records: Sequence[Record]
 
 
+# By identity of a message's records: their metas, the length of their payloads, and the records, to keep the identity.
+Packed = dict[int, tuple[bytes, int, Sequence[Record]]]
+
+
 class Standing(msgspec.Struct, frozen=True, array_like=True):
     """What a store tells of itself in every bundle."""
 
@@ -104,8 +108,14 @@ def encode(
     receiver: str,
     outgoing: Sequence[Outgoing],
     standing: Standing = Standing(),  # noqa: B008 - it is frozen
+    packed: Packed | None = None,
 ) -> list[list[BytesLike]]:
-    """Pack messages into bundles, in order; each bundle is a list of parts that follow each other."""
+    """Pack messages into bundles, in order; each bundle is a list of parts that follow each other.
+
+    `packed` is shared by bundles that carry the same records to several stores: these are then packed once.
+    """
+    if packed is None:
+        packed = {}
     bundles: list[list[BytesLike]] = []
     entries: list[tuple[AnyMessage, bytes]] = []
     payloads: list[BytesLike] = []
@@ -114,25 +124,10 @@ def encode(
         metas = b""
         payload_bytes = 0
         if records:
-            packed = []
-            for record in records:
-                length = sum([len(part) for part in record.parts])
-                meta = record.meta
-                packed.append(
-                    _META.pack(
-                        meta.epoch,
-                        meta.base_offset,
-                        meta.count,
-                        meta.kind,
-                        meta.append_ns,
-                        meta.min_time_ns,
-                        meta.max_time_ns,
-                        length,
-                        crc_of_parts(0, record.parts),
-                    )
-                )
-                payload_bytes += length
-            metas = b"".join(packed)
+            known = packed.get(id(records))
+            if known is None:
+                known = packed[id(records)] = (*_pack(records), records)
+            metas, payload_bytes, _ = known
         room = _MESSAGE_BYTES + len(metas) + 32 * len(getattr(message, "tail", ()))
         if isinstance(message, Piece):
             room += len(message.data)
@@ -153,6 +148,30 @@ def encode(
     if entries:
         bundles.append(_close(cluster_id, sender, receiver, standing, entries, payloads))
     return bundles
+
+
+def _pack(records: Sequence[Record]) -> tuple[bytes, int]:
+    """The metas of a message's records, and the length of their payloads."""
+    metas = []
+    payload_bytes = 0
+    for record in records:
+        length = sum([len(part) for part in record.parts])
+        meta = record.meta
+        metas.append(
+            _META.pack(
+                meta.epoch,
+                meta.base_offset,
+                meta.count,
+                meta.kind,
+                meta.append_ns,
+                meta.min_time_ns,
+                meta.max_time_ns,
+                length,
+                crc_of_parts(0, record.parts),
+            )
+        )
+        payload_bytes += length
+    return b"".join(metas), payload_bytes
 
 
 _encode_head = msgspec.msgpack.Encoder().encode
@@ -216,8 +235,8 @@ def _check(message: AnyMessage, metas: bytes) -> None:
         raise RemoteProtocolError("malformed bundle: a message's records do not add up")
     if not 0 <= message.partition < limits.PARTITIONS_MAX:
         raise RemoteProtocolError(f"malformed bundle: there is no partition {message.partition}")
-    for name in _OFFSETS:
-        value = getattr(message, name, 0)
+    for name in _OFFSETS_OF[type(message)]:
+        value = getattr(message, name)
         if not 0 <= value < 2**63:
             raise RemoteProtocolError(f"malformed bundle: {name} is {value}")
     tail = getattr(message, "tail", ())
@@ -243,6 +262,9 @@ _OFFSETS: Final = (
     "position",
     "checksum",
 )
+_OFFSETS_OF: Final = {
+    kind: tuple(name for name in _OFFSETS if name in kind.__struct_fields__) for kind in get_args(AnyMessage)
+}
 _TAIL_MAX: Final = 1_024
 _KINDS: Final = frozenset(RecordKind) - INTERNAL_KINDS
 

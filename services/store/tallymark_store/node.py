@@ -21,7 +21,7 @@ import msgspec
 from tallymark_protocol import limits
 from tallymark_protocol.errors import ErrorCode, RemoteProtocolError, UnavailableError, WireError
 from tallymark_protocol.frames import Frame
-from tallymark_protocol.messages import Call, Message
+from tallymark_protocol.messages import Call, Message, StoreRealtime
 from tallymark_runtime.assignments import FOUNDING, Assignment, Life, assignment_key, life_key
 from tallymark_runtime.catalog import (
     CLUSTER,
@@ -556,6 +556,10 @@ class StoreNode:
         _ = self.store
         assert self._calls is not None
         return await self._calls.call(call)
+
+    def call_now(self, call: StoreRealtime) -> Message | None:
+        """Answer a call if nothing has to be waited for; None: `call` is to answer it. Raises TallymarkError."""
+        return None if self._calls is None else self._calls.call_now(call)
 
     def _check_lease(self) -> None:
         assert self._coordination is not None

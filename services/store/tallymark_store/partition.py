@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -41,7 +41,7 @@ from tallymark_protocol.payload import (
     place_payload,
 )
 from tallymark_protocol.schema import MetricRecord, decode_record
-from tallymark_store import batch
+from tallymark_store import batch, runs
 from tallymark_store.dedup import NEW, REPEAT, REUSED, UNKNOWN, DedupIndex, ProducerWindows
 from tallymark_store.fold import Fold, SchemaTable
 from tallymark_store.judge import WANTS_LOOKUP, event_keys, judge_events, sealed_events, time_range
@@ -58,6 +58,7 @@ from tallymark_store.prepared import (
     chunk_words,
     exceptions_of,
 )
+from tallymark_store.runs import RUN_BODY_BYTES_MAX, RUN_BYTES_MAX, RUN_RECORDS_MAX, Run
 from tallymark_store.wal import PartitionIndex, RecordKind, RecordMeta
 from tallymark_store.window_times import WindowTimes
 
@@ -476,6 +477,34 @@ class Partition:
         self._queue.popleft()
         return (item.end_offset - item.base_offset if len(item.data) else 0), len(item.data)
 
+    def fold_steps(self) -> tuple[int, int]:
+        """Fold the next committed records, as many as make a run; returns what `fold_step` does, of all of them."""
+        assert not self.folds_from_log, "apply_logged_run takes what is in the log only"
+        items: list[FoldItem] = []
+        size = 0
+        for item in self._queue:
+            if (
+                item.end_offset > self.high_watermark
+                or not 0 < len(item.data) <= RUN_BODY_BYTES_MAX
+                or size + len(item.data) > RUN_BYTES_MAX
+                or len(items) >= RUN_RECORDS_MAX
+            ):
+                break
+            items.append(item)
+            size += len(item.data)
+        if len(items) < 2:
+            return self.fold_step()
+        run = runs.of_items(items)
+        self._fold_run(run)
+        for _ in items:
+            self._queue.popleft()
+        return run.events, run.payload_bytes
+
+    def _fold_run(self, run: Run) -> None:
+        self.fold.apply_run(run.data, run.columns, run.places)
+        self.fold.advance(run.end_offset)
+        self.windows.advance(run.end_offset, run.append_ns)
+
     def fail_waiting(self) -> list[Callable[[], None]]:
         """Drop the answers that will not come; returns what is to be called instead of them."""
         fails = [fail for _, _, fail in self._waiting if fail is not None]
@@ -545,6 +574,25 @@ class Partition:
         self.fold.advance(meta.base_offset + meta.count)
         self.windows.advance(meta.base_offset + meta.count, meta.append_ns)
         return events, size
+
+    def apply_logged_run(self, records: Sequence[tuple[RecordMeta, Bytes]], columns: Ints) -> tuple[int, int]:
+        """Do what `apply_logged` does, for one record, or for several event batches that are a run."""
+        if len(records) == 1:
+            return self.apply_logged(*records[0], columns)
+        base = records[0][0].base_offset
+        assert base == self.applied, "records are folded in order"
+        run = runs.of_records(records)
+        assert self.judged_end == base or self.judged_end >= run.end_offset, "all of it is judged, or nothing"
+        if self.judged_end == base:
+            self.windows.insert_made(run.chunks())
+            for number, batch_columns in enumerate(run.columns):
+                if batch_columns[C_ID_ENCODING] == PLAIN:
+                    base_offset = records[number][0].base_offset
+                    self._replay_ids(run.data, batch_columns, run.verdicts(number), base_offset)
+            self.last_append_ns = max(self.last_append_ns, run.append_ns)
+            self.judged_end = run.end_offset
+        self._fold_run(run)
+        return run.events, run.payload_bytes
 
     def judge_logged(self, meta: RecordMeta, body: Bytes, columns: Ints) -> None:
         """Take the record at `judged_end`, ahead of the fold, into the judge's state; see `apply_logged`."""

@@ -491,8 +491,11 @@ class Replicating:
         outbox, self._outbox = self._outbox, {}
         identity = self.identity
         standing = self.fitness.standing()
+        packed: links.Packed = {}
         for node_id, outgoing in outbox.items():
-            for parts in links.encode(identity.cluster_id, identity.node_id, node_id, outgoing, standing):
+            for parts in links.encode(
+                identity.cluster_id, identity.node_id, node_id, outgoing, standing, packed
+            ):
                 if not self._transport.send(node_id, parts):
                     break  # what follows would be out of order, and most likely be dropped as well
 

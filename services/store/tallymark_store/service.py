@@ -11,6 +11,7 @@ import logging
 import random
 from collections.abc import Callable
 
+from tallymark_protocol.codec import encode
 from tallymark_protocol.errors import RemoteProtocolError, UnavailableError
 from tallymark_protocol.frames import Frame
 from tallymark_protocol.messages import (
@@ -19,6 +20,7 @@ from tallymark_protocol.messages import (
     CoordinatorCall,
     FrameType,
     Message,
+    StoreRealtime,
     Welcome,
 )
 from tallymark_runtime.catalog import MetricCatalog, NodeCatalog
@@ -37,6 +39,7 @@ __all__ = ["StoreConfig", "StoreService", "serve"]
 _log = logging.getLogger(__name__)
 
 _APPEND = int(FrameType.APPEND)
+_RESULT = int(FrameType.RESULT)
 
 
 class StoreService(HandlerBase):
@@ -165,6 +168,16 @@ class StoreService(HandlerBase):
     def on_disconnect(self, connection: ServerConnection) -> None:
         """Forget the connection."""
         self._appenders.pop(connection, None)
+
+    def on_call_now(self, connection: ServerConnection, request_id: int, call: Call, deadline: float) -> bool:
+        """Answer a read that waits for nothing."""
+        if type(call) is not StoreRealtime:
+            return super().on_call_now(connection, request_id, call, deadline)
+        answer = self.node.call_now(call)
+        if answer is None:
+            return False
+        connection.respond(request_id, _RESULT, encode(answer))
+        return True
 
     async def on_call(self, connection: ServerConnection, call: Call) -> Message:
         """Answer reads, status, and the coordinator's calls if this process hosts it."""

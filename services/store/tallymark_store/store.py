@@ -317,9 +317,10 @@ class Store:
 
     def committed(self, partition: Partition, high_watermark: int) -> None:
         """Everything below is committed: answer, then fold."""
+        events = high_watermark - partition.high_watermark
         for send in partition.commit(high_watermark):
             send()
-        self.folding.soon()
+        self.folding.later(events)
         if self._waiters:
             self._notify()
 
@@ -476,6 +477,7 @@ class Store:
     def halt(self) -> None:
         """Stop at once, as in a crash: nothing is written, sent or answered any more."""
         self._halted = True
+        self.folding.close()
         self.appends.cancel()
         self.replicating.close()
         if self._marker is not None:
@@ -493,4 +495,5 @@ class Store:
         if self._marker is not None:
             self._marker.cancel()
         self.replicating.close()
+        self.folding.close()
         self.folding.finish(self.partitions.values())

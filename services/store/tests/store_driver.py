@@ -130,7 +130,7 @@ class Driver:
             for send in partition.commit(partition.log_end):
                 send()
             while partition.error is None and partition.fold_behind:
-                partition.fold_step()
+                partition.fold_steps()
 
     # ------------------------------------------------------------ checkpoints
 

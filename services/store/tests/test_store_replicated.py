@@ -12,10 +12,10 @@ import pytest
 
 from tallymark_protocol.errors import ErrorCode, RemoteProtocolError, UnavailableError
 from tallymark_protocol.identifiers import encode_event_id
-from tallymark_protocol.messages import Consistency
+from tallymark_protocol.messages import Consistency, RealtimeResult, StoreRealtime
 from tallymark_runtime.assignments import copy_key
 from tallymark_runtime.epochs import raise_base
-from tallymark_store import warmup
+from tallymark_store import folding, warmup
 from tallymark_store.links import Outgoing
 from tallymark_store.links import encode as encode_bundle
 from tallymark_store.replication.effects import Role
@@ -196,6 +196,41 @@ async def test_stale_reads_are_answered_by_every_copy(cluster: Cluster) -> None:
     cluster.nodes[leader]._coordination.lease.deadline_ns = 0  # type: ignore[union-attr]
     with pytest.raises(UnavailableError) as caught:
         await cluster.count(leader, 1)
+    assert caught.value.code == ErrorCode.NOT_LEADER
+
+
+async def test_a_running_total_is_answered_at_once_where_nothing_is_to_be_waited_for(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is committed is in it; whoever does not lead, or not for sure, says so; all else is left to `call`."""
+    await cluster.start()
+    leader = await cluster.wait_leader()
+    node = cluster.nodes[leader]
+    await cluster.append(leader, ids(10), (1, 0))
+    await cluster.append(leader, ids(10, 50), (1, 1))
+    ask = StoreRealtime(0, "sum", 1)
+    found = node.call_now(ask)
+    assert isinstance(found, RealtimeResult)
+    assert (found.stats.count, found.as_of) == (20, node.store.partitions[0].high_watermark)
+    assert found == await node.call(ask)
+    for other in (
+        msgspec.structs.replace(ask, consistency=Consistency.QUORUM),
+        msgspec.structs.replace(ask, consistency=Consistency.STALE),
+        msgspec.structs.replace(ask, metric_code="unheard_of"),
+        msgspec.structs.replace(ask, at_ns=-1),
+    ):
+        assert node.call_now(other) is None
+    await cluster.append(leader, ids(1, 100), (1, 2))
+    with monkeypatch.context() as patched:
+        patched.setattr(folding, "CATCH_UP_NS", -1)
+        assert node.call_now(ask) is None  # it would take longer
+    follower = next(name for name in sorted(cluster.nodes) if name != leader)
+    with pytest.raises(UnavailableError) as caught:
+        cluster.nodes[follower].call_now(ask)
+    assert caught.value.code == ErrorCode.NOT_LEADER
+    node._coordination.lease.deadline_ns = 0  # type: ignore[union-attr]
+    with pytest.raises(UnavailableError) as caught:
+        node.call_now(ask)
     assert caught.value.code == ErrorCode.NOT_LEADER
 
 

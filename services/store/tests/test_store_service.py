@@ -396,6 +396,7 @@ async def test_a_fold_that_fails_ends_the_process(world: World, monkeypatch: pyt
 
         with monkeypatch.context() as patched:
             patched.setattr(life.store.partitions[0].fold, "apply", fail)
+            patched.setattr(life.store.partitions[0].fold, "apply_run", fail)
             loop.set_exception_handler(lambda _, context: seen.append(context))
             life.send(ids(1, 5), (1, 1))
             async with asyncio.timeout(20):

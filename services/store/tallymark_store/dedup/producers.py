@@ -203,6 +203,10 @@ class ProducerWindows:
         rows[:, 5] = append_ns
         self._insert(rows)
 
+    def insert_made(self, rows: U64) -> None:
+        """Remember as `insert` does, the chunks of several records: all `SLOT_WORDS` words of each are filled in."""
+        self._insert(rows)
+
     def truncate(self, log_end: int) -> None:
         """Forget the chunks of records at or above `log_end`, a record boundary not below what is committed."""
         assert log_end >= self._committed_end, "committed records are never truncated"

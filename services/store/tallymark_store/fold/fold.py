@@ -38,6 +38,7 @@ from tallymark_store.fold.kernel import (
     names_unknown,
     reindex_cells,
 )
+from tallymark_store.fold.runs import P_BASE, P_SLOTS, P_SLOTS_END, P_VERDICTS, P_VERDICTS_END, fold_run
 from tallymark_store.fold.schemas import SchemaTable
 from tallymark_store.fold.thresholds import ALERT_WORDS
 from tallymark_store.fold.uniques import MEMBER_WORDS, reindex_members
@@ -181,7 +182,8 @@ class Fold:
             raise RemoteProtocolError(
                 f"the event batch at offset {base_offset} names a metric that isn't in the log"
             )
-        scratch = self._make_room(columns, len(metric_slots), n, per_event, widest)
+        sets, property_bytes = _properties_in(columns, len(metric_slots))
+        scratch = self._make_room(n, per_event, widest, sets, property_bytes)
         position = 0
         while True:
             position = fold_events(
@@ -195,10 +197,58 @@ class Fold:
                 break
         self.applied = base_offset + n
 
-    def _make_room(self, columns: Ints, metrics: int, n: int, per_event: int, widest: int) -> Scratch:
+    def apply_run(self, data: Bytes, columns: Ints, places: Ints) -> None:
+        """Apply event batches that follow each other in the log and lie in one buffer, as `apply` does each.
+
+        Args:
+            data: the buffer, not writable.
+            columns: a row for each batch, filled by `runs.place_run`.
+            places: a row for each batch; see `runs`. Where its metric slots lie is filled in here.
+
+        Raises:
+            RemoteProtocolError: as `apply`; nothing of the run is applied then.
+        """
+        assert places[0, P_BASE] >= self.applied, "records are applied in log order, once"
+        tables = []
+        total = per_event = widest = sets = property_bytes = 0
+        known = self.schemas
+        for place, row in zip(places, columns, strict=True):
+            slots = known.slots_of(data, row)
+            place[P_SLOTS] = total
+            total += len(slots)
+            place[P_SLOTS_END] = total
+            tables.append(slots)
+            most, width, has_unknown = known.widths(slots)
+            marks = data[place[P_VERDICTS] : place[P_VERDICTS_END]]
+            if has_unknown and names_unknown(data, row, marks, slots):
+                raise RemoteProtocolError(
+                    f"the event batch at offset {place[P_BASE]} names a metric that isn't in the log"
+                )
+            per_event, widest = max(per_event, most), max(widest, width)
+            if width:
+                more_sets, more_bytes = _properties_in(row, len(slots))
+                sets, property_bytes = max(sets, more_sets), property_bytes + more_bytes
+        metric_slots = np.concatenate(tables)
+        scratch = self._make_room(int(columns[:, C_EVENTS].sum()), per_event, widest, sets, property_bytes)
+        count = len(places)
+        batch = position = 0
+        while True:
+            batch, position = fold_run(
+                data, columns, places, batch, position, metric_slots, widest > 0, known.arrays,
+                self.dimensions.arrays, self._state, scratch, self._seed,
+            )  # fmt: skip
+            if self._cell_index.make_room() | self._member_index.make_room():
+                self._state = self._arrays()
+            self.dimensions.make_room()
+            if batch == count:
+                break
+        self.applied = int(places[-1, P_BASE] + columns[-1, C_EVENTS])
+
+    def _make_room(self, n: int, per_event: int, widest: int, sets: int, property_bytes: int) -> Scratch:
         """Room in dense arrays for all that n events can add: they never run full inside the kernel.
 
-        `per_event` is the most thresholds of a metric in the payload, `widest` the most dimensions.
+        `per_event` is the most thresholds of a metric in the payloads, `widest` the most dimensions, `sets` the most
+        property sets in one payload, `property_bytes` what all of them can add.
         """
         cells, members, rows, alerts = self._counters.tolist()
         needed = (cells + 2 * n, members + n, rows + per_event * n, alerts + per_event * n)
@@ -215,11 +265,10 @@ class Fold:
             self._member_index.advise()
         scratch = self._scratch
         if widest:
-            property_bytes = int(columns[C_ACCOUNT] - columns[C_PROPERTY_BYTES]) * metrics
             self.dimensions.ensure(
                 n, widest * n, min(property_bytes, widest * n * limits.PROPERTY_VALUE_BYTES_MAX)
             )
-            entries = 1 << max(2 * (int(columns[C_PROPERTY_SETS]) + 1) - 1, 1).bit_length()
+            entries = 1 << max(2 * (sets + 1) - 1, 1).bit_length()
             entries = min(max(entries, _MEMO_MIN), _MEMO_MAX)
             memo = scratch.memo
             if len(memo) < entries or len(memo) > 16 * entries:
@@ -525,6 +574,12 @@ def _stats(agg: AggType, words: list[int], alert_flags: int = 0) -> Stats:
         return Stats(count=count, last_event_at=time, last_offset=offset, alert_flags=alert_flags)
     total = int128.to_bytes(int128.from_words(lo, hi))
     return Stats(count, total, low, high, last, time, offset, alert_flags=alert_flags)
+
+
+def _properties_in(columns: Ints, metrics: int) -> tuple[int, int]:
+    """How many property sets a payload has, and how many bytes they can add to the dimensions' values."""
+    size = int(columns[C_ACCOUNT] - columns[C_PROPERTY_BYTES]) * metrics
+    return int(columns[C_PROPERTY_SETS]), size
 
 
 def _signed(account: int) -> int:

@@ -9,6 +9,7 @@ from tallymark_protocol.errors import Reason
 from tallymark_protocol.model import AggType, AlertThreshold, DimensionFilter, MetricSchema
 from tallymark_protocol.schema import MetricRecord
 from tallymark_protocol.zones import UTC
+from tallymark_store.fold import runs
 from tallymark_store.fold.fold import Fold
 
 
@@ -39,10 +40,17 @@ def warm_up() -> None:
     assert status == payload.OK
     fold.apply(data, columns, None, 1, 0)
     fold.apply(data, columns, np.zeros(1, dtype=np.uint8), 2, 0)
+    run = np.frombuffer(_payload(b"m") + bytes(1), dtype=np.uint8)
+    places = np.array([[0, len(data), len(data), len(data) + 1, 3, 0, 0, 0]], dtype=np.int64)
+    table = np.zeros((1, payload.COLUMNS), dtype=np.int64)
+    status = runs.place_run(run, places, table)
+    assert status == payload.OK
+    runs.chunks_of_run(run, places, table, np.zeros((1, runs.ROW_WORDS), dtype=np.uint64))
+    fold.apply_run(run, table, places)
     other = np.frombuffer(_payload(b"u"), dtype=np.uint8)
     status = payload.place_payload(other, 0, len(other), columns)
     assert status == payload.OK
-    fold.apply(other, columns, np.full(1, int(Reason.UNKNOWN_METRIC), dtype=np.uint8), 3, 0)
+    fold.apply(other, columns, np.full(1, int(Reason.UNKNOWN_METRIC), dtype=np.uint8), 4, 0)
     slot = fold.schemas.slot_of("m")
     start, end = fold.schemas.day_of(slot, 0)
     fold.period_stats(1, slot, 0)

@@ -23,6 +23,10 @@ from tallymark_store.wal import RecordKind
 _BURST_NS = 250_000_000  # no longer than this a learner's unused rate is saved up
 _CAUGHT_UP_BYTES = 1024 * 1024  # a learner that lacks no more than this may become a member
 
+_Read = dict[
+    int, tuple[list[Record], int]
+]  # by offset: the records of a message from there on, and their bytes
+
 
 class Progress:
     """What the leader knows of one other copy."""
@@ -144,10 +148,11 @@ class Leading(Candidacy):
     # ------------------------------------------------------------ replicating
 
     def _replicate_all(self, now_ns: int) -> None:
+        read: _Read = {}  # followers side by side are sent the same
         for progress in self._followers.values():
-            self._replicate(progress, now_ns)
+            self._replicate(progress, now_ns, read)
 
-    def _replicate(self, progress: Progress, now_ns: int) -> None:
+    def _replicate(self, progress: Progress, now_ns: int, read: _Read | None = None) -> None:
         """Send what this follower lacks, as far as its window goes."""
         if progress.is_damaged or (progress.is_probing and progress.in_flight):
             return
@@ -160,10 +165,15 @@ class Leading(Candidacy):
         while progress.next_offset < end and progress.in_flight_bytes < config.window_bytes:
             if not is_member and not self._may_send(progress, now_ns):
                 return
-            records = self._read(progress.next_offset, config.message_bytes, now_ns)
+            found = None if read is None else read.get(progress.next_offset)
+            if found is None:
+                records = self._read(progress.next_offset, config.message_bytes, now_ns)
+                found = (records, sum([len(part) for record in records for part in record.parts]))
+                if read is not None:
+                    read[progress.next_offset] = found
+            records, size = found
             if not records:
                 return
-            size = sum([sum([len(part) for part in record.parts]) for record in records])
             base, progress.next_offset = progress.next_offset, records[-1].end
             if not progress.in_flight:
                 progress.progress_ns = now_ns
@@ -237,7 +247,7 @@ class Leading(Candidacy):
             self._replicate(progress, now_ns)
             if self._target == sender:
                 self._consider_hand_over(now_ns)
-            elif self._membership_is_due:
+            elif not self._is_settled(progress) and self._membership_is_due:
                 self._consider_membership(now_ns)
 
     def _on_mismatch(self, sender: str, message: Mismatch, now_ns: int) -> None:
@@ -398,6 +408,15 @@ class Leading(Candidacy):
             self.role is Role.LEADER
             and self._membership_due is None
             and self.membership.offset < self.high_watermark
+        )
+
+    def _is_settled(self, progress: Progress) -> bool:
+        """Whether nothing about this follower's copy asks for another membership. What else does, the tick finds."""
+        membership, wish = self.membership, self.wish
+        return (
+            len(membership.members) == len(wish)
+            and progress.node_id in wish
+            and membership.has(progress.node_id, progress.copy_id)
         )
 
     def _consider_membership(self, now_ns: int) -> None:

@@ -23,6 +23,7 @@ class WalLog:
 
     def __init__(self, wal: Wal, partition: int, on_written: Callable[[], None] = lambda: None) -> None:
         self._wal = wal
+        self._indexes = wal.partitions
         self._on_written = on_written  # something waits for a sync
         self._partition = partition
         self._empty = PartitionIndex(partition)
@@ -32,7 +33,7 @@ class WalLog:
 
     @property
     def _index(self) -> PartitionIndex:
-        return self._wal.partitions.get(self._partition, self._empty)
+        return self._indexes.get(self._partition, self._empty)
 
     @property
     def log_start(self) -> int:
@@ -109,12 +110,12 @@ class WalLog:
         index = self._index
         row = index.find(start)
         records: list[Record] = []
-        if row < 0 or not index.is_boundary(start):
+        if row < 0 or index.column("base_offset", row, row + 1).item(0) != start:
             return records
         lengths = index.column("length")
         left = bytes_max
         while row < len(lengths):
-            left -= record_bytes(int(lengths[row]))
+            left -= record_bytes(lengths.item(row))
             if left < 0 and records:
                 break
             meta, parts = self._wal.read_parts(self._partition, row)

@@ -102,7 +102,13 @@ class PartitionIndex:
         """Return the row of the record that takes `offset`; -1 if there is none."""
         if not self.log_start <= offset < self.log_end:
             return -1
-        rows = self._bases[self._first : self._last]
+        # Most questions are about one of the last two records.
+        bases, last = self._bases, self._last - 1
+        if offset >= bases.item(last):
+            return last - self._first
+        if last > self._first and offset >= bases.item(last - 1):
+            return last - 1 - self._first
+        rows = bases[self._first : last]
         return int(rows.searchsorted(offset, side="right")) - 1
 
     def row(self, number: int) -> Row:
@@ -142,7 +148,7 @@ class PartitionIndex:
 
     def last_epoch(self) -> int:
         """Return the epoch of the record that ends at `log_end`; 0 at offset 0."""
-        return int(self._columns[7][self._last - 1]) if len(self) else self.start_epoch
+        return self._columns[7].item(self._last - 1) if self._last > self._first else self.start_epoch
 
     def last_append_ns(self) -> int:
         """Return the append time of the record that ends at `log_end`; 0 at offset 0."""
