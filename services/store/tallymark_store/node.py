@@ -36,6 +36,7 @@ from tallymark_runtime.clock import Clock
 from tallymark_runtime.coordinator import Coordinator, Get
 from tallymark_runtime.disk import Disk
 from tallymark_runtime.epochs import read_base
+from tallymark_runtime.lease import LeaseKeeper, LeaseThread
 from tallymark_store import checkpoint, recovery
 from tallymark_store.appends import Requester
 from tallymark_store.belonging import check_cluster
@@ -43,7 +44,6 @@ from tallymark_store.calls import Calls
 from tallymark_store.checkpointer import Checkpointer
 from tallymark_store.coordination import Coordination, founding_of, stop_following
 from tallymark_store.copies import Copies
-from tallymark_store.lease import LeaseKeeper, LeaseThread
 from tallymark_store.links import Transport
 from tallymark_store.replicas_file import ReplicasFile, ReplicasFileError
 from tallymark_store.replicating import Identity
