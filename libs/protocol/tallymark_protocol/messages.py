@@ -306,7 +306,11 @@ class EventsResult(Message, frozen=True):
 
 
 class StoreAlerts(Message, frozen=True, tag="store_alerts"):
-    """Alert records of a partition from a position on, in log order, raised in [start_ns, end_ns)."""
+    """Alert records of a partition from a position on, in log order, raised in [start_ns, end_ns).
+
+    The two lists say the same as the single filters do, for many; but a code in `metric_codes` stands for every metric
+    that ever had it, and need not exist.
+    """
 
     partition: int
     account_id: int | None = None
@@ -316,6 +320,8 @@ class StoreAlerts(Message, frozen=True, tag="store_alerts"):
     consistency: Consistency = Consistency.LEADER
     start_ns: int = 0  # of the append time of the crossing event
     end_ns: int = 2**63 - 1
+    account_ids: list[int] = []  # none: all
+    metric_codes: list[str] = []  # none: all
 
 
 class AlertRecord(Message, frozen=True):

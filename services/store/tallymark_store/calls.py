@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import msgspec
 
@@ -29,6 +29,7 @@ from tallymark_protocol.messages import (
     StoreEvents,
     StoreRealtime,
     StoreStatus,
+    StoreTail,
     StoreTotals,
     TotalsResult,
 )
@@ -78,10 +79,12 @@ class Calls:
         self._offload = offload
         self._reads: dict[int, tuple[Partition, Reads]] = {}
 
-    async def call(self, call: Call) -> Message | None:
-        """Answer a call; None where it is no call to a store."""
+    async def call(self, call: Call, caller: Hashable = None) -> Message | None:
+        """Answer a call of a caller, if it is known who that is; None where it is no call to a store."""
         if isinstance(call, READS):
             return await self._answer(call)
+        if isinstance(call, StoreTail):
+            return await self._store.tail.answer(call, caller)
         if isinstance(call, StoreStatus):
             return self._status()
         if isinstance(call, StoreDigest):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import msgspec
 
@@ -501,11 +501,16 @@ class StoreNode:
         if self._store is not None and not self.failed.is_set():
             self._store.replicating.on_bundle(sender, data)
 
-    async def call(self, call: Call) -> Message | None:
-        """Answer a call; None where it is none to a store. Raises TallymarkError."""
+    async def call(self, call: Call, caller: Hashable = None) -> Message | None:
+        """Answer a call of a caller, if it is known who; None where it is none to a store. Raises TallymarkError."""
         _ = self.store
         assert self._calls is not None
-        return await self._calls.call(call)
+        return await self._calls.call(call, caller)
+
+    def end_tails(self) -> None:
+        """Answer the calls that are held for alert records, and hold none any more."""
+        if self._store is not None:
+            self._store.tail.close()
 
     def _check_lease(self) -> None:
         assert self._coordination is not None
