@@ -38,6 +38,7 @@ from .loop import MILLISECOND, SECOND, SimulationError, World
 from .network import Network, Weather
 from .process import Process
 from .readers import Readers
+from .subscribers import DONE_NS, Subscribers
 from .trace import Trace
 
 LEASE_S = 2.0
@@ -174,6 +175,7 @@ class Simulation:
         self._metrics_revision = 0
         self.live_ms = 0
         self.alerts = Alerts(self, random.Random(rng.getrandbits(64)))
+        self.subscribers = Subscribers(self, random.Random(rng.getrandbits(64)))
 
     # ------------------------------------------------------------ what the parts ask for
 
@@ -265,6 +267,7 @@ class Simulation:
             what = str(cause) or repr(cause)
             raise Failure(self.seed, what, where, self.trace.text()) from None
         finally:
+            self.subscribers.end()
             for process in self.processes.values():
                 if process.is_up:
                     process.crash("the simulation ends", is_power_lost=False)
@@ -293,8 +296,10 @@ class Simulation:
             world.at(rng.randint(SECOND, options.safety_ns), self.clients.repeat)
         self.readers.plan(options.safety_ns, options.reads)
         self.alerts.plan(options.safety_ns)
+        self.subscribers.plan(options.safety_ns, is_disturbed=bool(self.faults.kinds))
         self._go(options.safety_ns, None)
         self.faults.heal()
+        self.subscribers.heal()
         healed_ns = world.now_ns
         fresh: list[Part] = []
         while {part.partition for part in fresh} != set(range(self.partition_count)):
@@ -315,6 +320,8 @@ class Simulation:
         self.alerts.at_rest(list(self._copies()))
         self.readers.check_totals()
         self._go(world.now_ns + 5 * SECOND, self.readers.is_done)
+        if not self._go(world.now_ns + DONE_NS, self.subscribers.is_done):
+            raise SimulationError(f"ALERT-1: {DONE_NS / 1e9} s after that {self.subscribers.unfinished()}")
         if not self.readers.is_done():
             raise SimulationError("LIVE-1: reads were not answered after healing")
         if self.ledger.acknowledged < self.ledger.asked:

@@ -85,7 +85,7 @@ def test_the_environments_of_the_compose_file_are_valid() -> None:
         assert settings.advertise.endswith(f":{settings.port}")
         assert ("ports: [" in body) == (role.group(1) != "store"), "what applications use is published"
         seen.append(role.group(1))
-    assert seen == ["store"] * 3 + ["ingest"] * 2 + ["query"] * 2
+    assert seen == ["store"] * 3 + ["ingest"] * 2 + ["query"] * 2 + ["alerts"] * 2
 
 
 def test_ports_are_published_on_one_address() -> None:
