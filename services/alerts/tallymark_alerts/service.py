@@ -18,11 +18,7 @@ from tallymark_alerts.counters import AlertsCounters
 from tallymark_alerts.source import AlertSource
 from tallymark_alerts.stores import AskedStores
 from tallymark_alerts.tail import Tail
-
-try:  # FALLBACK until webhooks is there
-    from tallymark_alerts.webhooks import WEBHOOK_CALLS, Webhooks, WebhooksConfig
-except ImportError:
-    from tallymark_alerts._no_webhooks import WEBHOOK_CALLS, Webhooks, WebhooksConfig
+from tallymark_alerts.webhooks import WEBHOOK_CALLS, Webhooks, WebhooksConfig
 from tallymark_protocol.errors import TallymarkError
 from tallymark_protocol.messages import PROTOCOL_VERSION, AlertsBatch, AlertsFetch, Call, Message, Welcome
 from tallymark_runtime.clock import Clock

@@ -98,8 +98,10 @@ class Monitor:
         self.readiness.add("alerts", service.problem)
         if self.telemetry is not None:
             from tallymark_alerts.telemetry import AlertsTelemetry
+            from tallymark_alerts.webhooks.telemetry import WebhooksTelemetry
 
             self.telemetry.add("alerts", AlertsTelemetry(service))
+            self.telemetry.add("alerts_webhooks", WebhooksTelemetry(service.webhooks))
 
     def stopping(self) -> None:
         """The process was told to stop."""

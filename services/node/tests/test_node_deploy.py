@@ -91,5 +91,5 @@ def test_the_environments_of_the_compose_file_are_valid() -> None:
 def test_ports_are_published_on_one_address() -> None:
     """Never on all of them, unless somebody says so."""
     published = re.findall(r'ports: \["(.*?)"\]', COMPOSE)
-    assert len(published) == 4
+    assert len(published) == 6
     assert all(port.startswith("${BIND_ADDRESS:-127.0.0.1}:") for port in published)

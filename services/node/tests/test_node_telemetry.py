@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+import tallymark_alerts
 import tallymark_ingest
 import tallymark_query
 import tallymark_runtime
@@ -388,7 +389,7 @@ def test_run_logs_lines_that_machines_read(tmp_path):
 def _declared():
     """Every family that the code declares."""
     found = {}
-    for package in (tallymark_runtime, tallymark_ingest, tallymark_query, tallymark_store):
+    for package in (tallymark_alerts, tallymark_ingest, tallymark_query, tallymark_runtime, tallymark_store):
         for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
             if module.name.rsplit(".", 1)[1] == "telemetry":
                 for value in vars(importlib.import_module(module.name)).values():
