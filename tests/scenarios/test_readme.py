@@ -74,11 +74,16 @@ async def test_every_snippet_runs_in_order(blocks: list[tuple[str, str]], tmp_pa
 
 @pytest.mark.timeout(300)
 async def test_roles_run_alone_as_the_readme_says(tmp_path: Path) -> None:
-    """The three commands of the operations section bring up a cluster that counts."""
+    """The four commands of the operations section bring up a cluster that counts."""
     lines = [
         line.removeprefix("$ ") for _, text in BLOCKS for line in text.splitlines() if " run --role " in line
     ]
-    assert [re.search(r"--role (\w+)", line).group(1) for line in lines] == ["store", "query", "ingest"]  # type: ignore[union-attr]
+    assert [re.search(r"--role (\w+)", line).group(1) for line in lines] == [
+        "store",
+        "query",
+        "alerts",
+        "ingest",
+    ]  # type: ignore[union-attr]
     processes = []
     store_address = ""
     address = ""
@@ -106,7 +111,9 @@ async def test_roles_run_alone_as_the_readme_says(tmp_path: Path) -> None:
             address = ready.split("=", 1)[1].split()[0]
             store_address = store_address or address
         quickstart = next(text for kind, text in BLOCKS if kind == "python")
+        subscribing = next(text for kind, text in BLOCKS if kind == "python" and "subscribe(" in text)
         await run_python(quickstart, address)
+        await run_python(subscribing, address)
     finally:
         for process in reversed(processes):
             process.terminate()
