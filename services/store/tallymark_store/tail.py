@@ -188,9 +188,9 @@ def share_out(counts: list[int], limit: int) -> list[int]:
     left = limit
     open_ends = [k for k, count in enumerate(counts) if count]
     while left and open_ends:
-        each, extra = divmod(left, len(open_ends))
-        for rank, k in enumerate(open_ends):
-            share = min(each + (rank < extra), counts[k] - shares[k])
+        each = left // len(open_ends)
+        for k in open_ends if each else open_ends[:left]:
+            share = min(max(each, 1), counts[k] - shares[k])
             shares[k] += share
             left -= share
         open_ends = [k for k in open_ends if shares[k] < counts[k]]
