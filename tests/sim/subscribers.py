@@ -225,6 +225,7 @@ class Subscriber:
         self.handled: set[str] = set()  # ids of alerts that it is done with
         self.repeated = 0
         self.deaths = 0
+        self.is_calm = False  # it is quick, and dies no more
         self._owner = owner
         self._rng = rng
         self._size = rng.choice((1, 2, 5, 64))
@@ -302,11 +303,12 @@ class Subscriber:
         """Be done with one alert, and take the next; or die."""
         rng, feed = self._rng, self._feed
         if feed.is_pinned:
-            if rng.random() < 0.03:
+            if rng.random() < 0.03 and not self.is_calm:
                 self._die()
             else:
                 self._step(feed)
-        self._owner.world.after(rng.choice((0, 0, 1, 20, 200)) * MILLISECOND + 1_000, self._work)
+        pause_ms = 5 if self.is_calm else rng.choice((0, 0, 1, 20, 200))
+        self._owner.world.after(pause_ms * MILLISECOND + 1_000, self._work)
 
     def _step(self, feed: Feed) -> None:
         if self._in_hands is not None:
@@ -425,6 +427,8 @@ class Subscribers:
     def heal(self) -> None:
         """Everything is well from now on."""
         self._is_healed = True
+        for subscriber in self.subscribers:
+            subscriber.is_calm = True
         for instance in self.instances:
             if instance.loop is not None:
                 instance.loop.thaw()
