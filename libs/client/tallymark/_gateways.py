@@ -9,7 +9,6 @@ none of a role's nodes answers; a link that owes an answer and is silent for too
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal, TypeVar
@@ -67,11 +66,11 @@ class Gateways:
         self._node_locks: dict[str, asyncio.Lock] = {}
         self._offset_ns = 0  # server time minus the loop's clock
         self._position = rng.randrange(len(self._given))  # where the connector goes on
+        self._spread = rng.randrange(1 << 16)  # chooses among a role's nodes, for clients to spread over them
         self._connector: asyncio.Task[None] | None = None
         self._tender: asyncio.Task[None] | None = None
         self._up = asyncio.Event()  # set while there is a usable link
         self._refreshing: asyncio.Task[None] | None = None
-        self._is_refreshed = asyncio.Event()  # set while nobody asks for the topology
         self._refreshed = -REFRESH_SECONDS_MIN  # when a call last asked for the topology, on the loop's clock
         self._closed = False
 
@@ -190,7 +189,7 @@ class Gateways:
             every = self.topology.refresh_seconds if self.topology is not None else 30
             if now - refreshed >= max(every, REFRESH_SECONDS_MIN) and self._link is not None:
                 refreshed = now
-                await self._refresh(now + CONNECT_TIMEOUT)
+                self.refresh()
 
     # ------------------------------------------------------------ calls
 
@@ -241,6 +240,8 @@ class Gateways:
                 repeated = repeated or sent
                 last = error
             attempt += 1
+            if role != "ingest" and self.is_round(attempt, role):
+                self.refresh()
             pause = backoff_seconds(attempt, self._rng)
             await asyncio.sleep(min(pause, max(deadline - self._loop.time(), 0)))
 
@@ -270,6 +271,10 @@ class Gateways:
             raise UnavailableError(f"{link.address} didn't answer", code=ErrorCode.TIMEOUT) from None
         return decode(kind, reply)
 
+    def is_round(self, failures: int, role: Role) -> bool:
+        """Whether so many failures in a row mean that none of a role's nodes answers: by now there may be others."""
+        return failures % max(len(self._nodes(role)), 1) == 0
+
     def _nodes(self, role: Role) -> list[str]:
         if self.topology is None:
             return []
@@ -279,11 +284,6 @@ class Gateways:
         if self._closed:
             raise UnavailableError("the client is closed", code=ErrorCode.CLOSED, retriable=False)
         known = [] if role == "ingest" else self._nodes(role)
-        if role != "ingest" and attempt > 0 and attempt % max(len(known), 1) == 0:
-            # None had registered when the gateway told us of the cluster, or none of those answers. By now there may
-            # be others.
-            await self._refresh(deadline)
-            known = self._nodes(role)
         if role == "alerts" and not known:
             raise UnavailableError("the cluster has no alerts service at present")
         if not known:
@@ -292,7 +292,7 @@ class Gateways:
             if link is None:
                 raise UnavailableError("the connection was lost", code=ErrorCode.CLOSED)
             return link
-        address = known[(self._position + attempt) % len(known)]
+        address = known[(self._spread + attempt) % len(known)]
         lock = self._node_locks.setdefault(address, asyncio.Lock())
         async with lock:
             link = self._node_links.get(address)
@@ -310,17 +310,10 @@ class Gateways:
             self._links.add(link)
             return link
 
-    async def _refresh(self, deadline: float) -> None:
-        """Ask for the topology anew: at most once in REFRESH_SECONDS_MIN, however many calls want it."""
-        if self._refreshing is None:
-            if self._loop.time() - self._refreshed < REFRESH_SECONDS_MIN:
-                return
-            self._is_refreshed.clear()
+    def refresh(self) -> None:
+        """Have the topology asked for anew: at most once in REFRESH_SECONDS_MIN, however many calls want it."""
+        if self._refreshing is None and self._loop.time() - self._refreshed >= REFRESH_SECONDS_MIN:
             self._refreshing = self._loop.create_task(self._ask_topology())
-        # Not for the task: were that cancelled, its waiters would be, too.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(deadline):
-                await self._is_refreshed.wait()
 
     async def _ask_topology(self) -> None:
         try:
@@ -331,7 +324,6 @@ class Gateways:
         finally:
             self._refreshed = self._loop.time()
             self._refreshing = None
-            self._is_refreshed.set()
 
     # ------------------------------------------------------------ the end
 

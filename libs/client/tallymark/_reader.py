@@ -98,9 +98,14 @@ class Reader:
             self._task = loop.create_task(self._run())
             self._task.add_done_callback(self._ended)
 
+    @property
+    def is_inherited(self) -> bool:
+        """Whether another process, of which this is a fork, made it."""
+        return self._process_id != os.getpid()
+
     def check(self) -> None:
         """Refuse to be used in another process than the one that made it."""
-        if self._process_id != os.getpid():
+        if self.is_inherited:
             raise UnavailableError(
                 "the subscription is the parent process's: subscribe anew, since its offsets()",
                 code=ErrorCode.CLOSED,
@@ -155,6 +160,8 @@ class Reader:
                 self.error = error
                 failures += 1
                 self._attempt += 1
+                if self._client._gateways.is_round(failures, "alerts"):
+                    self._client._gateways.refresh()
                 await asyncio.sleep(self._pause(failures, error))
                 continue
             if not batch.alerts and batch.next == since and self._is_early:
@@ -170,17 +177,15 @@ class Reader:
             self._news()
 
     async def _ask(self, since: dict[int, int], wanted: int) -> AlertsBatch:
-        question = AlertsFetch(self._accounts, self._metrics, since, wanted, int(WAIT_SECONDS * 1_000))
+        # After a failure an answer is wanted at once, to know that all is well again.
+        wait = WAIT_SECONDS if self.error is None else 0.0
+        question = AlertsFetch(self._accounts, self._metrics, since, wanted, int(wait * 1_000))
         assert self.loop is not None, "a reader that runs has a loop"
         began = self.loop.time()
         batch = await self._client._gateways.call_once(
-            question,
-            AlertsBatch,
-            began + WAIT_SECONDS + ANSWER_SECONDS,
-            role="alerts",
-            attempt=self._attempt,
+            question, AlertsBatch, began + wait + ANSWER_SECONDS, role="alerts", attempt=self._attempt
         )
-        self._is_early = self.loop.time() - began < WAIT_SECONDS / 2
+        self._is_early = self.loop.time() - began < wait / 2
         return batch
 
     def _pause(self, failures: int, error: TallymarkError | None) -> float:

@@ -185,7 +185,8 @@ class AlertSubscription:
 
     async def close(self) -> None:
         """End the subscription: an iteration over it ends. What was not taken is not covered by `offsets()`."""
-        self._reader.check()
+        if self._reader.is_inherited:
+            return  # it is the parent process's
         self._closed = True
         self._reader.stop(closed())
         await self._reader.stopped()

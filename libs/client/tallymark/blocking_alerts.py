@@ -157,7 +157,8 @@ class BlockingAlertSubscription:
 
     def close(self) -> None:
         """End the subscription, from any thread: an iteration over it ends."""
-        self._reader.check()
+        if self._reader.is_inherited:
+            return  # it is the parent process's
         with self._news:
             self._closed = True
             self._news.notify_all()

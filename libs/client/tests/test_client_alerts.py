@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 
 import pytest
 from fake_alerts import AlertLog, FakeAlerts
@@ -234,6 +235,10 @@ async def test_another_instance_goes_on(gateway, log, instance):
             await first.start(port)
             assert await take(sub, 1) == [3]
             assert sub.error is None
+            await first.stop()
+            await until(lambda: sub.error is not None)
+            await first.start(port)
+            await until(lambda: sub.error is None)  # though no alert comes
 
 
 async def test_an_instance_at_a_new_address_is_found(gateway, log, instance, client):
@@ -245,6 +250,32 @@ async def test_an_instance_at_a_new_address_is_found(gateway, log, instance, cli
             gateway.alerts_addresses = [fresh.address]
             log.add(5)
             assert await take(sub, 1) == [5]
+
+
+async def test_gateways_that_are_gone_delay_nobody(gateway, log, instance, client):
+    """Once connected, subscriptions need the alerts service only."""
+    async with client.alerts.subscribe(since={}) as sub:
+        await until(lambda: instance.waiting)
+        port = instance.port
+        await gateway.stop()
+        await instance.stop()
+        await until(lambda: sub.error is not None)
+        await instance.start(port)
+        for account in range(5):
+            log.add(account)
+            assert await take(sub, 1) == [account]
+
+
+async def test_clients_spread_over_instances(gateway, log, instance):
+    """Though all know the same gateway."""
+    async with FakeAlerts(log) as other:
+        gateway.alerts_addresses = [instance.address, other.address]
+        for seed in range(20):
+            client = AsyncClient([gateway.address], _rng=random.Random(seed))
+            async with client, client.alerts.subscribe():
+                pass
+        assert len(instance.fetches) > 3
+        assert len(other.fetches) > 3
 
 
 async def test_errors_that_pass_are_waited_out(client, log, instance):

@@ -193,6 +193,7 @@ def test_fork(client, served):
                     sub.next(timeout=0)
                 except UnavailableError as error:
                     status = 0 if "parent process" in error.message else 2
+                sub.close()
                 with client.alerts.subscribe(since={}) as own:
                     status = status or (0 if own.next(timeout=5).account_id == 1 else 3)
             finally:
