@@ -15,8 +15,8 @@ class WebhookCounters:
         attempt_ns: how long attempts took.
         delivered_ns: from an alert's raising to its delivery, by the servers' clocks.
         writes: of progress.
-        write_failures: of progress.
-        lost: endpoints given up because somebody else had become their owner, or nobody.
+        write_failures: attempts to write progress that failed.
+        lost: times it turned out, at a write, that this instance was not the owner any more.
     """
 
     __slots__ = (

@@ -12,6 +12,7 @@ has one writer.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -48,6 +49,7 @@ from tallymark_runtime.coordinator import (
     KeyValue,
     Put,
     Target,
+    TxnResult,
     unchanged,
 )
 
@@ -63,6 +65,11 @@ SAVE_INTERVAL_S = 1.0  # between two writes of an endpoint's progress, at least
 SAVES_PER_S = 50  # of all endpoints of an instance, about
 _RETRY_FIRST_S = 0.1  # of what the coordinator or the stores can't answer now
 _RETRY_MOST_S = 5.0
+_LOOK_S = 0.2  # before it is looked again whether the lease has been renewed
+_UNREADABLE_NS = 5_000_000_000  # before an alert is read again that couldn't be
+_STUCK_FAILURES = (
+    5  # of one write: nothing more is read until it succeeds, as it would all be delivered again
+)
 _EMPTY_S = 0.05  # before the next read after one that found nothing: whoever ends waits early is not asked in a circle
 _REQUESTS_MAX = 50  # that one transaction grants
 
@@ -148,6 +155,7 @@ class Endpoint:
         ] = {}  # requests that the outbox has, by the revision they were made at
         self._is_finishing = False
         self._writing = asyncio.Lock()
+        self._is_stuck = False  # the progress can't be written
         self._progress_revision = 0  # at which the progress was written that the outbox goes on from
 
     # ------------------------------------------------------------ from outside
@@ -160,6 +168,11 @@ class Endpoint:
     def on_request(self) -> None:
         """Something is asked of the owner."""
         self._dirty.set()
+
+    def on_webhooks(self) -> None:
+        """There are more webhooks, or fewer: bounds have changed."""
+        self._news.set()
+        self._room.set()
 
     async def run(self) -> None:
         """Deliver until cancelled.
@@ -189,17 +202,16 @@ class Endpoint:
 
         Raises:
             LostError: another instance may be the owner.
-            TallymarkError: the progress couldn't be written.
+            TimeoutError: the progress couldn't be written in time.
         """
         self._is_finishing = True
         if self.outbox is None:
             return
-        try:
+        with contextlib.suppress(TimeoutError):  # what is under way then is cancelled, and pending
             async with asyncio.timeout(wait_s):
                 await asyncio.gather(*self._under_way, return_exceptions=True)
-        except TimeoutError:
-            pass  # cancelled by it: what was under way is pending
-        await self._write(self.outbox)
+        async with asyncio.timeout(wait_s):
+            await self._write(self.outbox)
 
     async def _load(self) -> Progress:
         """What the last owner wrote. Nobody else can write any more: the owner key is ours."""
@@ -216,8 +228,9 @@ class Endpoint:
         delay_s = _RETRY_FIRST_S
         while True:
             room = pending_max(shared.webhooks) - outbox.outstanding
-            if room <= 0 or self._is_finishing or self._is_paused(outbox) or not shared.may_send():
-                await self._wait(self._room, 1.0)
+            is_held = self._is_finishing or self._is_stuck or self._is_paused(outbox)
+            if room <= 0 or is_held or not shared.may_send():
+                await self._wait(self._room, self._look_s())
                 continue
             try:
                 batch = await shared.reader.next_batch(
@@ -252,11 +265,9 @@ class Endpoint:
         while True:
             now_ns = shared.clock.now_ns()
             free = shared.connections - len(self._under_way)
-            if free <= 0:
-                await self._wait(self._news, 1.0)
-                continue
-            if self._is_finishing or self._is_paused(outbox) or not shared.may_send():
-                await self._wait(self._news, 1.0)
+            is_held = self._is_finishing or self._is_paused(outbox)
+            if free <= 0 or is_held or not shared.may_send():
+                await self._wait(self._news, self._look_s())
                 continue
             for delivery in outbox.due(now_ns, free):
                 task = asyncio.get_running_loop().create_task(self._attempt(outbox, delivery))
@@ -267,6 +278,10 @@ class Endpoint:
                 await self._wait(self._news, None)
             else:
                 await self._wait(self._news, min(max(next_ns - now_ns, 0) / 1e9, 60.0))
+
+    def _look_s(self) -> float | None:
+        """When to look again after finding that nothing may be done; None: whatever changes that will tell."""
+        return None if self._shared.may_send() else _LOOK_S
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._under_way.discard(task)
@@ -279,9 +294,11 @@ class Endpoint:
         shared = self._shared
         began_ns, began = shared.clock.now_ns(), shared.clock.monotonic_ns()
         try:
+            if not await self._has_alert(outbox, delivery):
+                return
             outcome = await self._post(delivery, began_ns)
         except asyncio.CancelledError:
-            outbox.put_back(delivery)
+            outbox.put_back(delivery, began_ns)
             raise
         except Exception as error:  # a defect, but no reason to stop delivering what can be delivered
             _log.exception("an attempt for the webhook %s failed", self.webhook_id)
@@ -296,16 +313,23 @@ class Endpoint:
         outbox.finish(delivery, outcome, began_ns=began_ns, now_ns=now_ns, rng=shared.rng)
         counters.letters += outbox.letters - letters
 
+    async def _has_alert(self, outbox: Outbox, delivery: Delivery) -> bool:
+        """Read a delivery's alert where a former owner had it; where that fails, no attempt is made for now."""
+        if delivery.alert is not None:
+            return True
+        shared = self._shared
+        try:
+            delivery.alert = await shared.reader.alert(*delivery.place)
+        except TallymarkError as error:
+            _log.info("an alert for the webhook %s can't be read: %s", self.webhook_id, error)
+            outbox.put_back(delivery, shared.clock.now_ns() + _UNREADABLE_NS)
+            return False
+        return True
+
     async def _post(self, delivery: Delivery, now_ns: int) -> Outcome:
-        if delivery.alert is None:
-            try:
-                alert = await self._shared.reader.alert(*delivery.place)
-            except TallymarkError as error:
-                return failure(OutcomeKind.UNREADABLE, f"the alert can't be read: {error}")
-            if alert is None:
-                return failure(OutcomeKind.UNREADABLE, "the alert is not in its store")
-            delivery.alert = alert
         alert = delivery.alert
+        if alert is None:
+            return failure(OutcomeKind.MISSING, "the alert is not in its store any more")
         body = message.body_of(alert)
         return await self._sender.post(self._signer.headers(alert.id, now_ns, body), body)
 
@@ -338,13 +362,7 @@ class Endpoint:
             value = msgspec.msgpack.encode(unsaved.progress)
             compares, operations = self._transaction(unsaved, value, asked)
             read = [Get(owner_key(self.webhook_id)), Get(progress_key(self.webhook_id))]
-            try:
-                result = await self._patiently(
-                    lambda: self._shared.coordinator.txn(compares, operations, read)
-                )
-            except TallymarkError:
-                self._shared.counters.write_failures += 1
-                raise
+            result = await self._commit(compares, operations, read)
             revision = result.revision
             if not result.succeeded:
                 owner, progress = result.results
@@ -364,6 +382,30 @@ class Endpoint:
                 self._granted.pop(item.key, None)
             if asked:  # must not be seen again: they would be granted again
                 await self._patiently(lambda: self._shared.requests.wait_revision(revision))
+
+    async def _commit(
+        self, compares: list[Compare], operations: list[Put | Delete], read: list[Get]
+    ) -> TxnResult:
+        """Have the coordinator do it, however long that takes.
+
+        Whatever the error is: to begin anew would be to deliver again what couldn't be written, over and over.
+        """
+        failures = 0
+        delay_s = _RETRY_FIRST_S
+        while True:
+            try:
+                result = await self._shared.coordinator.txn(compares, operations, read)
+            except TallymarkError as error:
+                failures += 1
+                self._shared.counters.write_failures += 1
+                self._is_stuck = failures >= _STUCK_FAILURES
+                _log.warning("the progress of the webhook %s can't be written: %s", self.webhook_id, error)
+            else:
+                self._is_stuck = False
+                self._room.set()
+                return result
+            await asyncio.sleep(delay_s)
+            delay_s = min(delay_s * 2, _RETRY_MOST_S)
 
     def _transaction(
         self, unsaved: Unsaved, value: bytes, asked: list[KeyValue]

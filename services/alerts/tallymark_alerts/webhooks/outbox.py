@@ -184,9 +184,10 @@ class Outbox:
             heapq.heappop(self._waiting)
         return self._waiting[0][0] if self._waiting else None
 
-    def put_back(self, delivery: Delivery) -> None:
-        """An attempt was not made after all."""
+    def put_back(self, delivery: Delivery, next_ns: int) -> None:
+        """An attempt was not made after all; it may be made from then on."""
         delivery.is_under_way = False
+        delivery.next_ns = next_ns
         self._wait(delivery)
 
     def finish(

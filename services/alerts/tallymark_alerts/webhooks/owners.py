@@ -47,7 +47,8 @@ CLAIMS_MAX: Final = 16  # at a time
 GIVE_UP_INTERVAL_S: Final = 0.5
 FINISH_S: Final = 5.0  # for what is under way when an endpoint is given up, or the instance stops
 _RETRY_S: Final = 0.5
-_RESTART_S: Final = 2.0  # before an endpoint whose delivery failed is left to whoever comes
+_RESTART_FIRST_S: Final = 1.0  # before delivering is begun anew where it failed
+_RESTART_MOST_S: Final = 60.0
 
 
 def rank(instance: str, held: Mapping[str, int], instances: set[str]) -> int:
@@ -170,7 +171,7 @@ class Owners:
         keeping = asyncio.get_running_loop().create_task(self._keeper.keep())
         keeping.add_done_callback(lambda _: self._changed.set())
         try:
-            await self._manage(keeping)
+            await self._manage(lease, keeping)
             if self._is_closing and not keeping.done():
                 await self._finish_all()
         finally:
@@ -193,13 +194,16 @@ class Owners:
 
     # ------------------------------------------------------------ who owns what
 
-    async def _manage(self, keeping: asyncio.Task[str]) -> None:
+    async def _manage(self, lease: int, keeping: asyncio.Task[str]) -> None:
         """Own what falls to this instance, for as long as the lease is kept."""
         while not keeping.done() and not self._is_closing:
             self._changed.clear()
             await self._match_tasks()
             webhooks = self.webhooks.ids()
-            self._shared.webhooks = len(webhooks)
+            if self._shared.webhooks != len(webhooks):
+                self._shared.webhooks = len(webhooks)
+                for endpoint in self.endpoints.values():
+                    endpoint.on_webhooks()
             free = [one for one in webhooks if one not in self._tasks and self.owners.is_free(one)]
             held, instances = self.owners.held(), set(self._instances.found)
             try:
@@ -208,10 +212,11 @@ class Owners:
                     if before:
                         await asyncio.sleep(before * CLAIM_STEP_S * (1 + self._rng.random()))
                         free = [one for one in free if self.owners.is_free(one)]
-                    await self._claim(free[:CLAIMS_MAX])
+                    # Not the first ones: others who claim now should not ask for the very same.
+                    await self._claim(lease, self._rng.sample(free, min(len(free), CLAIMS_MAX)))
                 elif surplus(self._instance, held, instances, len(webhooks)):
                     await asyncio.sleep(GIVE_UP_INTERVAL_S)
-                    await self._give_up_one()
+                    await self._give_up()
                 else:
                     await self._wait_change(None)
             except TallymarkError as error:
@@ -225,7 +230,6 @@ class Owners:
             revision = self.owners.revision_of(webhook_id, self._instance)
             is_ours = endpoint is None or revision == endpoint.owner_revision
             if not revision or not is_ours or self.webhooks.get(webhook_id) is None:
-                self._shared.counters.lost += self.webhooks.get(webhook_id) is not None
                 await self._stop(webhook_id)
         for webhook_id in self.webhooks.ids():
             revision = self.owners.revision_of(webhook_id, self._instance)
@@ -233,8 +237,8 @@ class Owners:
             if revision and webhook is not None and webhook_id not in self._tasks:
                 self._begin(webhook_id, webhook, revision)
 
-    async def _claim(self, webhook_ids: list[str]) -> None:
-        revisions = await asyncio.gather(*(self._claim_one(one) for one in webhook_ids))
+    async def _claim(self, lease: int, webhook_ids: list[str]) -> None:
+        revisions = await asyncio.gather(*(self._claim_one(lease, one) for one in webhook_ids))
         if any(revisions):
             # Endpoints begin as soon as the keys are seen: one way only, also for a claim whose answer was lost.
             await self.owners.wait_revision(max(revisions))
@@ -242,23 +246,23 @@ class Owners:
         elif webhook_ids:
             await self.owners.catch_up()
 
-    async def _claim_one(self, webhook_id: str) -> int:
+    async def _claim_one(self, lease: int, webhook_id: str) -> int:
         key = owner_key(webhook_id)
         owner = Owner(self._node_id, self._instance)
         result = await self._coordinator.txn(
             [absent(key), Compare(webhook_key(webhook_id), Target.CREATE_REVISION, ">", 0)],
-            [Put(key, msgspec.msgpack.encode(owner), self._keeper.lease)],
+            [Put(key, msgspec.msgpack.encode(owner), lease)],
             [Get(key)],
         )
         return result.revision if result.succeeded else 0
 
-    async def _give_up_one(self) -> None:
-        """Leave one webhook to others, if there are still more than this instance's part."""
+    async def _give_up(self) -> None:
+        """Leave some webhooks to others, if there are still more than this instance's part."""
         held, instances = self.owners.held(), set(self._instances.found)
-        if not self._tasks or not surplus(self._instance, held, instances, len(self.webhooks.found)):
-            return
-        webhook_id = self._rng.choice(sorted(self._tasks))
-        await self._leave(webhook_id)
+        count = surplus(self._instance, held, instances, len(self.webhooks.found))
+        # A few at a time: while they are on their way, others may come who change what everybody's part is.
+        count = min(-(-count // 4), CLAIMS_MAX, len(self._tasks))
+        await asyncio.gather(*(self._leave(one) for one in self._rng.sample(sorted(self._tasks), count)))
 
     async def _leave(self, webhook_id: str) -> None:
         revision = self.owners.revision_of(webhook_id, self._instance)
@@ -266,6 +270,8 @@ class Owners:
         try:
             if endpoint is not None:
                 await endpoint.finish(FINISH_S)
+        except TimeoutError:
+            _log.warning("the progress of the webhook %s can't be written", webhook_id)
         finally:
             await self._stop(webhook_id)
         key = owner_key(webhook_id)
@@ -284,16 +290,19 @@ class Owners:
 
     async def _deliver(self, webhook_id: str, webhook: Webhook, revision: int) -> None:
         """Deliver for a webhook until cancelled; what failed is begun anew, from what is written."""
+        delay_s = _RESTART_FIRST_S
         while True:
             endpoint = self.endpoints[webhook_id] = Endpoint(webhook_id, webhook, revision, self._shared)
             try:
                 await endpoint.run()
             except LostError as error:
                 # Where the owner key is gone, the catalog says so in a moment, and this task is cancelled.
+                self._shared.counters.lost += 1
                 _log.info("delivering for the webhook %s ended: %s", webhook_id, error)
             except Exception:
                 _log.exception("delivering for the webhook %s failed", webhook_id)
-            await asyncio.sleep(_RESTART_S)
+            await asyncio.sleep(delay_s)
+            delay_s = min(delay_s * 2, _RESTART_MOST_S)
 
     async def _stop(self, webhook_id: str) -> None:
         task = self._tasks.pop(webhook_id)

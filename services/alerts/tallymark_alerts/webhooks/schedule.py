@@ -30,7 +30,7 @@ class OutcomeKind(enum.StrEnum):
     TIMEOUT = "timeout"
     CONNECTION = "connection"  # refused, reset, TLS, DNS, no HTTP
     ADDRESS = "address"  # the host has an address that isn't public
-    UNREADABLE = "unreadable"  # the alert could not be read from its store: nothing was sent
+    MISSING = "missing"  # the alert is not in its store: nothing was sent
 
 
 class Outcome(msgspec.Struct, frozen=True):

@@ -44,7 +44,7 @@ class AddressRefusedError(OSError):
 
 def system_lookup(host: str, port: int) -> list[AddressInfo]:
     """Ask the system's resolver; blocks. Raises OSError."""
-    return list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG))
+    return list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
 
 
 class Lookups:

@@ -8,7 +8,7 @@ from tallymark_runtime.telemetry import NS, Family, Scrape
 ATTEMPTS = Family(
     "tallymark_webhook_attempts_total",
     "counter",
-    "Attempts to deliver, by outcome: delivered, gone, status, timeout, connection, address, unreadable.",
+    "Attempts to deliver, by outcome: delivered, gone, status, timeout, connection, address, missing.",
     ("outcome",),
 )
 ATTEMPT_SECONDS = Family(
@@ -43,7 +43,12 @@ WRITES = Family(
 WRITE_FAILURES = Family(
     "tallymark_webhook_progress_failures_total",
     "counter",
-    "Times a webhook's progress could not be written, or what was written turned out not to be this instance's.",
+    "Attempts to write a webhook's progress that failed. They are repeated.",
+)
+LOST = Family(
+    "tallymark_webhook_lost_total",
+    "counter",
+    "Times this instance found, when it wrote, that it was not a webhook's owner any more.",
 )
 LEASE = Family(
     "tallymark_webhook_lease", "gauge", "1 while this instance has the lease under which it delivers."
@@ -74,4 +79,5 @@ class WebhooksTelemetry:
         scrape.add(PAUSED, sum(endpoint.is_paused for endpoint in endpoints))
         scrape.add(WRITES, counters.writes)
         scrape.add(WRITE_FAILURES, counters.write_failures)
+        scrape.add(LOST, counters.lost)
         scrape.add(LEASE, int(owners.has_lease))
