@@ -320,6 +320,7 @@ class _Reader:
         "_pages",
         "_positions",
         "_reading",
+        "_resting",
         "_source",
         "_wants",
         "found",
@@ -339,7 +340,8 @@ class _Reader:
         self._positions = {number: since.get(number, 0) for number in range(source.partition_count)}
         self._pages: dict[int, AlertsResult] = {}  # by partition: read, not taken yet; from its position on
         self._reading: dict[int, asyncio.Task[None]] = {}  # by partition
-        self._failed: dict[int, TallymarkError] = {}  # by partition: what a read has failed with last
+        self._failed: dict[int, TallymarkError] = {}  # by partition: why its last read has failed
+        self._resting: set[int] = set()  # partitions that are not tried again yet
         self._wants: set[int] = set()  # partitions that are before their window
 
     @property
@@ -398,7 +400,7 @@ class _Reader:
     def start_reads(self) -> None:
         """Read on where the windows don't reach back to."""
         for number in sorted(self._wants):
-            if number not in self._reading and number not in self._failed:
+            if number not in self._reading and number not in self._resting:
                 self._reading[number] = self._source.task(self._read(number))
         self._wants.clear()
 
@@ -425,18 +427,20 @@ class _Reader:
             if page.next_position <= position:
                 raise UnavailableError(f"partition {number} ends before position {position}")
             self._pages[number] = page
+            self._failed.pop(number, None)
         except TallymarkError as error:
             count_in(counters.catch_up_failures, int(error.code))
             self._failed[number] = error
-            loop.call_later(READ_AGAIN_S, self._forgive, number)
+            self._resting.add(number)
+            loop.call_later(READ_AGAIN_S, self._rested, number)
         finally:
             del self._reading[number]
             self.waiter.wake()
 
-    def _forgive(self, number: int) -> None:
+    def _rested(self, number: int) -> None:
         """It may be tried again."""
-        if self._failed.pop(number, None) is not None:
-            self.waiter.wake()
+        self._resting.discard(number)
+        self.waiter.wake()
 
     def raise_if_stuck(self) -> None:
         """Say so where partitions can't be read that have to be.

@@ -16,8 +16,6 @@ from tallymark_protocol.messages import (
     TailResult,
 )
 
-WAIT_S = 20.0
-
 
 def record(partition: int, position: int, account: int = 1, metric: str = "m") -> AlertRecord:
     """An alert record that says where it lies."""
@@ -41,18 +39,12 @@ def record(partition: int, position: int, account: int = 1, metric: str = "m") -
     )
 
 
-async def until(condition: Callable[[], Any]) -> Any:
-    """Let the loop run until something is so."""
-    async with asyncio.timeout(WAIT_S):
-        while not (found := condition()):
-            await asyncio.sleep(0)
+async def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """Let virtual time pass until something is so."""
+    async with asyncio.timeout(seconds):
+        while not (found := condition()):  # noqa: ASYNC110 - time passes by that only
+            await asyncio.sleep(0.001)
     return found
-
-
-async def turns(count: int = 20) -> None:
-    """Let everything run that can."""
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 class FakeStores:
@@ -80,7 +72,10 @@ class FakeStores:
         self.tails: list[tuple[str, StoreTail]] = []
         self.reads: list[StoreAlerts] = []
         self.doubts = 0
-        self.held = 0
+        self.held: dict[str, int] = {}  # calls that are held, by address
+        self.held_most = 0  # at one address at one time
+        self.tail_max = 1_000  # records of a partition in one answer
+        self.delay_s = 0.0  # before a tail call looks
         self.gate = asyncio.Event()  # reads wait for it
         self.gate.set()
         self._news = asyncio.Event()
@@ -115,18 +110,23 @@ class FakeStores:
 
     async def tail(self, address: str, call: StoreTail, timeout_s: float) -> TailResult:
         self.tails.append((address, call))
-        self.held += 1
+        self.held[address] = self.held.get(address, 0) + 1
+        self.held_most = max(self.held_most, self.held[address])
         try:
-            while True:
-                await asyncio.sleep(0)
-                if address in self.failing:
-                    raise self.failing[address]
-                result = self._look(address, call)
-                if result.parts or result.refused:
-                    return self.mangle(result)
-                await self._news.wait()
+            async with asyncio.timeout(call.wait_ms / 1000):
+                while True:
+                    news = self._news
+                    await asyncio.sleep(self.delay_s)
+                    if address in self.failing:
+                        raise self.failing[address]
+                    result = self._look(address, call)
+                    if result.parts or result.refused:
+                        return self.mangle(result)
+                    await news.wait()
+        except TimeoutError:
+            return TailResult([])
         finally:
-            self.held -= 1
+            self.held[address] -= 1
 
     def _look(self, address: str, call: StoreTail) -> TailResult:
         parts, refused = [], {}
@@ -134,7 +134,7 @@ class FakeStores:
             if self.leaders[number] != address or (number, address) in self.deposed:
                 refused[number] = to_wire(UnavailableError("not led here", code=ErrorCode.NOT_LEADER))
                 continue
-            found = self.records[number][position : position + call.limit]
+            found = self.records[number][position : position + self.tail_max]
             if found:
                 parts.append(TailPart(number, found, len(self.records[number])))
         return TailResult(parts, refused)
