@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_what_fails_is_tried_again_later_and_later() -> None:
         await asyncio.sleep(HOUR)
         assert len(sender.got) == 8
         times = [moment for moment, _ in sender.got]
-        for i, (earlier, later) in enumerate(zip(times, times[1:], strict=False)):
+        for i, (earlier, later) in enumerate(itertools.pairwise(times)):
             wanted = 5 * 2**i
             assert wanted <= later - earlier <= wanted * 1.2 + 0.01
         assert (await made.info(info.id)).pending == 0

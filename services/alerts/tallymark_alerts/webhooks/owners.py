@@ -212,8 +212,9 @@ class Owners:
                     if before:
                         await asyncio.sleep(before * CLAIM_STEP_S * (1 + self._rng.random()))
                         free = [one for one in free if self.owners.is_free(one)]
-                    # Not the first ones: others who claim now should not ask for the very same.
-                    await self._claim(lease, self._rng.sample(free, min(len(free), CLAIMS_MAX)))
+                    # A part, and not the first ones: others claim at the same time.
+                    count = min(-(-len(free) // len(instances | {self._instance})), CLAIMS_MAX)
+                    await self._claim(lease, self._rng.sample(free, count))
                 elif surplus(self._instance, held, instances, len(webhooks)):
                     await asyncio.sleep(GIVE_UP_INTERVAL_S)
                     await self._give_up()
