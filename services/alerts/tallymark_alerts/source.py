@@ -33,7 +33,7 @@ T = TypeVar("T")
 ANSWERS_PER_S: Final = 2_000  # beyond that they are paced
 ANSWERS_BURST: Final = 200
 PAGE_RECORDS: Final = 1_000  # read from a store at once
-READS_MAX: Final = 8  # from stores, at one time
+READS_MAX: Final = 2  # of one partition, at one time: one that can't be read must not hold up the others
 READ_S: Final = 5.0  # for one of them
 READ_AGAIN_S: Final = 0.25  # after one that failed
 ENDS_S: Final = 2.0  # for leaders to say where their partitions end
@@ -89,7 +89,7 @@ class AlertSource:
         self.windows = windows
         self.stores = stores
         self.is_closed = False
-        self.reads = asyncio.Semaphore(READS_MAX)
+        self.reads = [asyncio.Semaphore(READS_MAX) for _ in range(partition_count)]
         self._loop = asyncio.get_running_loop()
         self._matching: Matching[Waiter] = Matching()
         self._pacer = Pacer(answers_per_s, ANSWERS_BURST, self._loop.time())
@@ -421,7 +421,7 @@ class _Reader:
         )
         counters = source.counters
         try:
-            async with source.reads:
+            async with source.reads[number]:
                 page = await source.stores.read(question, loop.time() + READ_S)
             counters.catch_up_reads += 1
             if page.next_position <= position:

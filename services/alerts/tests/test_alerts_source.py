@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from tallymark_alerts import source as source_module
 from tallymark_alerts.counters import AlertsCounters
 from tallymark_alerts.matching import Filter
-from tallymark_alerts.source import ANSWERS_BURST, ANSWERS_PER_S, AlertSource
+from tallymark_alerts.source import ANSWERS_BURST, ANSWERS_PER_S, READS_MAX, AlertSource
 from tallymark_alerts.tail import Tail
 from tallymark_protocol.errors import BackpressureError, ErrorCode, UnavailableError
 from tallymark_protocol.identifiers import partition_of
@@ -419,9 +418,35 @@ def test_few_pages_are_read_at_one_time() -> None:
         s.stores.reads.clear()
         readers = [s.ask({}, limit=1, wait_s=20) for _ in range(30)]
         await asyncio.sleep(1)
-        assert len(s.stores.reads) == source_module.READS_MAX
+        assert len(s.stores.reads) == COUNT * READS_MAX
         s.stores.gate.set()
         assert [len(batch.alerts) for batch in await asyncio.gather(*readers)] == [1] * 30
+
+    scene(body, window_records=16, window_records_min=1, behind_records=2)
+
+
+def test_a_partition_that_hangs_keeps_no_reader_of_others_waiting() -> None:
+    """However many wait for it."""
+
+    async def body(s: Scene) -> None:
+        for number in range(COUNT):
+            s.write(account_in(number), 40)
+        await s.begin()
+        read = s.stores.read
+        hanging = asyncio.Event()
+
+        async def hang(call: StoreAlerts, deadline: float) -> AlertsResult:
+            if call.partition == 2:
+                await hanging.wait()
+            return await read(call, deadline)
+
+        s.stores.read = hang  # type: ignore[method-assign]
+        stuck = [s.ask({}, accounts=[account_in(2)], wait_s=20) for _ in range(50)]
+        await asyncio.sleep(0.1)
+        for number in (0, 1, 3):
+            assert len((await s.next({}, accounts=[account_in(number)])).alerts) == 40
+        hanging.set()
+        assert [len(batch.alerts) for batch in await asyncio.gather(*stuck)] == [40] * 50
 
     scene(body, window_records=16, window_records_min=1, behind_records=2)
 
