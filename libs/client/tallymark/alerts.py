@@ -41,9 +41,9 @@ class AsyncAlerts:
 
     def subscribe(
         self,
-        *,
         account_ids: Iterable[int] | int | None = None,
         metric_codes: Iterable[str] | str | None = None,
+        *,
         since: Positions | None = None,
         buffer: int = BUFFER,
     ) -> AlertSubscription:

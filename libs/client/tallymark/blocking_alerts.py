@@ -43,9 +43,9 @@ class BlockingAlerts:
 
     def subscribe(
         self,
-        *,
         account_ids: Iterable[int] | int | None = None,
         metric_codes: Iterable[str] | str | None = None,
+        *,
         since: Positions | None = None,
         buffer: int = BUFFER,
     ) -> BlockingAlertSubscription:

@@ -5,11 +5,13 @@ import json
 import os
 import signal
 import sys
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
 from tallymark import AlertThreshold, AsyncClient, Event, MetricSchema
+from tallymark_node import dev
+from tallymark_node.config import Settings
 
 
 class Following:
@@ -106,6 +108,28 @@ async def test_follow_ends_when_nobody_reads(server, tmp_path):
         await raise_alerts(server, "piped", 1, 2, 3)
         async with asyncio.timeout(30):
             assert await follow.process.wait() == 0
+
+
+async def test_follow_outlives_the_server(tmp_path):
+    """What it waits for is told on standard error, and what was raised meanwhile is printed."""
+    settings = Settings(port=0, data_dir=str(tmp_path / "data"))
+    async with AsyncExitStack() as stack:
+        async with dev.running(settings) as node:
+            server = node.address
+            await raise_alerts(server, "outlived")
+            file = tmp_path / "offsets"
+            follow = await stack.enter_async_context(following(server, "--json", file=file))
+            await raise_alerts(server, "outlived", 1)
+            assert json.loads(await follow.line())["account_id"] == 1
+        async with asyncio.timeout(30):
+            assert (await follow.process.stderr.readline()).decode().startswith("waiting: ")
+        settings = Settings(port=int(server.rpartition(":")[2]), data_dir=settings.data_dir)
+        async with dev.running(settings):
+            await raise_alerts(server, "outlived", 2)
+            assert json.loads(await follow.line())["account_id"] == 2
+            status, out, err = await follow.end()
+            assert (status, out) == (0, "")
+            assert err.endswith("going on\n")
 
 
 def test_alerts_by_time(tally, server):
