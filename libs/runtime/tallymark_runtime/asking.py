@@ -72,7 +72,7 @@ class Asking:
         self._peers.on_connected = self._on_connected
         # By partition: questions that are out to its leader, with its address; and retries that wait for news.
         self._out: dict[int, dict[asyncio.Future[Any], str]] = {}
-        self._waiting: dict[int, set[asyncio.Future[None]]] = {}
+        self._waiting: dict[int, dict[asyncio.Future[None], None]] = {}
         self._catching_up: asyncio.Task[None] | None = None
         self._turn = 0  # where the next question to any copy begins
         self._is_renewing = False  # whether `_do_renew_peers` is about to be called
@@ -191,15 +191,15 @@ class Asking:
     async def _wait_news(self, partition: int, seconds: float) -> None:
         """Wait until something has changed about a partition, or for some time."""
         news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        waiting = self._waiting.setdefault(partition, set())
-        waiting.add(news)
+        waiting = self._waiting.setdefault(partition, {})  # woken in the order in which they came
+        waiting[news] = None
         try:
             async with asyncio.timeout(seconds):
                 await news
         except TimeoutError:
             pass
         finally:
-            waiting.discard(news)
+            del waiting[news]
 
     # ------------------------------------------------------------ news
 
