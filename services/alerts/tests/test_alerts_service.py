@@ -305,3 +305,17 @@ async def test_it_tells_what_it_does(world: World) -> None:
     assert found["tallymark_alerts_age_seconds_count",] >= 2
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
+
+
+async def test_a_taken_port_is_an_error() -> None:
+    """What was begun by then is ended again."""
+    world = World()
+    await world.start()
+    first = world.instances.pop()
+    config = alerts.AlertsConfig(node_id="b", partition_count=COUNT, listen=first.address)
+    await first.tail.close()
+    with pytest.raises(OSError, match="address already in use"):
+        await alerts.serve(config, world.coordinator, RealClock(), random.Random(1))
+    assert not any(task.get_coro().__qualname__.startswith("Tail.") for task in asyncio.all_tasks())
+    await first.close()
+    await world.close()
