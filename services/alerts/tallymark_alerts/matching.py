@@ -24,7 +24,7 @@ class Filter:
     """Accounts and metric codes; none of a kind: all.
 
     Attributes:
-        partitions: which the accounts belong to; None: all there are.
+        partitions: which the accounts belong to, in order; empty where it names none: all there are.
         is_all: whether everything matches.
     """
 
@@ -35,9 +35,7 @@ class Filter:
         self.metrics = frozenset(metrics)
         self.is_all = not self.accounts and not self.metrics
         self.key = self.accounts, self.metrics
-        self.partitions: frozenset[int] | None = None
-        if self.accounts:
-            self.partitions = frozenset(partition_of(account, partition_count) for account in self.accounts)
+        self.partitions = tuple(sorted({partition_of(account, partition_count) for account in self.accounts}))
 
     def matches(self, record: AlertRecord) -> bool:
         """Whether it wants a record."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import Collection, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from tallymark_alerts.counters import AlertsCounters
@@ -47,16 +47,23 @@ class Waiter:
 
     Attributes:
         news: done when it is to look again.
+        is_late: whether its wait is over.
         is_queued: whether it has its place among those who wait for their turn.
         has_turn: whether its answer may go out.
     """
 
-    __slots__ = ("has_turn", "is_queued", "news")
+    __slots__ = ("has_turn", "is_late", "is_queued", "news")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.news: asyncio.Future[None] = loop.create_future()
+        self.is_late = False
         self.is_queued = False
         self.has_turn = False
+
+    def end_wait(self) -> None:
+        """Its wait is over."""
+        self.is_late = True
+        self.wake()
 
     def wake(self) -> None:
         """Have it look again."""
@@ -85,6 +92,8 @@ class AlertSource:
         answers_per_s: float = ANSWERS_PER_S,
     ) -> None:
         self.partition_count = partition_count
+        self.partitions = tuple(range(partition_count))
+        self.beginning = dict.fromkeys(self.partitions, 0)
         self.counters = counters
         self.windows = windows
         self.stores = stores
@@ -221,7 +230,7 @@ class AlertSource:
             # No await between looking and waiting: what comes in between would be missed.
             reader.collect(next(self._turns))
             now = self._loop.time()
-            is_late = now >= deadline
+            is_late = waiter.is_late or now >= deadline
             if reader.found:
                 is_full = len(reader.found) >= reader.limit
                 is_due = is_full or waiter.has_turn or is_late or self.is_closed
@@ -232,19 +241,16 @@ class AlertSource:
             else:
                 if is_first or not is_late:
                     reader.start_reads()
+                # Reading is no waiting: a page that is on its way is waited for, and it comes or fails in time.
                 if self.is_closed or (is_late and not reader.is_reading):
                     reader.raise_if_stuck()
                     return reader.batch()
                 self._register(reader)
             is_first = False
+            if reader.timer is None and not is_late:
+                reader.timer = self._loop.call_at(deadline, waiter.end_wait)
             waiter.news = self._loop.create_future()
-            try:
-                # Reading is no waiting: a page that is on its way is waited for, and it comes or fails in time.
-                until = None if is_late and not reader.found else deadline
-                async with asyncio.timeout_at(until):
-                    await waiter.news
-            except TimeoutError:
-                pass
+            await waiter.news
 
     def _register(self, reader: _Reader) -> None:
         if not reader.is_registered:
@@ -313,6 +319,7 @@ class _Reader:
     Attributes:
         found: in order within each partition; at most `limit`.
         is_registered: whether its waiter is told of new records.
+        timer: what ends its wait; None before that has begun.
     """
 
     __slots__ = (
@@ -326,6 +333,7 @@ class _Reader:
         "found",
         "is_registered",
         "limit",
+        "timer",
         "waiter",
         "wanted",
     )
@@ -334,10 +342,13 @@ class _Reader:
         self.found: list[AlertRecord] = []
         self.is_registered = False
         self.limit = limit
+        self.timer: asyncio.TimerHandle | None = None
         self.waiter = Waiter(asyncio.get_running_loop())
         self.wanted = wanted
         self._source = source
-        self._positions = {number: since.get(number, 0) for number in range(source.partition_count)}
+        self._positions = (
+            dict(source.beginning) | since if len(since) < source.partition_count else dict(since)
+        )
         self._pages: dict[int, AlertsResult] = {}  # by partition: read, not taken yet; from its position on
         self._reading: dict[int, asyncio.Task[None]] = {}  # by partition
         self._failed: dict[int, TallymarkError] = {}  # by partition: why its last read has failed
@@ -351,10 +362,17 @@ class _Reader:
 
     def batch(self) -> AlertsBatch:
         """The answer."""
-        return AlertsBatch(self.found, self._positions)
+        positions, partitions = self._positions, self.wanted.partitions
+        if partitions:
+            for number, window in self._source.windows.items():
+                if positions[number] < window.end and number not in partitions:
+                    positions[number] = window.end  # nothing of it matches
+        return AlertsBatch(self.found, positions)
 
     def close(self) -> None:
         """The call has its answer, or needs none any more."""
+        if self.timer is not None:
+            self.timer.cancel()
         self._source.forget(self)
         self.waiter.wake()
         for task in self._reading.values():
@@ -363,18 +381,15 @@ class _Reader:
     def collect(self, turn: int) -> None:
         """Take what is there, beginning with another partition each turn so that none is always the last."""
         windows, positions, wanted = self._source.windows, self._positions, self.wanted
-        concerned: Collection[int] = positions if wanted.partitions is None else wanted.partitions
-        if wanted.partitions is not None:
-            for number, other in windows.items():
-                if number not in wanted.partitions and positions[number] < other.end:
-                    positions[number] = other.end  # nothing of it matches
-        order = sorted(concerned)
-        first = turn % len(order)
-        for number in (*order[first:], *order[:first]):
+        order = wanted.partitions or self._source.partitions
+        if len(order) > 1:
+            first = turn % len(order)
+            order = order[first:] + order[:first]
+        for number in order:
             room = self.limit - len(self.found)
             if room <= 0:
                 return
-            page = self._pages.pop(number, None)
+            page = self._pages.pop(number, None) if self._pages else None
             if page is not None:
                 room -= self._take_page(number, page, room)
             window = windows.get(number)
