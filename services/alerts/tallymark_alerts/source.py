@@ -347,7 +347,7 @@ class _Reader:
         self.wanted = wanted
         self._source = source
         self._positions = (
-            dict(source.beginning) | since if len(since) < source.partition_count else dict(since)
+            {**source.beginning, **since} if len(since) < source.partition_count else dict(since)
         )
         self._pages: dict[int, AlertsResult] = {}  # by partition: read, not taken yet; from its position on
         self._reading: dict[int, asyncio.Task[None]] = {}  # by partition
