@@ -81,8 +81,10 @@ class AlertsService(HandlerBase):
             self.tail.windows,
             partition_count=config.partition_count,
             counters=self.counters,
+            is_lost=self.tail.is_lost,
         )
         self.tail.on_records = self.source.on_records
+        self.tail.on_begun = self.source.on_begun
         self.webhooks = Webhooks(
             WebhooksConfig(
                 node_id=config.node_id,

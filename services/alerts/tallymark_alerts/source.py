@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from tallymark_alerts.counters import AlertsCounters
@@ -36,6 +36,7 @@ PAGE_RECORDS: Final = 1_000  # read from a store at once
 READS_MAX: Final = 2  # of one partition, at one time: one that can't be read must not hold up the others
 READ_S: Final = 5.0  # for one of them
 READ_AGAIN_S: Final = 0.25  # after one that failed
+LOST_WAIT_S: Final = 1.0  # for news, where others may know more
 ENDS_S: Final = 2.0  # for leaders to say where their partitions end
 RELEASE_S: Final = 0.002  # between two looks at those who wait for their turn
 _FILTERS_MAX: Final = 10_000  # that are remembered by what they were made of
@@ -79,6 +80,7 @@ class AlertSource:
         windows: the newest records, by partition; absent ones have never been reached.
         partition_count: of the cluster.
         counters: of the instance.
+        is_lost: whether a partition's leader has given no word for long.
         answers_per_s: beyond so many they are paced.
     """
 
@@ -89,6 +91,7 @@ class AlertSource:
         *,
         partition_count: int,
         counters: AlertsCounters,
+        is_lost: Callable[[int], bool] = lambda _: False,
         answers_per_s: float = ANSWERS_PER_S,
     ) -> None:
         self.partition_count = partition_count
@@ -97,6 +100,7 @@ class AlertSource:
         self.counters = counters
         self.windows = windows
         self.stores = stores
+        self.is_lost = is_lost
         self.is_closed = False
         self.reads = [asyncio.Semaphore(READS_MAX) for _ in range(partition_count)]
         self._loop = asyncio.get_running_loop()
@@ -150,7 +154,8 @@ class AlertSource:
         None stands for the end as it is now, and is answered at once. `next` names every partition.
 
         Raises:
-            UnavailableError: a partition that had to be read from its leader could not be, and nothing else was found.
+            UnavailableError: nothing was found, and a partition that had to be read from its leader could not be, or one
+            is not followed here any more: another instance may know more.
             BackpressureError: those who wait name too much in all.
         """
         if since is None:
@@ -226,6 +231,8 @@ class AlertSource:
     async def _next(self, reader: _Reader, deadline: float) -> AlertsBatch:
         waiter = reader.waiter
         is_first = True
+        if reader.is_lost():
+            deadline = min(deadline, self._loop.time() + LOST_WAIT_S)
         while True:
             # No await between looking and waiting: what comes in between would be missed.
             reader.collect(next(self._turns))
@@ -276,6 +283,11 @@ class AlertSource:
             task.exception()  # whoever waits for it is told; if nobody does, it is of no interest
 
     # ------------------------------------------------------------ news
+
+    def on_begun(self, partition: int) -> None:  # noqa: ARG002
+        """A partition has a window from now on: what lies before it can be read."""
+        for waiter in list(self._matching.everybody()):
+            waiter.wake()
 
     def on_records(self, partition: int, records: Sequence[AlertRecord]) -> None:  # noqa: ARG002
         """New records are in the window."""
@@ -457,12 +469,19 @@ class _Reader:
         self._resting.discard(number)
         self.waiter.wake()
 
+    def is_lost(self) -> bool:
+        """Whether some partition that it concerns is not followed here: another instance may know more."""
+        is_lost = self._source.is_lost
+        return any(is_lost(number) for number in self.wanted.partitions or self._source.partitions)
+
     def raise_if_stuck(self) -> None:
-        """Say so where partitions can't be read that have to be.
+        """Say so where partitions can't be read that have to be, or are not followed.
 
         Raises:
-            UnavailableError: they can't.
+            UnavailableError: they can't, or aren't.
         """
+        if self.is_lost():
+            raise UnavailableError("this instance has lost the leaders of some partitions")
         for number, error in sorted(self._failed.items()):
             raise UnavailableError(
                 f"alerts of partition {number} could not be read: {error.message}", code=error.code

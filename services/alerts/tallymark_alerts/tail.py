@@ -42,6 +42,8 @@ GRACE_S: Final = 5.0  # for its answer beyond that
 SPACING_S: Final = 0.002  # between the beginnings of two calls to one leader
 RETRY_S: Final = 0.02  # after a failure; doubled up to ...
 RETRY_MAX_S: Final = 0.5
+LOST_S: Final = 5.0  # without word from a partition's leader: longer than a failover takes
+PROBE_MS: Final = 100  # for which a call is held that is to show whether a leader answers again
 BEGIN_S: Final = 5.0  # for a leader to say how many records there are
 
 _DOUBTS: Final = frozenset({ErrorCode.NOT_LEADER, ErrorCode.PARTITION_UNAVAILABLE, ErrorCode.CLOSED})
@@ -81,6 +83,7 @@ class Tail:
 
     Attributes:
         on_records: called with a partition and its new records, which are in the window by then.
+        on_begun: called with a partition whose window there is from now on.
         windows: by partition; absent until its leader has been reached.
         lags: by partition: how many records its leader had beyond those that were taken.
     """
@@ -98,6 +101,7 @@ class Tail:
         behind_records: int = BEHIND_RECORDS,
     ) -> None:
         self.on_records: Callable[[int, Sequence[AlertRecord]], None] = _ignore
+        self.on_begun: Callable[[int], None] = lambda _: None
         self.windows: dict[int, Window] = {}
         self.lags = dict.fromkeys(range(partition_count), 0)
         self._stores = stores
@@ -111,6 +115,9 @@ class Tail:
         self._refused: dict[int, float] = {}  # by partition: the delay after which it is asked for again
         self._refused_timers: dict[int, asyncio.TimerHandle] = {}
         self._beginning: dict[int, asyncio.Task[None]] = {}
+        self._lost: dict[
+            int, float
+        ] = {}  # by partition: since when its leader gives no word, on the loop's clock
         self._is_closed = False
         stores.on_news = self._on_news
 
@@ -118,6 +125,7 @@ class Tail:
         """Begin; what is to be waited for is in `missing`."""
         loop = asyncio.get_running_loop()
         for partition in range(self._partition_count):
+            self._lose(partition)
             self._beginning[partition] = loop.create_task(self._begin(partition))
 
     async def close(self) -> None:
@@ -139,6 +147,14 @@ class Tail:
         """Partitions whose leader has not been reached since the start, in order."""
         return [number for number in range(self._partition_count) if number not in self.windows]
 
+    def is_lost(self, partition: int) -> bool:
+        """Whether a partition's leader has given no word for so long that another instance may know more."""
+        since = self._lost.get(partition)
+        return since is not None and asyncio.get_running_loop().time() - since > LOST_S
+
+    def _lose(self, partition: int) -> None:
+        self._lost.setdefault(partition, asyncio.get_running_loop().time())
+
     # ------------------------------------------------------------ begin
 
     async def _begin(self, partition: int) -> None:
@@ -159,7 +175,9 @@ class Tail:
         start = max(answer.next_position - self._behind_records, 0)
         self.lags[partition] = answer.next_position - start
         self.windows[partition] = Window(partition, start, self._window_records)
+        self._lost.pop(partition, None)
         self._beginning.pop(partition, None)
+        self.on_begun(partition)
         self._on_news(partition)
 
     # ------------------------------------------------------------ whom to ask
@@ -172,7 +190,9 @@ class Tail:
         if timer is not None:
             timer.cancel()
         address = self._stores.leader(partition)
-        if address is not None and partition in self.windows:
+        if address is None:
+            self._lose(partition)
+        elif partition in self.windows:
             leader = self._leaders.get(address)
             if leader is not None and leader.timer is not None and leader.call is None:
                 leader.timer.cancel()
@@ -223,16 +243,20 @@ class Tail:
         loop = asyncio.get_running_loop()
         began = loop.time()
         positions = {number: self.windows[number].end for number in sorted(partitions)}
-        call = StoreTail(positions, TAIL_RECORDS, WAIT_MS)
+        is_probe = not partitions.isdisjoint(self._lost)
+        call = StoreTail(positions, TAIL_RECORDS, PROBE_MS if is_probe else WAIT_MS)
         try:
             result = await self._stores.tail(address, call, WAIT_MS / 1000 + GRACE_S)
         except TallymarkError as error:
             leader.call = None
+            for number in partitions:
+                if self._stores.leader(number) == address:
+                    self._lose(number)
             self._failed(address, leader, error)
             return
         leader.call = None
         leader.delay = RETRY_S
-        if self._take(positions, result):
+        if self._take(address, positions, result):
             self._ask_later(address, leader, max(SPACING_S - (loop.time() - began), 0.0))
         else:
             self._ask_later(address, leader, RETRY_S)
@@ -247,21 +271,24 @@ class Tail:
 
     # ------------------------------------------------------------ answers
 
-    def _take(self, positions: dict[int, int], result: TailResult) -> bool:
+    def _take(self, address: str, positions: dict[int, int], result: TailResult) -> bool:
         """Take an answer in; False where a part of it is not what was asked for."""
-        is_sound = True
-        for part in result.parts:
-            is_sound = self._take_part(positions, part) and is_sound
-        for partition, wire in result.refused.items():
-            if partition in positions:
+        unsound = {part.partition for part in result.parts if not self._take_part(positions, part)}
+        for partition in positions:
+            if self._stores.leader(partition) != address:
+                continue  # it has another leader by now: who was it says nothing of that one
+            wire = result.refused.get(partition)
+            if wire is not None:
                 count_in(self._counters.tail_failures, wire.code)
                 self._put_off(partition)
+            elif partition not in unsound:
+                self._refused.pop(partition, None)
+                self._lost.pop(partition, None)
+                continue
+            self._lose(partition)
         if result.refused:
             self._stores.doubt()
-        for partition in positions:
-            if partition not in result.refused:
-                self._refused.pop(partition, None)
-        return is_sound
+        return not unsound
 
     def _take_part(self, positions: dict[int, int], part: TailPart) -> bool:
         window = self.windows.get(part.partition)

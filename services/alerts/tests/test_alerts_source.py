@@ -44,9 +44,11 @@ class Scene:
             self.tail.windows,
             partition_count=COUNT,
             counters=self.counters,
+            is_lost=self.tail.is_lost,
             answers_per_s=answers_per_s,
         )
         self.tail.on_records = self.source.on_records
+        self.tail.on_begun = self.source.on_begun
 
     async def begin(self) -> None:
         """Start, and wait until everything there is has come."""
@@ -385,6 +387,56 @@ def test_a_reader_that_is_stuck_is_told(wait_s: float) -> None:
         assert 1 <= len([call for call in s.stores.reads if call.account_ids]) <= 4 * wait_s + 1
 
     scene(body, window_records=16, window_records_min=1, behind_records=2)
+
+
+def test_where_a_leader_is_lost_others_are_asked() -> None:
+    """A reader it concerns is told, soon; its alerts come all the same if they are there, and others wait on."""
+
+    async def body(s: Scene) -> None:
+        await s.begin()
+        s.stores.lead(2, None)
+        early = s.ask({}, accounts=[account_in(2)], wait_s=20)
+        other = s.ask({}, accounts=[account_in(1)], wait_s=20)
+        await asyncio.sleep(10)
+        assert not early.done()
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(UnavailableError, match="lost"):
+            await s.next({}, accounts=[account_in(2)], wait_s=20)
+        with pytest.raises(UnavailableError, match="lost"):
+            await s.next({}, wait_s=20)
+        assert asyncio.get_running_loop().time() - began < 3
+        s.write(account_in(1))
+        assert len((await other).alerts) == 1
+        assert len((await s.next({}, wait_s=20)).alerts) == 1
+        with pytest.raises(UnavailableError, match="lost"):
+            await early
+        s.stores.lead(2, "s1")
+        await asyncio.sleep(1)
+        waiting = s.ask({}, accounts=[account_in(2)], wait_s=20)
+        await asyncio.sleep(10)
+        s.write(account_in(2))
+        assert len((await waiting).alerts) == 1
+
+    scene(body)
+
+
+def test_a_reader_that_comes_before_the_tail_waits_for_it() -> None:
+    """An instance that starts: what lies before its window is read as soon as there is one."""
+
+    async def body(s: Scene) -> None:
+        s.write(1, 40)
+        s.write(2, 1)
+        waiting = s.ask({}, accounts=[1], limit=5, wait_s=20)
+        s.stores.gate.clear()
+        s.tail.start()
+        await asyncio.sleep(1)
+        assert not waiting.done()
+        s.stores.gate.set()
+        began = asyncio.get_running_loop().time()
+        assert len((await waiting).alerts) == 5
+        assert asyncio.get_running_loop().time() - began < 0.1
+
+    scene(body, window_records=16, window_records_min=1, behind_records=0)
 
 
 def test_a_page_that_does_not_go_on_is_a_failure() -> None:

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from tallymark_alerts.counters import AlertsCounters
-from tallymark_alerts.tail import BEHIND_RECORDS, RETRY_MAX_S, SPACING_S, WAIT_MS, Tail
+from tallymark_alerts.tail import BEHIND_RECORDS, LOST_S, RETRY_MAX_S, SPACING_S, WAIT_MS, Tail
 from tallymark_protocol.errors import BackpressureError, ErrorCode, UnavailableError
 from tallymark_protocol.messages import AlertRecord, TailPart, TailResult
 
@@ -358,7 +358,55 @@ def test_what_was_never_asked_for_is_passed_over() -> None:
     async def body(s: Scene) -> None:
         await s.begin()
         window = s.tail.windows[0]
-        assert not s.tail._take({1: 0}, TailResult([TailPart(0, [record(0, 0)], 1)]))
+        assert not s.tail._take("s0", {1: 0}, TailResult([TailPart(0, [record(0, 0)], 1)]))
         assert window.end == 0
+
+    scene(body)
+
+
+def test_a_leader_that_gives_no_word_is_lost() -> None:
+    """After longer than a failover takes, and until it answers again, news or none."""
+
+    async def body(s: Scene) -> None:
+        await s.begin()
+        troubles: list[tuple[Callable[[], Any], Callable[[], Any]]] = [
+            (lambda: s.stores.lead(1, None), lambda: s.stores.lead(1, "s1")),
+            (lambda: s.stores.deposed.add((1, "s1")), s.stores.deposed.clear),
+            (
+                lambda: s.stores.failing.update(s1=UnavailableError("lost", code=ErrorCode.CLOSED)),
+                s.stores.failing.clear,
+            ),
+        ]
+        for begin, end in troubles:
+            begin()
+            s.stores.wake()
+            await asyncio.sleep(LOST_S - 1)
+            assert not s.tail.is_lost(1)
+            await asyncio.sleep(2)
+            assert s.tail.is_lost(1)
+            assert not s.tail.is_lost(0)
+            end()
+            await until(lambda: not s.tail.is_lost(1), 2)
+            await asyncio.sleep(60)
+            assert not any(s.tail.is_lost(number) for number in range(3))
+
+    scene(body)
+
+
+def test_what_an_old_leader_refuses_says_nothing_of_the_new_one() -> None:
+    """The partition is followed at once where it is led now."""
+
+    async def body(s: Scene) -> None:
+        await s.begin()
+        await until(lambda: s.stores.held == {"s0": 1})
+        s.stores.leaders[1] = "s1"
+        s.tail._on_news(1)
+        await until(lambda: s.stores.held.get("s1"))
+        s.stores.wake()  # the old one looks, and refuses
+        await until(lambda: 1 not in s.stores.tails[-1][1].positions)
+        assert not s.tail._refused_timers
+        for _ in range(5):
+            s.stores.write(1)
+            await until(s.is_complete, 0.01)
 
     scene(body)
