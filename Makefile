@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: integration load
-.PHONY: sim etcd network proto bench-cluster
+.PHONY: sim etcd network proto bench-cluster bench-alerts
 .PHONY: help demo test check format bench clean
 
 help: ## what there is
@@ -89,6 +89,9 @@ bench: $(VENV)/.test ## print the performance table
 bench-cluster: $(VENV)/.server etcd ## the performance of a cluster on this machine, beside dev's, and its failovers
 	$(BIN)/tallymark bench --cluster
 	$(BIN)/tallymark bench --failover
+
+bench-alerts: $(VENV)/.server etcd ## how soon alerts of a cluster are there, and how many an instance hands out
+	$(BIN)/tallymark bench --alerts
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -16,6 +16,12 @@ from tallymark_node.config import Settings
 FOLDER = Path(__file__).resolve().parents[1]
 
 EXPECTED = {
+    "enforcement": {
+        "below the cap": [200, 200, 200, 200, 200],
+        "at the cap": [429, 200],
+        "after a restart": [429, 429],
+        "next period": [200, 200],
+    },
     "request_metering": {
         ("/users/{id}", "2xx"): 700,
         ("/orders", "2xx"): 20,
@@ -29,6 +35,7 @@ EXPECTED = {
     "prepaid_credits": {"left": Decimal("89.500001"), "refused": 1, "reminders": 1},
 }
 PRINTED = {
+    "enforcement": "at the cap:      [429, 200]",
     "request_metering": ": 725 requests this month, 0 lost",
     "infrastructure": "March: 1584.750000 hours",
     "seats": "seats taken now:              3",
@@ -70,7 +77,7 @@ async def test_example_counts_what_it_says(name, tmp_path, capsys):
     assert complaints == ""
 
 
-@pytest.mark.parametrize("name", ["prepaid_credits", "request_metering"])
+@pytest.mark.parametrize("name", ["enforcement", "prepaid_credits", "request_metering"])
 async def test_example_runs_again(name, tmp_path):
     """A second run against the same server shows the same numbers: each has customers of its own."""
     async with dev.running(settings(tmp_path)) as node:

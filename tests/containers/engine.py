@@ -157,10 +157,10 @@ class Container(DockerContainer):
 
 
 class Cluster:
-    """etcd, three stores, two gateways and two query nodes.
+    """etcd, three stores, two gateways, two query nodes and two instances of the alerts role.
 
     Attributes:
-        stores, gateways, queries: by name.
+        stores, gateways, queries, alerts: by name.
         addresses: of the gateways, for clients on this machine.
     """
 
@@ -177,12 +177,14 @@ class Cluster:
             },
         )
         stores = [self._role("store", f"store{i}", f"store{i}:{STORE_PORT}", STORE_PORT) for i in (1, 2, 3)]
-        ports = free_ports(4)
+        ports = free_ports(6)
         gateways = [self._public("ingest", f"gateway{i}", ports.pop()) for i in (1, 2)]
         queries = [self._public("query", f"query{i}", ports.pop()) for i in (1, 2)]
+        alerts = [self._public("alerts", f"alerts{i}", ports.pop()) for i in (1, 2)]
         self.stores = {container.alias: container for container in stores}
         self.gateways = {container.alias: container for container in gateways}
         self.queries = {container.alias: container for container in queries}
+        self.alerts = {container.alias: container for container in alerts}
         self.addresses = [container.env["TALLYMARK_ADVERTISE"] for container in gateways]
 
     def _role(self, role: str, name: str, address: str, port: int) -> Container:
@@ -204,7 +206,12 @@ class Cluster:
     @property
     def roles(self) -> list[Container]:
         """All containers but etcd's, in the order in which they are started."""
-        return [*self.stores.values(), *self.gateways.values(), *self.queries.values()]
+        return [
+            *self.stores.values(),
+            *self.gateways.values(),
+            *self.queries.values(),
+            *self.alerts.values(),
+        ]
 
     def leaders(self) -> dict[int, str]:
         """Which store leads which partition, as etcd has it."""
@@ -242,9 +249,9 @@ class Compose:
     """
 
     def __init__(self) -> None:
-        ports = free_ports(4)
+        ports = free_ports(6)
         self.addresses = [f"127.0.0.1:{port}" for port in ports[:2]]
-        self.queries = [f"127.0.0.1:{port}" for port in ports[2:]]
+        self.queries = [f"127.0.0.1:{port}" for port in ports[2:4]]
         self._environment = os.environ | {
             "TALLYMARK_IMAGE": IMAGE,
             "ETCD_IMAGE": ETCD_IMAGE,
@@ -253,6 +260,8 @@ class Compose:
             "GATEWAY2_PORT": str(ports[1]),
             "QUERY1_PORT": str(ports[2]),
             "QUERY2_PORT": str(ports[3]),
+            "ALERTS1_PORT": str(ports[4]),
+            "ALERTS2_PORT": str(ports[5]),
         }
 
     async def run(self, *arguments: str) -> str:

@@ -11,7 +11,16 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from tallymark import AggType, AsyncClient, Event, MetricSchema, PeriodType, TallymarkError
+from tallymark import (
+    AggType,
+    AlertThreshold,
+    AlreadyExistsError,
+    AsyncClient,
+    Event,
+    MetricSchema,
+    PeriodType,
+    TallymarkError,
+)
 from tallymark_protocol.identifiers import partition_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,6 +28,13 @@ METRIC = "container_events"
 CALL_SECONDS = 10.0
 TOGETHER = 3  # events a call
 SCHEMA = MetricSchema(code=METRIC, agg_type=AggType.SUM, period_type=PeriodType.LIFETIME)
+# Every event crosses its account's next multiple.
+LIMITED = MetricSchema(
+    code="container_alerts",
+    agg_type=AggType.COUNT,
+    period_type=PeriodType.LIFETIME,
+    thresholds=[AlertThreshold(code="each", value=1, recurring=True)],
+)
 
 
 async def quickstart(address: str) -> None:
@@ -122,8 +138,29 @@ class Ledger:
             assert sorted(values) == list(range(self.stored[account]))
 
 
+async def alerts_arrive(addresses: list[str]) -> None:
+    """A subscriber is told of every crossing, whichever instance it is connected to, and so is the history."""
+    async with AsyncClient(addresses) as client:
+        try:
+            await client.metrics.create(LIMITED)
+        except AlreadyExistsError as error:
+            assert error.identical
+        accounts = accounts_of_partitions(12)
+        for _ in range(4):  # each subscription begins at another instance
+            seen = len(await client.list_alerts(accounts[0]))
+            async with client.alerts.subscribe(metric_codes=[LIMITED.code]) as subscription:
+                await client.ingest(
+                    [Event(account_id=account, metric_code=LIMITED.code) for account in accounts]
+                )
+                told = [await anext(subscription) for _ in accounts]
+            assert sorted(alert.account_id for alert in told) == sorted(accounts)
+            assert {alert.threshold_code for alert in told} == {"each"}
+            assert len(await client.list_alerts(accounts[0])) == seen + 1
+
+
 async def smoke(addresses: list[str]) -> None:
-    """The quickstart through each gateway, and a total that both of them have added to."""
+    """The quickstart through each gateway, a total that both of them have added to, and alerts."""
+    await alerts_arrive(addresses)
     for address in addresses:
         await quickstart(address)
     total = 0

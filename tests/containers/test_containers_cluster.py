@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 from engine import PARTITIONS, Container, cluster, wait_until
-from smoke import Ledger, accounts_of_partitions, smoke
+from smoke import Ledger, accounts_of_partitions, alerts_arrive, smoke
 
 FAILOVER_SECONDS_MAX = 60.0
 
@@ -78,9 +78,11 @@ async def test_graceful_stop() -> None:
             await wait_until(lambda: ledger.all_beyond(marks), "events without the stopped store")
             assert made.gateways["gateway1"].stop_gracefully() == 0
             assert made.queries["query1"].stop_gracefully() == 0
+            assert made.alerts["alerts1"].stop_gracefully() == 0
             marks = ledger.marks()
             await wait_until(lambda: ledger.all_beyond(marks), "events through the other gateway")
         await ledger.check()
+        await alerts_arrive(made.addresses[1:])
         for container in made.roles:
             if container.health:
                 assert container.stop_gracefully() == 0, container.alias

@@ -4,9 +4,11 @@ import subprocess
 
 import pytest
 from engine import IMAGE, compose, wait_until
-from smoke import Ledger, accounts_of_partitions, smoke
+from smoke import Ledger, accounts_of_partitions, alerts_arrive, smoke
 
 SERVICES = [
+    "alerts1",
+    "alerts2",
     "etcd1",
     "etcd2",
     "etcd3",
@@ -23,19 +25,20 @@ PARTITIONS = 12
 
 @pytest.mark.timeout(600)
 async def test_compose_comes_up_and_survives_members() -> None:
-    """The smoke test; then an etcd member, a store and a query node go while events flow, and come back."""
+    """The smoke test; then an etcd member, a store, a query node and an alerts instance go while events flow, and come back."""
     async with compose() as project:
         assert sorted(project.states()) == SERVICES
         await smoke(project.addresses)
         ledger = Ledger(project.addresses, accounts_of_partitions(PARTITIONS))
         async with ledger.writing():
-            for service in ("etcd1", "store1", "query1"):
+            for service in ("etcd1", "store1", "query1", "alerts1"):
                 await project.run("kill", service)
                 marks = ledger.marks()
                 await wait_until(lambda marks=marks: ledger.all_beyond(marks), f"events without {service}")
                 await project.run("up", "-d")
                 await project.wait_healthy()
         await ledger.check()
+        await alerts_arrive(project.addresses)
 
         # All of it stops and comes back with what it had.
         await project.run("stop")

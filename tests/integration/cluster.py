@@ -1,4 +1,4 @@
-"""A real cluster on this machine: etcd, three stores, two gateways and a query node, each a process of its own.
+"""A real cluster on this machine: etcd, stores, gateways, a query node, and alerts, each a process of its own.
 
 It lives on a loopback address of this test process's own, so that every port stays free while its process is down;
 or, in `network.Network`, each part in a network namespace, so that they can be cut off from one another. Everything
@@ -68,6 +68,7 @@ class Cluster:
         *,
         stores: int = 3,
         gateways: int = 2,
+        alerts: int = 0,
         places: dict[str, Place] | None = None,
         settings: dict[str, object] | None = None,
         embedded: bool = False,
@@ -124,13 +125,24 @@ class Cluster:
             settings=common,
             namespace=rest.namespace,
         )
+        self.alerts = [
+            RoleProcess(
+                "alerts",
+                f"alerts-{number}",
+                f"{rest.host}:{7300 + number}",
+                log=folder / f"alerts-{number}.log",
+                settings=common,
+                namespace=rest.namespace,
+            )
+            for number in range(1, alerts + 1)
+        ]
 
     # ------------------------------------------------------------ life
 
     @property
     def processes(self) -> list[Process]:
         """All of them."""
-        return [self.etcd, *self.stores, *self.gateways, self.query]
+        return [self.etcd, *self.stores, *self.gateways, self.query, *self.alerts]
 
     @property
     def addresses(self) -> list[str]:
@@ -146,7 +158,7 @@ class Cluster:
         if not self.embedded:
             await self.etcd.start()
         # Stores first, as one would: the others wait a minute for them, and a first start compiles for longer.
-        for roles in (self.stores, [*self.gateways, self.query]):
+        for roles in (self.stores, [*self.gateways, self.query, *self.alerts]):
             for process in roles:
                 process.spawn()
             await asyncio.gather(*(process.wait_ready() for process in roles))

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-pytest.register_assert_rewrite("cluster", "cluster_load", "ledger", "network", "server")
+pytest.register_assert_rewrite(
+    "alerts_load", "webhook_receivers", "cluster", "cluster_load", "ledger", "network", "server"
+)
 
 
 @pytest.fixture

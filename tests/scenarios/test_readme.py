@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import os
 import re
@@ -10,9 +9,9 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from snippets import blocks_of, run_command, run_python
 
 import tallymark
 from tallymark_node import dev
@@ -23,46 +22,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SDK = (ROOT / "docs" / "sdk.md").read_text(encoding="utf-8")
 
 
-def blocks_of(page: str) -> list[tuple[str, str]]:
-    """The kind and the text of every fenced block."""
-    return re.findall(r"^```(\w*)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-
-
 BLOCKS = blocks_of(README)
 SDK_BLOCKS = blocks_of(SDK)
 CSV = "customer,at,route\n7,2026-01-31T10:00:00Z,/users\n8,2026-01-31T10:00:01Z,/jobs\n"
-
-
-async def run_python(source: str, address: str) -> None:
-    """Execute a snippet as if it stood in an async function; blocking clients get a thread."""
-    source = source.replace("localhost:7001", address)
-    code = compile(source, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-    names: dict[str, Any] = {}
-    if "await" in source:
-        result = eval(code, names)  # an expression evaluates to a coroutine where the code awaits
-        if result is not None:
-            await result
-    else:
-        await asyncio.to_thread(exec, code, names)
-
-
-async def run_command(line: str, address: str, folder: Path) -> None:
-    """Run one command line as a user would."""
-    words = shlex.split(line)
-    assert words[0] == "tallymark", line
-    environment = dict(os.environ, TALLYMARK_SERVER=address)
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "tallymark_node.main",
-        *words[1:],
-        env=environment,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    out, err = await process.communicate()
-    assert process.returncode == 0, f"{line}\n{out.decode()}\n{err.decode()}"
 
 
 def test_the_readme_has_snippets_of_both_kinds() -> None:
@@ -112,11 +74,16 @@ async def test_every_snippet_runs_in_order(blocks: list[tuple[str, str]], tmp_pa
 
 @pytest.mark.timeout(300)
 async def test_roles_run_alone_as_the_readme_says(tmp_path: Path) -> None:
-    """The three commands of the operations section bring up a cluster that counts."""
+    """The four commands of the operations section bring up a cluster that counts."""
     lines = [
         line.removeprefix("$ ") for _, text in BLOCKS for line in text.splitlines() if " run --role " in line
     ]
-    assert [re.search(r"--role (\w+)", line).group(1) for line in lines] == ["store", "query", "ingest"]  # type: ignore[union-attr]
+    assert [re.search(r"--role (\w+)", line).group(1) for line in lines] == [
+        "store",
+        "query",
+        "alerts",
+        "ingest",
+    ]  # type: ignore[union-attr]
     processes = []
     store_address = ""
     address = ""
@@ -144,7 +111,9 @@ async def test_roles_run_alone_as_the_readme_says(tmp_path: Path) -> None:
             address = ready.split("=", 1)[1].split()[0]
             store_address = store_address or address
         quickstart = next(text for kind, text in BLOCKS if kind == "python")
+        subscribing = next(text for kind, text in BLOCKS if kind == "python" and "subscribe(" in text)
         await run_python(quickstart, address)
+        await run_python(subscribing, address)
     finally:
         for process in reversed(processes):
             process.terminate()

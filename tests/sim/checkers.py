@@ -21,6 +21,7 @@ from tallymark_store.replication.ports import DurableState
 from tallymark_store.replication.replica import Replica
 from tallymark_store.wal import DamagedError, PartitionIndex, Position, RecordKind, RecordMeta, Wal
 
+from .alerts import Crossings
 from .clients import Ledger, Part
 from .logbook import Model, parse_batch
 from .loop import SECOND, SimulationError, World
@@ -102,6 +103,7 @@ class Checkers:
         self.committed: list[list[Committed]] = [[] for _ in range(partitions)]
         self.ends = [0] * partitions  # of what is known to be committed; exclusive
         self.models = [Model(number) for number in range(partitions)]
+        self.crossings = [Crossings(number) for number in range(partitions)]
         self.commits = 0
         self.leaderships: list[dict[int, tuple[str, int]]] = [{} for _ in range(partitions)]  # epoch -> who
         self.digests_compared = 0
@@ -295,8 +297,11 @@ class Checkers:
         self.committed[number].append(record)
         self.ends[number] = record.base + record.count
         self.commits += 1
+        logged = None
         if record.kind == RecordKind.EVENTS:
-            self.models[number].take(parse_batch(record.base, payload))
+            logged = parse_batch(record.base, payload)
+            self.models[number].take(logged)
+        self.crossings[number].take(record.kind, payload, record.append_ns, logged)
 
     def _check_commit(self, process: Process, number: int, end: int) -> None:
         """Whoever says first that something is committed: one leader an epoch, and a majority has it on disk."""

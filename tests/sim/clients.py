@@ -5,8 +5,8 @@ of them together, and sends each payload to whom it believes to lead. Whatever i
 answered with a retriable error, is sent again: the same chunk, alone or in other company, to the same store or
 another. Now and then a chunk that was answered is sent once more, to see whether the answer is the same.
 
-Every event has a value of its own, so that the log's events can be told apart. Event ids repeat, with the same
-content and with other content.
+Every event of a sum has a value of its own, so that the log's events can be told apart; values are added to sets and
+taken away. Event ids repeat, with the same content and with other content.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from tallymark_protocol.codec import decode, encode
 from tallymark_protocol.errors import ErrorCode, WireError, to_wire
 from tallymark_protocol.frames import Frame
 from tallymark_protocol.messages import Appended, AppendHeader, FrameType
-from tallymark_protocol.model import Event
+from tallymark_protocol.model import Event, OperationType
 
+from .logbook import SEATS
 from .loop import MILLISECOND, SimulationError, World
 from .loop import Event as Timer
 from .network import Network
@@ -32,6 +33,8 @@ from .trace import Trace
 
 METRIC_COUNT = 3
 ACCOUNTS = 12
+SEATS_SHARE = 0.15  # of events that add a value to a set, or take it away
+SEAT_COUNT = 5
 PARTS_MAX = 4  # of chunks in one payload
 _APPEND = int(FrameType.APPEND)
 _ERROR = int(FrameType.ERROR)
@@ -44,6 +47,7 @@ class SimEvent(NamedTuple):
     metric: str
     value: int  # of this event alone, unless it repeats another
     id: str | None
+    operation: OperationType = OperationType.NONE
 
 
 class Part:
@@ -179,7 +183,7 @@ class Clients:
         self._sequences[client] += 1
         producer = self._producers[client]
         encoded = encode_events(
-            [Event(e.account, e.metric, e.value, id=e.id) for e in events],
+            [Event(e.account, e.metric, e.value, operation_type=e.operation, id=e.id) for e in events],
             producer,
             sequence,
             self._now_ns(),
@@ -199,6 +203,9 @@ class Clients:
     def _event(self) -> SimEvent:
         rng = self._rng
         kind = rng.random()
+        if rng.random() < SEATS_SHARE:
+            operation = rng.choice(list(OperationType))
+            return SimEvent(rng.randrange(ACCOUNTS), SEATS, rng.randrange(SEAT_COUNT), None, operation)
         if kind < 0.15 and self._with_ids:
             return rng.choice(self._with_ids)  # the same again: a duplicate, wherever it goes
         event = SimEvent(rng.randrange(ACCOUNTS), f"m{rng.randrange(METRIC_COUNT)}", self._next_value, None)

@@ -24,6 +24,8 @@ from tallymark_protocol.payload import (
     C_ID_ENDS,
     C_METRIC,
     C_METRIC_ENCODING,
+    C_OPERATION,
+    C_OPERATION_ENCODING,
     C_VALUE,
     C_VALUE_ENCODING,
     COLUMNS,
@@ -39,6 +41,7 @@ ACCEPTED = int(Reason.ACCEPTED)
 DUPLICATE = int(Reason.DUPLICATE)
 CONFLICT = int(Reason.CONFLICT)
 REPEAT = int(Reason.REPEAT)
+SEATS = "seats"  # the metric that counts unique values
 
 
 class LoggedChunk(NamedTuple):
@@ -60,6 +63,7 @@ class LoggedEvent(NamedTuple):
     id: bytes
     verdict: int
     original: int  # offset of the first one, of a duplicate or a conflict; else -1
+    operation: int = 0
 
 
 class LoggedBatch(NamedTuple):
@@ -93,6 +97,7 @@ def parse_batch(base: int, body: np.ndarray) -> LoggedBatch:
     n = int(columns[C_EVENTS])
     accounts = _column(data, columns, C_ACCOUNT, C_ACCOUNT_ENCODING, "Q", 0)
     values = _column(data, columns, C_VALUE, C_VALUE_ENCODING, "q", 1)
+    operations = _column(data, columns, C_OPERATION, C_OPERATION_ENCODING, "B", 0)
     codes = metric_codes(data, columns)
     metrics = _column(data, columns, C_METRIC, C_METRIC_ENCODING, "H", 0)
     ids = [b""] * n
@@ -114,6 +119,7 @@ def parse_batch(base: int, body: np.ndarray) -> LoggedBatch:
             ids[i],
             verdicts[i],
             next(originals) if verdicts[i] in (DUPLICATE, CONFLICT) else -1,
+            operations[i],
         )
         for i in range(n)
     ]
@@ -187,4 +193,6 @@ class Model:
             if event.id:
                 self._ids[key] = event
             count, total = self.totals.get((event.account, event.metric), (0, 0))
-            self.totals[event.account, event.metric] = (count + 1, total + event.value)
+            if event.metric != SEATS:
+                total += event.value  # of others, only how many there are is told by a sum
+            self.totals[event.account, event.metric] = (count + 1, total)

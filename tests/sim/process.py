@@ -7,7 +7,7 @@ the gate before the disk, the way to the coordinator, the `StoreNode`.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import msgspec
@@ -301,7 +301,9 @@ class Process:
     def _on_append(node: StoreNode, connection: Connection, frame: Frame) -> None:
         node.on_append(connection, frame)
 
-    def call(self, call: Any, answer: Callable[[Any, BaseException | None], None]) -> None:
+    def call(
+        self, call: Any, answer: Callable[[Any, BaseException | None], None], caller: Hashable = None
+    ) -> None:
         """Ask the node; `answer(result, error)` is called once, if it lives."""
         if self.loop is None or self.node is None or not self.is_serving:
             answer(None, UnavailableError("the store is not ready", code=ErrorCode.CLOSED))
@@ -310,7 +312,7 @@ class Process:
 
         async def ask() -> None:
             try:
-                result = await node.call(call)
+                result = await node.call(call, caller)
             except TallymarkError as error:
                 answer(None, error)
             else:

@@ -19,7 +19,6 @@ from typing import Any
 import msgspec
 
 from tallymark_protocol.frames import Frame
-from tallymark_protocol.model import AggType, MetricSchema
 from tallymark_protocol.schema import encode_record, make_record
 from tallymark_runtime.assignments import Assignment, Copy, assignment_key, copy_key
 from tallymark_runtime.catalog import Leader, leader_key, metric_key
@@ -29,8 +28,9 @@ from tallymark_store.replication.effects import Role
 from tallymark_store.replication.ports import Member
 from tallymark_store.wal import WalConfig
 
+from .alerts import SCHEMAS, Alerts
 from .checkers import Checkers
-from .clients import METRIC_COUNT, Clients, Connection, Ledger, Part
+from .clients import Clients, Connection, Ledger, Part
 from .clock import EPOCH_NS, SimClock
 from .coordination import Etcd
 from .faults import Faults, draw_kinds
@@ -38,6 +38,7 @@ from .loop import MILLISECOND, SECOND, SimulationError, World
 from .network import Network, Weather
 from .process import Process
 from .readers import Readers
+from .subscribers import DONE_NS, Subscribers
 from .trace import Trace
 
 LEASE_S = 2.0
@@ -186,6 +187,8 @@ class Simulation:
         self.readers = Readers(self, random.Random(rng.getrandbits(64)))
         self._metrics_revision = 0
         self.live_ms = 0
+        self.alerts = Alerts(self, random.Random(rng.getrandbits(64)))
+        self.subscribers = Subscribers(self, random.Random(rng.getrandbits(64)))
 
     # ------------------------------------------------------------ what the parts ask for
 
@@ -241,6 +244,7 @@ class Simulation:
 
     def _turn(self, process: Process) -> None:
         self.checkers.after_turn(process)
+        self.alerts.after_turn(process)
         if process.ended:
             process.ended = False
             self.world.after(1, self._end, process, process.life)
@@ -276,6 +280,7 @@ class Simulation:
             what = str(cause) or repr(cause)
             raise Failure(self.seed, what, where, self.trace.text()) from None
         finally:
+            self.subscribers.end()
             for process in self.processes.values():
                 if process.is_up:
                     process.crash("the simulation ends", is_power_lost=False)
@@ -293,11 +298,9 @@ class Simulation:
 
     def _run(self) -> None:
         rng, world, options = self.rng, self.world, self.options
-        for i in range(METRIC_COUNT):
-            record = make_record(0, MetricSchema(code=f"m{i}", agg_type=AggType.SUM))
-            self._metrics_revision = self.etcd.txn(
-                [], [Put(metric_key(f"m{i}"), encode_record(record))], []
-            ).revision
+        for schema in SCHEMAS:
+            put = Put(metric_key(schema.code), encode_record(make_record(0, schema)))
+            self._metrics_revision = self.etcd.txn([], [put], []).revision
         for process in self.processes.values():
             world.after(rng.randint(0, 200) * MILLISECOND, self.restart, process)
         mean_ms = rng.choice((200, 500, 1_200))
@@ -307,8 +310,11 @@ class Simulation:
         for _ in range(options.chunks // 4):
             world.at(rng.randint(SECOND, options.safety_ns), self.clients.repeat)
         self.readers.plan(options.safety_ns, options.reads)
+        self.alerts.plan(options.safety_ns)
+        self.subscribers.plan(options.safety_ns, is_disturbed=bool(self.faults.kinds))
         self._go(options.safety_ns, None)
         self.faults.heal()
+        self.subscribers.heal()
         healed_ns = world.now_ns
         fresh: list[Part] = []
         while {part.partition for part in fresh} != set(range(self.partition_count)):
@@ -326,8 +332,11 @@ class Simulation:
             raise SimulationError(f"LIVE-1: not at rest {REST_NS / 1e9} s after healing: {self._unrest()}")
         self._go(world.now_ns + 300 * MILLISECOND, None)
         self.checkers.at_rest(list(self._copies()), salt=rng.getrandbits(62))
+        self.alerts.at_rest(list(self._copies()))
         self.readers.check_totals()
         self._go(world.now_ns + 5 * SECOND, self.readers.is_done)
+        if not self._go(world.now_ns + DONE_NS, self.subscribers.is_done):
+            raise SimulationError(f"ALERT-1: {DONE_NS / 1e9} s after that {self.subscribers.unfinished()}")
         if not self.readers.is_done():
             raise SimulationError("LIVE-1: reads were not answered after healing")
         if self.ledger.acknowledged < self.ledger.asked:

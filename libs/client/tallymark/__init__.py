@@ -7,7 +7,9 @@
         usage = await client.query(42, "api_calls", current_month())
 """
 
+from tallymark.alerts import AlertSubscription, AsyncAlerts
 from tallymark.blocking import Client, Metrics
+from tallymark.blocking_alerts import BlockingAlerts, BlockingAlertSubscription, Webhooks
 from tallymark.client import AsyncClient
 from tallymark.failures import IngestError
 from tallymark.metrics import AsyncMetrics
@@ -23,6 +25,7 @@ from tallymark.results import (
     Totals,
     Usage,
 )
+from tallymark.webhooks import AsyncWebhooks, DeadLetter, DeadLetters, Webhook
 from tallymark_protocol.errors import (
     AlreadyExistsError,
     BackpressureError,
@@ -60,14 +63,21 @@ __all__ = [
     "AccountTotal",
     "AggType",
     "Alert",
+    "AlertSubscription",
     "AlertThreshold",
     "Alerts",
     "AlreadyExistsError",
+    "AsyncAlerts",
     "AsyncClient",
     "AsyncMetrics",
+    "AsyncWebhooks",
     "BackpressureError",
+    "BlockingAlertSubscription",
+    "BlockingAlerts",
     "BreakdownRow",
     "Client",
+    "DeadLetter",
+    "DeadLetters",
     "DeliveryMode",
     "DimensionFilter",
     "Event",
@@ -92,6 +102,8 @@ __all__ = [
     "UnavailableError",
     "UniqueType",
     "Usage",
+    "Webhook",
+    "Webhooks",
     "current_billing_period",
     "current_month",
     "current_period",

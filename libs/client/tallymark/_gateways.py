@@ -1,9 +1,9 @@
-"""Which gateway and which query node to talk to: links, topology, server time, and calls over them.
+"""Which node to talk to, in each role: links, topology, server time, and calls over them.
 
 Owns every link of a client. Chunks go over one gateway link at a time; where it is lost or drains, a connector
-takes the next address, with jittered backoff, until one answers. Query links are opened on demand and kept. The
-topology comes with the handshake and is asked for again every `refresh_seconds`; a link that owes an answer and
-is silent for too long is given up.
+takes the next address, with jittered backoff, until one answers. Links to query nodes and alerts instances are opened
+on demand and kept. The topology comes with the handshake and is asked for again every `refresh_seconds`, and when
+none of a role's nodes answers; a link that owes an answer and is silent for too long is given up.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from tallymark._link import Answer, Link, open_link, split_address
 from tallymark_protocol.codec import decode, encode
@@ -25,9 +25,12 @@ SILENCE_PING: Final = 2.0  # seconds without a byte, while answers are owed, aft
 SILENCE_MAX: Final = 6.0  # and after which it is given up
 TEND_SECONDS: Final = 1.0  # how often links are looked after
 REFRESH_SECONDS_MIN: Final = 1.0  # between two questions for the topology, whatever it says
-QUERY_LINKS_MAX: Final = 16
+NODE_LINKS_MAX: Final = 16
 
 T = TypeVar("T", bound=Message)
+
+Role = Literal["ingest", "query", "alerts"]
+"""Who is to answer a call."""
 
 
 def backoff_seconds(attempt: int, rng: random.Random) -> float:
@@ -59,13 +62,16 @@ class Gateways:
         self._on_up = on_up  # called when chunks can be sent again
         self._link: Link | None = None  # where chunks go
         self._links: set[Link] = set()  # all that are open, draining ones included
-        self._query_links: dict[str, Link] = {}
-        self._query_locks: dict[str, asyncio.Lock] = {}
+        self._node_links: dict[str, Link] = {}
+        self._node_locks: dict[str, asyncio.Lock] = {}
         self._offset_ns = 0  # server time minus the loop's clock
         self._position = rng.randrange(len(self._given))  # where the connector goes on
+        self._spread = rng.randrange(1 << 16)  # chooses among a role's nodes, for clients to spread over them
         self._connector: asyncio.Task[None] | None = None
         self._tender: asyncio.Task[None] | None = None
         self._up = asyncio.Event()  # set while there is a usable link
+        self._refreshing: asyncio.Task[None] | None = None
+        self._refreshed = -REFRESH_SECONDS_MIN  # when a call last asked for the topology, on the loop's clock
         self._closed = False
 
     # ------------------------------------------------------------ state
@@ -114,8 +120,8 @@ class Gateways:
         self._leave(link)
 
     def _leave(self, link: Link) -> None:
-        if self._query_links.get(link.address) is link:
-            del self._query_links[link.address]
+        if self._node_links.get(link.address) is link:
+            del self._node_links[link.address]
         if link is self._link:
             self._link = None
             self._up.clear()
@@ -183,23 +189,20 @@ class Gateways:
             every = self.topology.refresh_seconds if self.topology is not None else 30
             if now - refreshed >= max(every, REFRESH_SECONDS_MIN) and self._link is not None:
                 refreshed = now
-                try:
-                    self.topology = await self.call(GetTopology(), Topology, now + CONNECT_TIMEOUT)
-                except TallymarkError as error:
-                    self.error = error  # the old one stands until the next round
+                self.refresh()
 
     # ------------------------------------------------------------ calls
 
-    async def call(self, message: Message, kind: type[T], deadline: float, *, query: bool = False) -> T:
-        """Send a CALL to a gateway (or, with `query`, to a query node) and return the answer.
+    async def call(self, message: Message, kind: type[T], deadline: float, *, role: Role = "ingest") -> T:
+        """Send a CALL to a node of a role and return the answer.
 
         Retries until the deadline where the service says that it may, and where the connection is lost: for
         calls that can be repeated.
         """
-        return (await self.call_counted(message, kind, deadline, query=query))[0]
+        return (await self.call_counted(message, kind, deadline, role=role))[0]
 
     async def call_counted(
-        self, message: Message, kind: type[T], deadline: float, *, query: bool = False
+        self, message: Message, kind: type[T], deadline: float, *, role: Role = "ingest"
     ) -> tuple[T, bool]:
         """As `call`; also whether an earlier try may have taken effect without our seeing its answer.
 
@@ -219,7 +222,7 @@ class Gateways:
                 ) from last
             sent = False
             try:
-                link = await self._call_link(deadline, attempt, query=query)
+                link = await self._call_link(deadline, attempt, role)
                 timeout_ms = max(int((deadline - self._loop.time()) * 1_000), 1)
                 link.request(FrameType.CALL, body, answer, timeout_ms)
                 sent = True
@@ -237,25 +240,62 @@ class Gateways:
                 repeated = repeated or sent
                 last = error
             attempt += 1
+            if role != "ingest" and self.is_round(attempt, role):
+                self.refresh()
             pause = backoff_seconds(attempt, self._rng)
             await asyncio.sleep(min(pause, max(deadline - self._loop.time(), 0)))
 
-    async def _call_link(self, deadline: float, attempt: int, *, query: bool) -> Link:
-        known = self.topology.query if self.topology is not None else []
-        if query and not known and attempt > 0:
-            # No query node had registered when the gateway told us of the cluster; by now one may have.
-            self.topology = await self.call(GetTopology(), Topology, deadline)
-            known = self.topology.query
-        if not query or not known:
+    async def call_once(
+        self, message: Message, kind: type[T], deadline: float, *, role: Role, attempt: int
+    ) -> T:
+        """Send a CALL to one node of a role, and return the answer. For callers that try again themselves.
+
+        Args:
+            message: what to ask.
+            kind: the answer's type.
+            deadline: on the loop's clock.
+            role: whom to ask.
+            attempt: the same number chooses the same node, as long as the topology stays; the next one another.
+
+        Raises:
+            UnavailableError: the node couldn't be reached, or didn't answer in time.
+        """
+        answer = Answer(self._loop)
+        link = await self._call_link(deadline, attempt, role)
+        timeout_ms = max(int((deadline - self._loop.time()) * 1_000), 1)
+        link.request(FrameType.CALL, encode(message), answer, timeout_ms)
+        try:
+            async with asyncio.timeout_at(deadline):
+                reply = await answer.future
+        except TimeoutError:
+            raise UnavailableError(f"{link.address} didn't answer", code=ErrorCode.TIMEOUT) from None
+        return decode(kind, reply)
+
+    def is_round(self, failures: int, role: Role) -> bool:
+        """Whether so many failures in a row mean that none of a role's nodes answers: by now there may be others."""
+        return failures % max(len(self._nodes(role)), 1) == 0
+
+    def _nodes(self, role: Role) -> list[str]:
+        if self.topology is None:
+            return []
+        return self.topology.query if role == "query" else self.topology.alerts
+
+    async def _call_link(self, deadline: float, attempt: int, role: Role) -> Link:
+        if self._closed:
+            raise UnavailableError("the client is closed", code=ErrorCode.CLOSED, retriable=False)
+        known = [] if role == "ingest" else self._nodes(role)
+        if role == "alerts" and not known:
+            raise UnavailableError("the cluster has no alerts service at present")
+        if not known:
             await self.wait_up(deadline)
             link = self.link
             if link is None:
                 raise UnavailableError("the connection was lost", code=ErrorCode.CLOSED)
             return link
-        address = known[(self._position + attempt) % len(known)]
-        lock = self._query_locks.setdefault(address, asyncio.Lock())
+        address = known[(self._spread + attempt) % len(known)]
+        lock = self._node_locks.setdefault(address, asyncio.Lock())
         async with lock:
-            link = self._query_links.get(address)
+            link = self._node_links.get(address)
             if link is not None and link.usable:
                 return link
             remaining = max(min(CONNECT_TIMEOUT, deadline - self._loop.time()), 0.001)
@@ -263,26 +303,41 @@ class Gateways:
             if self._closed or not link.usable:
                 link.abort("the client is closed")
                 raise UnavailableError("the connection was lost", code=ErrorCode.CLOSED)
-            while len(self._query_links) >= QUERY_LINKS_MAX:
+            while len(self._node_links) >= NODE_LINKS_MAX:
                 # The topology has changed so often that only old links can be among these.
-                self._query_links.pop(next(iter(self._query_links))).close()
-            self._query_links[address] = link
+                self._node_links.pop(next(iter(self._node_links))).close()
+            self._node_links[address] = link
             self._links.add(link)
             return link
+
+    def refresh(self) -> None:
+        """Have the topology asked for anew: at most once in REFRESH_SECONDS_MIN, however many calls want it."""
+        if self._refreshing is None and self._loop.time() - self._refreshed >= REFRESH_SECONDS_MIN:
+            self._refreshing = self._loop.create_task(self._ask_topology())
+
+    async def _ask_topology(self) -> None:
+        try:
+            deadline = self._loop.time() + CONNECT_TIMEOUT
+            self.topology = await self.call(GetTopology(), Topology, deadline)
+        except TallymarkError as error:
+            self.error = error  # the old one stands
+        finally:
+            self._refreshed = self._loop.time()
+            self._refreshing = None
 
     # ------------------------------------------------------------ the end
 
     async def close(self) -> None:
         """Close all links; requests under way are lost."""
         self._closed = True
-        tasks = [task for task in (self._connector, self._tender) if task is not None]
+        tasks = [task for task in (self._connector, self._tender, self._refreshing) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for link in [*self._links]:
             link.abort("the client was closed")
         self._links.clear()
-        self._query_links.clear()
+        self._node_links.clear()
         self._link = None
         self._up.set()  # whoever waits sees `_closed`
 
@@ -292,9 +347,9 @@ class Gateways:
         for link in self._links:
             link.abandon()
         self._links.clear()
-        self._query_links.clear()
+        self._node_links.clear()
         self._link = None
-        self._connector = self._tender = None
+        self._connector = self._tender = self._refreshing = None
 
 
 def details_repeated(error: TallymarkError) -> bool:

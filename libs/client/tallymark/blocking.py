@@ -14,6 +14,8 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Se
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from tallymark.alerts import Positions
+from tallymark.blocking_alerts import BlockingAlerts, Webhooks
 from tallymark.client import CLOSE_SECONDS, TIMEOUT_SECONDS, AsyncClient, check_page_size
 from tallymark.failures import IngestError
 from tallymark.receipt import Receipt
@@ -114,6 +116,8 @@ class Client:
         self._thread: _LoopThread | None = None  # None before connect and after close
         self._closed = False
         self.metrics = Metrics(self)
+        self.alerts = BlockingAlerts(self)
+        self.webhooks = Webhooks(self)
 
     # ------------------------------------------------------------ life
 
@@ -348,8 +352,10 @@ class Client:
         self,
         account_id: int | None = None,
         *,
-        since: Mapping[int, int] | None = None,
+        since: Positions | None = None,
         metric_code: str | None = None,
+        start: Any = None,
+        end: Any = None,
         limit: int = 1_000,
         consistency: ConsistencyLike = "leader",
         timeout: float | None = None,
@@ -360,6 +366,8 @@ class Client:
                 account_id,
                 since=since,
                 metric_code=metric_code,
+                start=start,
+                end=end,
                 limit=limit,
                 consistency=consistency,
                 timeout=timeout,

@@ -1,4 +1,4 @@
-"""The asynchronous client: ingest, queries, metrics.
+"""The asynchronous client: ingest, queries, metrics, alerts, webhooks.
 
 Owns what a call means: which of its events go into new chunks and which resume unresolved ones, what its receipt
 says, and what it raises. How chunks and calls travel is `_sender`'s and `_gateways`'.
@@ -15,8 +15,10 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from tallymark._gateways import Gateways
+from tallymark._reader import Reader
 from tallymark._sender import Flight, FlightState, Sender, timeout_error
 from tallymark._unresolved import UnresolvedEvents
+from tallymark.alerts import AsyncAlerts, Positions, positions_of
 from tallymark.failures import ingest_error
 from tallymark.metrics import AsyncMetrics
 from tallymark.receipt import Part, Receipt
@@ -41,6 +43,7 @@ from tallymark.results import (
     stored_event_of,
     usage_of,
 )
+from tallymark.webhooks import AsyncWebhooks
 from tallymark_protocol import limits
 from tallymark_protocol.chunk import BadEvent, prepare_columns, prepare_events
 from tallymark_protocol.errors import ErrorCode, InvalidRequestError, TallymarkError, UnavailableError
@@ -63,6 +66,7 @@ from tallymark_protocol.periods import Period, to_ns
 TIMEOUT_SECONDS: Final = 30.0
 TIMEOUT_SECONDS_MAX: Final = 86_400.0
 CLOSE_SECONDS: Final = 10.0
+TIME_MAX_NS: Final = 2**63 - 1
 _clients: weakref.WeakSet[AsyncClient] = weakref.WeakSet()
 
 
@@ -114,7 +118,10 @@ class AsyncClient:
         self._closed = False
         self._forked = False
         self._inherited: list[object] = []  # the parent's, kept from being finalised in the child
+        self._readers: set[Reader] = set()  # of the subscriptions that go on
         self.metrics = AsyncMetrics(self._call)
+        self.alerts = AsyncAlerts(self)
+        self.webhooks = AsyncWebhooks(self._call_alerts)
         _clients.add(self)
 
     # ------------------------------------------------------------ life
@@ -150,14 +157,20 @@ class AsyncClient:
     async def close(self, *, timeout: float = CLOSE_SECONDS) -> None:
         """Wait for what is under way, for at most `timeout` seconds, and close the connections.
 
-        Calls still unfinished then raise `UnavailableError`. A closed client can't be used again.
+        Calls still unfinished then raise `UnavailableError`, as iterations over subscriptions do at once. A closed
+        client can't be used again.
         """
         if self._closed:
             return
         self._closed = True
         if self._loop is None:
             return
+        readers = list(self._readers)
+        for reader in readers:
+            reader.stop(_closed())
         try:
+            for reader in readers:
+                await reader.stopped()
             await self._sender.wait_idle(self._loop.time() + timeout)
         finally:
             self._sender.close()
@@ -202,7 +215,8 @@ class AsyncClient:
         # Whatever it was seeded with, parent and child would go on with the same numbers.
         self._rng = random.SystemRandom()
         if self._loop is not None and not self._closed:
-            self._inherited += (self._loop, self._gateways, self._sender)
+            self._inherited += (self._loop, self._gateways, self._sender, self._readers)
+            self._readers = set()
             self._gateways.abandon()
             self._loop = None
             self._forked = True
@@ -396,9 +410,13 @@ class AsyncClient:
         await self._ready()
         return await self._gateways.call(message, kind, self._deadline(timeout))
 
+    async def _call_alerts(self, message: Message, kind: type[Any], timeout: float | None) -> Any:
+        await self._ready()
+        return await self._gateways.call(message, kind, self._deadline(timeout), role="alerts")
+
     async def _query(self, message: Message, kind: type[Any], timeout: float | None) -> Any:
         await self._ready()
-        return await self._gateways.call(message, kind, self._deadline(timeout), query=True)
+        return await self._gateways.call(message, kind, self._deadline(timeout), role="query")
 
     async def query(
         self,
@@ -564,18 +582,41 @@ class AsyncClient:
         self,
         account_id: int | None = None,
         *,
-        since: Mapping[int, int] | None = None,
+        since: Positions | None = None,
         metric_code: str | None = None,
+        start: Any = None,
+        end: Any = None,
         limit: int = 1_000,
         consistency: ConsistencyLike = "leader",
         timeout: float | None = None,
     ) -> Alerts:
         """Return a page of alerts, of all accounts and metrics unless told otherwise.
 
+        Args:
+            account_id: of this account.
+            since: by partition the position to go on from, absent ones from the first: an earlier page's `next`, or
+                a subscription's `offsets()`. Positions stay what they are, over restarts and failovers.
+            metric_code: of this metric.
+            start: raised from then on, inclusive: when the crossing event was stored. As `list_events` takes it.
+            end: raised before.
+            limit: at most so many, 1 to 10,000.
+            consistency: as with `query`.
+            timeout: seconds, retries included.
+
         Pass the page's `next` as `since` to go on where it ended, now or later. Raises as `query` does.
         """
         account = None if account_id is None else check_account_id(account_id)
-        message = QueryAlerts(account, metric_code, dict(since or {}), limit, consistency_of(consistency))
+        start_ns = 0 if start is None else to_ns(start)
+        end_ns = TIME_MAX_NS if end is None else to_ns(end)
+        message = QueryAlerts(
+            account,
+            metric_code,
+            positions_of(since) or {},
+            limit,
+            consistency_of(consistency),
+            start_ns,
+            end_ns,
+        )
         return alerts_of(await self._query(message, AlertsPage, timeout))
 
 

@@ -130,7 +130,11 @@ class StoredEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Alert(msgspec.Struct, frozen=True, kw_only=True):
-    """A threshold crossing. `id` is the same whenever and wherever it is read: keep it to notice repeats."""
+    """A threshold crossing.
+
+    `id` is the same whenever and wherever it is read: keep it to notice repeats. It is made of what is in the
+    replicated log: the partition, the event's offset, the threshold's place in the metric's list, the metric's uid.
+    """
 
     id: str
     account_id: int

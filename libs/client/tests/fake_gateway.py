@@ -243,6 +243,7 @@ class FakeGateway:
         self.server = None
         self.address = ""
         self.query_addresses = []
+        self.alerts_addresses = []
         self.now_ns = NOW_NS
         self.refresh_seconds = 30
 
@@ -273,7 +274,11 @@ class FakeGateway:
 
     def topology(self):
         return Topology(
-            self.cluster.partition_count, [self.address], self.query_addresses, [], self.refresh_seconds
+            self.cluster.partition_count,
+            [self.address],
+            self.query_addresses,
+            self.alerts_addresses,
+            self.refresh_seconds,
         )
 
     def welcome(self):

@@ -162,6 +162,12 @@ async def test_list_alerts(client, gateway):
     assert (alerts[0].id, alerts[0].value_at_cross, alerts[0].last_multiple) == ("id-1", 2**70, 3)
     assert (alerts[0].period, alerts[0].event_offset, alerts[0].partition) == (Period(0, 50), 8, 1)
     assert gateway.calls[-1].since == {1: 0}
+    assert (gateway.calls[-1].start_ns, gateway.calls[-1].end_ns) == (0, 2**63 - 1)
+    start = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+    await client.list_alerts(since={"1": 1}, start=start, end="2026-01-02T00:00:00Z")
+    asked = gateway.calls[-1]
+    assert asked.since == {1: 1}
+    assert (asked.start_ns, asked.end_ns - asked.start_ns) == (int(start.timestamp()) * 10**9, 86_400 * 10**9)
 
 
 async def test_queries_go_to_query_nodes(gateway):

@@ -43,6 +43,15 @@ PAGE_EVENTS_MAX = 10_000
 QUERY_BUCKETS_MAX = 50_000
 QUERY_ROWS_MAX = 100_000
 
+SUBSCRIPTION_ACCOUNTS_MAX = 1_000  # that a subscriber or a webhook names
+SUBSCRIPTION_METRICS_MAX = 100  # likewise
+ALERTS_WAIT_MS_MAX = 30_000  # for which a fetch of alerts may be held
+WEBHOOKS_MAX = 1_000  # of a cluster
+WEBHOOK_URL_BYTES_MAX = 2_048
+WEBHOOK_PENDING_MAX = 1_000  # deliveries of a webhook that are tried again; more wait in the store
+WEBHOOK_DEAD_LETTERS_MAX = 1_000  # of a webhook; it is paused until they are looked at
+WEBHOOK_RETRY_NS_MAX = 72 * 3_600 * 10**9  # from a delivery's first attempt to its last
+
 SCHEMA_BYTES_MAX = 1024 * 1024  # a metric's schema, encoded; it must fit into one etcd request
 THRESHOLD_VALUE_MAX = 2**63 - 1
 GRACE_SECONDS_MAX = 10 * 366 * 86_400  # ten years

@@ -306,7 +306,11 @@ class EventsResult(Message, frozen=True):
 
 
 class StoreAlerts(Message, frozen=True, tag="store_alerts"):
-    """Alert records of a partition from event offset `from_offset` on, in log order."""
+    """Alert records of a partition from a position on, in log order, raised in [start_ns, end_ns).
+
+    The two lists say the same as the single filters do, for many; but a code in `metric_codes` stands for every metric
+    that ever had it, and need not exist.
+    """
 
     partition: int
     account_id: int | None = None
@@ -314,6 +318,10 @@ class StoreAlerts(Message, frozen=True, tag="store_alerts"):
     from_position: int = 0  # position in the partition's sequence of alert records
     limit: int = 1_000
     consistency: Consistency = Consistency.LEADER
+    start_ns: int = 0  # of the append time of the crossing event
+    end_ns: int = 2**63 - 1
+    account_ids: list[int] = []  # none: all
+    metric_codes: list[str] = []  # none: all
 
 
 class AlertRecord(Message, frozen=True):
@@ -344,6 +352,32 @@ class AlertsResult(Message, frozen=True):
     as_of: int = -1  # -1 from a store of an earlier version
     lag: int = 0
     silence_ms: int = 0
+
+
+class StoreTail(Message, frozen=True, tag="store_tail"):
+    """New alert records of partitions that a store leads; answered as soon as there are any, or the wait is over.
+
+    A partition that it doesn't lead is refused, at once.
+    """
+
+    positions: dict[int, int]  # by partition: the position to go on from
+    limit: int = 1_000  # records in all
+    wait_ms: int = 0
+
+
+class TailPart(Message, frozen=True):
+    """New alert records of one partition, without a gap from the position asked for on."""
+
+    partition: int
+    alerts: list[AlertRecord]
+    end: int  # how many records the partition has: the position of the next one
+
+
+class TailResult(Message, frozen=True):
+    """Answer to StoreTail. Partitions without news are in neither."""
+
+    parts: list[TailPart]
+    refused: dict[int, WireError] = {}
 
 
 class StoreStatus(Message, frozen=True, tag="store_status"):
@@ -430,13 +464,113 @@ class QueryEvents(Message, frozen=True, tag="query_events"):
 
 
 class QueryAlerts(Message, frozen=True, tag="query_alerts"):
-    """Alert records; `since` maps partition to the position to read from."""
+    """Alert records raised in [start_ns, end_ns); `since` maps partition to the position to read from."""
 
     account_id: int | None = None
     metric_code: str | None = None
     since: dict[int, int] = {}
     limit: int = 1_000
     consistency: Consistency = Consistency.LEADER
+    start_ns: int = 0  # of the append time of the crossing event
+    end_ns: int = 2**63 - 1
+
+
+class AlertsFetch(Message, frozen=True, tag="alerts_fetch"):
+    """A subscriber's next alerts; answered as soon as there are any, or the wait is over.
+
+    The cursor is the caller's: whichever instance is asked, the answer goes on from `since`.
+    """
+
+    account_ids: list[int] = []  # none: all
+    metric_codes: list[str] = []  # none: all
+    since: dict[int, int] | None = None  # by partition, absent ones from the first; None: from now on
+    limit: int = 64
+    wait_ms: int = 0
+
+
+class AlertsBatch(Message, frozen=True):
+    """Answer to AlertsFetch: matching alerts, in order within each partition, and the `since` that continues.
+
+    `next` is past alerts that don't match, too. It names every partition.
+    """
+
+    alerts: list[AlertRecord]
+    next: dict[int, int]
+
+
+class WebhookCreate(Message, frozen=True, tag="webhook_create"):
+    """Have matching alerts posted to a URL, from now on, or from the first one."""
+
+    url: str
+    secret: str = ""  # "whsec_" and base64 of 24 to 64 bytes; "": one is made
+    account_ids: list[int] = []  # none: all
+    metric_codes: list[str] = []  # none: all
+    description: str = ""
+    from_start: bool = False
+
+
+class WebhookList(Message, frozen=True, tag="webhook_list"):
+    """All webhooks, by their age."""
+
+
+class WebhookDelete(Message, frozen=True, tag="webhook_delete"):
+    """Forget a webhook, what it has yet to be told, and its dead letters."""
+
+    webhook_id: str
+
+
+class WebhookDeadLetters(Message, frozen=True, tag="webhook_dead_letters"):
+    """What could not be delivered to a webhook, the oldest first."""
+
+    webhook_id: str
+    limit: int = 100
+
+
+class WebhookRedeliver(Message, frozen=True, tag="webhook_redeliver"):
+    """Try dead letters again, as if they were new."""
+
+    webhook_id: str
+    alert_ids: list[str] = []  # none: all
+
+
+class WebhookInfo(Message, frozen=True):
+    """A webhook, and how far it is."""
+
+    id: str
+    url: str
+    account_ids: list[int]
+    metric_codes: list[str]
+    description: str
+    created_at_ns: int
+    secret: str = ""  # only in the answer to WebhookCreate
+    pending: int = 0  # deliveries that failed and are tried again
+    dead: int = 0  # dead letters
+    paused: str = ""  # why nothing new is tried; ""
+    last_error: str = ""  # of the last attempt; "" where that went well
+    owner: str = ""  # the instance that delivers
+
+
+class WebhooksResult(Message, frozen=True):
+    """Answer to every change of webhooks, and to WebhookList: those concerned."""
+
+    webhooks: list[WebhookInfo]
+
+
+class DeadLetter(Message, frozen=True):
+    """An alert that could not be delivered."""
+
+    alert: AlertRecord
+    attempts: int
+    first_ns: int  # of the first attempt
+    last_ns: int
+    error: str  # of the last attempt
+
+
+class DeadLettersResult(Message, frozen=True):
+    """Answer to WebhookDeadLetters."""
+
+    letters: list[DeadLetter]
+    count: int  # of all there are
 
 
 class QueryResult(Message, frozen=True):
@@ -622,6 +756,7 @@ Call = (
     | StoreRealtime
     | StoreEvents
     | StoreAlerts
+    | StoreTail
     | StoreStatus
     | StoreDigest
     | QueryTotals
@@ -629,6 +764,12 @@ Call = (
     | QueryTop
     | QueryEvents
     | QueryAlerts
+    | AlertsFetch
+    | WebhookCreate
+    | WebhookList
+    | WebhookDelete
+    | WebhookDeadLetters
+    | WebhookRedeliver
     | GetTopology
     | MetricCreate
     | MetricUpdate

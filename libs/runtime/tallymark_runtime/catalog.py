@@ -387,6 +387,10 @@ class LeaderCatalog(Catalog):
         leader = self._leaders.get(partition)
         return None if leader is None else leader.address
 
+    def led_by(self, address: str) -> list[int]:
+        """The partitions that are led from an address, in order."""
+        return sorted(number for number, leader in self._leaders.items() if leader.address == address)
+
     def addresses(self) -> set[str]:
         """Of all that lead something."""
         return {leader.address for leader in self._leaders.values()}

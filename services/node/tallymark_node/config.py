@@ -19,7 +19,7 @@ from tallymark_runtime.coordinator import opening
 from tallymark_runtime.framing import split_address
 
 ENV_PREFIX = "TALLYMARK_"
-ROLES = ("ingest", "store", "query")
+ROLES = ("ingest", "store", "query", "alerts")
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +55,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     pending_bytes_max: int = 64 * 1024 * 1024
     coalesce_ms: float = 50.0
 
+    # Alerts.
+    webhook_allow_private: bool = False  # deliver to private, loopback and link-local addresses, too
+    webhook_retry_s: float = 5.0  # before a delivery that failed is tried again for the first time
+
 
 CLUSTER_REPLICATION_FACTOR = 3  # where etcd coordinates
 _NAME_BYTES_MAX = 128
@@ -72,13 +76,19 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "dedup_window_seconds": (0, _YEARS_S),
     "pending_bytes_max": (1, 2**62),
     "coalesce_ms": (0.0, 10_000.0),
+    "webhook_retry_s": (0.001, 3_600.0),
 }
 
 
 _KINDS = {int: "whole number", float: "number", str: "text"}
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def _convert(name: str, text: str, kind: type) -> Any:
+    if kind is bool:
+        if text.lower() not in _BOOLEANS:
+            raise InvalidRequestError(f"{name}={text!r} is neither true nor false")
+        return _BOOLEANS[text.lower()]
     try:
         return kind(text)
     except ValueError:

@@ -34,7 +34,7 @@ from tallymark import (
     Receipt,
 )
 from tallymark_node import history, output
-from tallymark_node.cli.events import ALERT_COLUMNS, alert_row, all_alerts
+from tallymark_node.cli.alerts import ALERT_COLUMNS, alert_row, all_alerts
 from tallymark_node.cli.serve import until
 from tallymark_node.cli.usage import group_text
 from tallymark_node.config import Settings

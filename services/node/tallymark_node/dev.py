@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from tallymark_alerts import service as alerts
 from tallymark_ingest import server as ingest
 from tallymark_ingest import split
 from tallymark_ingest.gateway import GatewayConfig
@@ -39,6 +40,7 @@ class Node:
     Attributes:
         address: "host:port" of the gateway; what SDKs connect to.
         query_address: of the query node.
+        alerts_address: of the alerts instance.
         store_address: of the store.
         failed: set when the process must end.
         monitor: what the process tells about itself.
@@ -50,6 +52,7 @@ class Node:
         gateway: ingest.GatewayServer,
         queries: query.QueryService,
         stores: store.StoreService,
+        alerting: alerts.AlertsService,
         monitor: Monitor,
         grpc_address: str = "",
     ) -> None:
@@ -57,6 +60,7 @@ class Node:
         self.grpc_address = grpc_address
         self.address = gateway.address
         self.query_address = queries.address
+        self.alerts_address = alerting.address
         self.store_address = stores.address
         self.failed = stores.failed
         self._store = stores
@@ -115,6 +119,25 @@ async def start_query(
     )
     service = await query.serve(config, coordinator, clock, rng)
     task = await register(coordinator, "query", settings.node_id, service.address, LEASE_TTL_S)
+    return service, task
+
+
+async def start_alerts(
+    settings: Settings, coordinator: Coordinator, clock: Clock, rng: random.Random, listen: str
+) -> tuple[alerts.AlertsService, asyncio.Task[None]]:
+    """Start an instance of the alerts role and register it."""
+    cluster = await establish_cluster(coordinator, Cluster(settings.partition_count))
+    config = alerts.AlertsConfig(
+        node_id=settings.node_id,
+        partition_count=cluster.partition_count,
+        listen=listen,
+        advertise=settings.advertise,
+        lease_ttl_s=settings.lease_ttl_seconds,
+        webhook_allow_private=settings.webhook_allow_private,
+        webhook_retry_s=settings.webhook_retry_s,
+    )
+    service = await alerts.serve(config, coordinator, clock, rng)
+    task = await register(coordinator, "alerts", settings.node_id, service.address, LEASE_TTL_S)
     return service, task
 
 
@@ -188,6 +211,11 @@ async def running(settings: Settings, report: Callable[[str], None] = lambda _: 
         stack.push_async_callback(queries.close)
         monitor.watch_query(queries)
         stack.push_async_callback(end, query_task)
+        counted = monitor.counted("alerts", coordinator)
+        alerting, alerts_task = await start_alerts(alone, counted, clock, rng, inner)
+        stack.push_async_callback(alerting.close)
+        monitor.watch_alerts(alerting)
+        stack.push_async_callback(end, alerts_task)
         listen = join_address(settings.host, settings.port)
         counted = monitor.counted("ingest", coordinator)
         gateway, gateway_task = await start_gateway(settings, counted, clock, rng, listen)
@@ -196,4 +224,4 @@ async def running(settings: Settings, report: Callable[[str], None] = lambda _: 
         monitor.watch_ingest(gateway)
         grpc = await stack.enter_async_context(grpc_served(settings, monitor.readiness, gateway))
         stack.callback(monitor.stopping)
-        yield Node(gateway, queries, stores, monitor, grpc)
+        yield Node(gateway, queries, stores, alerting, monitor, grpc)

@@ -9,13 +9,15 @@ import sys
 
 import click
 
+from tallymark_node.cli.alerts import alerts
 from tallymark_node.cli.cluster import cluster
 from tallymark_node.cli.common import DEFAULT_TIMEOUT, Options, global_options
-from tallymark_node.cli.events import alerts, events
+from tallymark_node.cli.events import events
 from tallymark_node.cli.ingest import ingest
 from tallymark_node.cli.metrics import metrics
 from tallymark_node.cli.serve import bench, demo, dev, run
 from tallymark_node.cli.usage import top, usage
+from tallymark_node.cli.webhooks import webhooks
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -35,7 +37,7 @@ def cli(context: click.Context, server: str, as_json: bool, timeout: float | Non
     )
 
 
-for command in (dev, run, demo, bench, metrics, ingest, usage, top, events, alerts, cluster):
+for command in (dev, run, demo, bench, metrics, ingest, usage, top, events, alerts, webhooks, cluster):
     cli.add_command(command)
 
 

@@ -10,6 +10,7 @@ nothing is gathered; readiness is kept all the same, for whoever else asks.
     ingest  it has seen a leader for every partition once, and knows at least one now: a gateway that is sent nothing
             because one partition has no leader would take the others' callers along
     query   likewise
+    alerts  it has reached the leader of every partition once, and can deliver webhooks
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tallymark_runtime.coordinator import Coordinator
 from tallymark_runtime.readiness import Check, Readiness
 
 if TYPE_CHECKING:
+    from tallymark_alerts.service import AlertsService
     from tallymark_ingest.server import GatewayServer
     from tallymark_query.service import QueryService
     from tallymark_runtime.telemetry import Telemetry
@@ -90,6 +92,16 @@ class Monitor:
             from tallymark_query.telemetry import QueryTelemetry
 
             self.telemetry.add("query", QueryTelemetry(service))
+
+    def watch_alerts(self, service: AlertsService) -> None:
+        """An instance of the alerts role serves."""
+        self.readiness.add("alerts", service.problem)
+        if self.telemetry is not None:
+            from tallymark_alerts.telemetry import AlertsTelemetry
+            from tallymark_alerts.webhooks.telemetry import WebhooksTelemetry
+
+            self.telemetry.add("alerts", AlertsTelemetry(service))
+            self.telemetry.add("alerts_webhooks", WebhooksTelemetry(service.webhooks))
 
     def stopping(self) -> None:
         """The process was told to stop."""

@@ -11,6 +11,7 @@ from tallymark_node.config import ROLES, Settings
 from tallymark_node.dev import (
     end,
     open_coordinator,
+    start_alerts,
     start_gateway,
     start_query,
     store_config,
@@ -92,6 +93,12 @@ async def running(
             stack.push_async_callback(queries.close)
             monitor.watch_query(queries)
             address = queries.address
+            served = grpc_served(settings, monitor.readiness)
+        elif role == "alerts":
+            alerting, task = await start_alerts(settings, coordinator, clock, rng, listen)
+            stack.push_async_callback(alerting.close)
+            monitor.watch_alerts(alerting)
+            address = alerting.address
             served = grpc_served(settings, monitor.readiness)
         else:
             gateway, task = await start_gateway(settings, coordinator, clock, rng, listen)

@@ -58,6 +58,9 @@ def test_the_later_source_wins(write: Any) -> None:
         ("dedup_window_seconds = 10000000000", "dedup_window_seconds"),
         ("pending_bytes_max = 0", "pending_bytes_max"),
         ("coalesce_ms = nan", "coalesce_ms"),
+        ("webhook_retry_s = 0.0", "webhook_retry_s"),
+        ("webhook_allow_private = 1", "webhook_allow_private"),
+        ('webhook_allow_private = "true"', "webhook_allow_private"),
         ("coalesce_ms = -1", "coalesce_ms"),
         ("replication_factor = 0", "replication_factor must be 1 to 7"),
         ("lease_ttl_seconds = 0", "lease_ttl_seconds must be"),
@@ -91,6 +94,17 @@ def test_a_bad_variable_is_named(name: str, text: str, message: str) -> None:
     """With what it was set to."""
     with pytest.raises(InvalidRequestError, match=message):
         load(None, {name: text})
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("true", True), ("1", True), ("True", True), ("false", False), ("0", False)]
+)
+def test_a_switch_is_a_word_in_the_environment(text: str, value: bool) -> None:
+    """As the compose file gives it; what is neither yes nor no is an error, not a no."""
+    assert load(None, {"TALLYMARK_WEBHOOK_ALLOW_PRIVATE": text}).webhook_allow_private is value
+    for other in ("", "yes", "2"):
+        with pytest.raises(InvalidRequestError, match="neither true nor false"):
+            load(None, {"TALLYMARK_WEBHOOK_ALLOW_PRIVATE": other})
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -85,11 +85,11 @@ def test_the_environments_of_the_compose_file_are_valid() -> None:
         assert settings.advertise.endswith(f":{settings.port}")
         assert ("ports: [" in body) == (role.group(1) != "store"), "what applications use is published"
         seen.append(role.group(1))
-    assert seen == ["store"] * 3 + ["ingest"] * 2 + ["query"] * 2
+    assert seen == ["store"] * 3 + ["ingest"] * 2 + ["query"] * 2 + ["alerts"] * 2
 
 
 def test_ports_are_published_on_one_address() -> None:
     """Never on all of them, unless somebody says so."""
     published = re.findall(r'ports: \["(.*?)"\]', COMPOSE)
-    assert len(published) == 4
+    assert len(published) == 6
     assert all(port.startswith("${BIND_ADDRESS:-127.0.0.1}:") for port in published)

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+import tallymark_alerts
 import tallymark_ingest
 import tallymark_query
 import tallymark_runtime
@@ -202,17 +203,18 @@ async def test_dev_says_how_it_is(tmp_path):
 
 
 async def test_each_role_tells_of_itself_alone(tmp_path):
-    """A store, a query node and a gateway as they run alone: each is ready, and tells its own figures."""
+    """A store and each other role as they run alone: each is ready, and tells its own figures."""
     store_settings = _settings(tmp_path)
     async with contextlib.AsyncExitStack() as stack:
         store = await stack.enter_async_context(run.running("store", store_settings))
         others = {}
-        for role in ("query", "ingest"):
+        for role in ("query", "alerts", "ingest"):
             settings = _settings(tmp_path, node_id=role, coordinator=f"tcp://{store.address}")
             others[role] = await stack.enter_async_context(run.running(role, settings))
         own = {
             "store": "tallymark_partition_log_end",
             "query": "tallymark_query_seconds_count",
+            "alerts": "tallymark_alerts_tailed_total",
             "ingest": "tallymark_ingest_chunks_total",
         }
         for role, running in {"store": store, **others}.items():
@@ -388,7 +390,7 @@ def test_run_logs_lines_that_machines_read(tmp_path):
 def _declared():
     """Every family that the code declares."""
     found = {}
-    for package in (tallymark_runtime, tallymark_ingest, tallymark_query, tallymark_store):
+    for package in (tallymark_alerts, tallymark_ingest, tallymark_query, tallymark_runtime, tallymark_store):
         for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
             if module.name.rsplit(".", 1)[1] == "telemetry":
                 for value in vars(importlib.import_module(module.name)).values():

@@ -246,6 +246,8 @@ def alerts(request: QueryAlerts, partition_count: int) -> list[StoreAlerts]:
     for partition, position in request.since.items():
         if not 0 <= partition < partition_count or position < 0:
             raise InvalidRequestError(f"since: there is no position {position} in partition {partition}")
+    if not 0 <= request.start_ns <= request.end_ns < 2**63:
+        raise InvalidRequestError(f"the range [{request.start_ns}, {request.end_ns}) is not one of times")
     partitions = range(partition_count)
     if request.account_id is not None:
         at = partition_of(request.account_id, partition_count)
@@ -258,6 +260,8 @@ def alerts(request: QueryAlerts, partition_count: int) -> list[StoreAlerts]:
             from_position=request.since.get(partition, 0),
             limit=request.limit,
             consistency=request.consistency,
+            start_ns=request.start_ns,
+            end_ns=request.end_ns,
         )
         for partition in partitions
     ]

@@ -33,8 +33,8 @@ from tallymark_protocol.messages import (
 )
 from tallymark_protocol.schema import MetricRecord
 from tallymark_query import plan
-from tallymark_query.asking import Asking
 from tallymark_query.counters import QueryCounters
+from tallymark_runtime.asking import Asking
 from tallymark_runtime.catalog import MetricCatalog
 from tallymark_runtime.clock import Clock
 from tallymark_runtime.coordinator import Coordinator

@@ -38,8 +38,8 @@ from tallymark_protocol.messages import (
 from tallymark_protocol.model import MetricSchema
 from tallymark_protocol.periods import Period
 from tallymark_protocol.schema import encode_record, make_record
-from tallymark_query import asking as asking_module
 from tallymark_query import service as query
+from tallymark_runtime import asking as asking_module
 from tallymark_runtime.assignments import Assignment, assignment_key
 from tallymark_runtime.catalog import Leader, Node, leader_key, metric_key, node_key
 from tallymark_runtime.clock import ManualClock

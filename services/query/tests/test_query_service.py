@@ -41,8 +41,8 @@ from tallymark_protocol.messages import (
 from tallymark_protocol.model import AggType, MetricSchema
 from tallymark_protocol.periods import Period
 from tallymark_protocol.schema import encode_record, make_record
-from tallymark_query import asking as asking_module
 from tallymark_query import service as query
+from tallymark_runtime import asking as asking_module
 from tallymark_runtime.catalog import Leader, leader_key, metric_key
 from tallymark_runtime.clock import ManualClock
 from tallymark_runtime.coordinator import MemoryCoordinator

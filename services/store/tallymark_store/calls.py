@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 
 import msgspec
@@ -30,6 +30,7 @@ from tallymark_protocol.messages import (
     StoreEvents,
     StoreRealtime,
     StoreStatus,
+    StoreTail,
     StoreTotals,
     TotalsResult,
 )
@@ -84,10 +85,12 @@ class Calls:
         self._confirmations: dict[tuple[int, int], asyncio.Task[None]] = {}
         self._confirming: dict[int, asyncio.Lock] = {}  # by partition: one record at a time
 
-    async def call(self, call: Call) -> Message | None:
-        """Answer a call; None where it is no call to a store."""
+    async def call(self, call: Call, caller: Hashable = None) -> Message | None:
+        """Answer a call of a caller, if it is known who that is; None where it is no call to a store."""
         if isinstance(call, READS):
             return await self._answer(call)
+        if isinstance(call, StoreTail):
+            return await self._store.tail.answer(call, caller)
         if isinstance(call, StoreStatus):
             return self._status()
         if isinstance(call, StoreDigest):

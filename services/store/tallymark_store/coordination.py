@@ -55,8 +55,8 @@ from tallymark_runtime.coordinator import (
     unchanged,
 )
 from tallymark_runtime.epochs import create_leader_key
+from tallymark_runtime.lease import LeaseKeeper
 from tallymark_runtime.placement import establish_assignments, found_partitions
-from tallymark_store.lease import LeaseKeeper
 from tallymark_store.replicating import Identity
 from tallymark_store.replication.ports import Member, Membership
 

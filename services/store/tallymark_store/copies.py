@@ -145,7 +145,11 @@ class Copies:
         await coordination.know_foundings()
         founding = coordination.founding(number)
         damage = ""
-        if registered and founding is not None:
+        begun = store.replicating.file.states.get(number)
+        if begun is not None and begun.copy_id == registered:
+            # An attempt before this one has registered it, and has not heard so.
+            state = begun
+        elif registered and founding is not None:
             # What was kept under this id is gone. It is not replaced before a majority of others is there: the
             # disk may only have been forgotten.
             state = DurableState(registered)

@@ -44,6 +44,7 @@ class Folding:
         pause_reading: called with True when the backlog is too large, with False when it has shrunk.
         on_damage: called when a record that is to be folded, or judged, cannot be read.
         on_failed: called when the fold itself fails: totals that lack a record must not be told to anybody.
+        on_folded: called with a partition after each of its records that was folded.
 
     Attributes:
         events_folded: since the start; checkpoints are due by it.
@@ -59,6 +60,7 @@ class Folding:
         pause_reading: Callable[[bool], None],
         on_damage: Callable[[Partition, DamagedError], None],
         on_failed: Callable[[BaseException], None],
+        on_folded: Callable[[Partition], None] = lambda _: None,
     ) -> None:
         self.events_folded = 0
         self.backlog_bytes = 0
@@ -68,6 +70,7 @@ class Folding:
         self._pause_reading = pause_reading
         self._on_damage = on_damage
         self._on_failed = on_failed
+        self._on_folded = on_folded
         self._loop = asyncio.get_running_loop()
         self._due = False
         self._timer: asyncio.TimerHandle | None = None  # of the next slice
@@ -141,6 +144,7 @@ class Folding:
             self._on_failed(error)
             raise
         self.events_folded += events
+        self._on_folded(partition)
         return True
 
     def _read_run(self, partition: Partition) -> list[tuple[RecordMeta, Bytes]]:

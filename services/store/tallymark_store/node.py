@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import msgspec
 
@@ -36,6 +36,7 @@ from tallymark_runtime.clock import Clock
 from tallymark_runtime.coordinator import Coordinator, Get
 from tallymark_runtime.disk import Disk
 from tallymark_runtime.epochs import read_base
+from tallymark_runtime.lease import LeaseKeeper, LeaseThread
 from tallymark_store import checkpoint, recovery
 from tallymark_store.appends import Requester
 from tallymark_store.belonging import check_cluster
@@ -43,7 +44,6 @@ from tallymark_store.calls import Calls
 from tallymark_store.checkpointer import Checkpointer
 from tallymark_store.coordination import Coordination, founding_of
 from tallymark_store.copies import Copies, checkpointed_memberships
-from tallymark_store.lease import LeaseKeeper, LeaseThread
 from tallymark_store.links import Transport
 from tallymark_store.recycling import Holds
 from tallymark_store.replicas_file import ReplicasFile, ReplicasFileError
@@ -551,11 +551,16 @@ class StoreNode:
         if self._store is not None and not self.failed.is_set():
             self._store.replicating.on_bundle(sender, data)
 
-    async def call(self, call: Call) -> Message | None:
-        """Answer a call; None where it is none to a store. Raises TallymarkError."""
+    async def call(self, call: Call, caller: Hashable = None) -> Message | None:
+        """Answer a call of a caller, if it is known who; None where it is none to a store. Raises TallymarkError."""
         _ = self.store
         assert self._calls is not None
-        return await self._calls.call(call)
+        return await self._calls.call(call, caller)
+
+    def end_tails(self) -> None:
+        """Answer the calls that are held for alert records, and hold none any more."""
+        if self._store is not None:
+            self._store.tail.close()
 
     def call_now(self, call: StoreRealtime) -> Message | None:
         """Answer a call if nothing has to be waited for; None: `call` is to answer it. Raises TallymarkError."""

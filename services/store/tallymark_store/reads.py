@@ -48,7 +48,7 @@ from tallymark_protocol.schema import make_record
 from tallymark_protocol.zones import TIME_END_NS
 from tallymark_store import batch
 from tallymark_store.fold import reads as cell_reads
-from tallymark_store.fold.fold import NO_SELECTION, Fold
+from tallymark_store.fold.fold import NO_SELECTION, AlertChoice, Fold
 from tallymark_store.fold.schemas import DAY_NS
 from tallymark_store.scan import kernels as k
 from tallymark_store.scan import plan as p
@@ -61,6 +61,7 @@ from tallymark_store.scan.totals import RUN_EVENTS, UNIQUES_MAX, Interval, Total
 IntArray = npt.NDArray[np.int64]
 
 _SERIES_MIN: Final = 8  # buckets from which a series of days is read as one
+ALERTS_SCANNED_MAX: Final = 1 << 20  # alert records looked at for one page: a slice of the loop's time
 _SERIES_DAYS_MAX: Final = 2  # days in each of its buckets
 STEP_EVENTS: Final = 250_000  # a step of this size stays far below 50 ms
 
@@ -556,26 +557,44 @@ class Reads:
         return EventsRead(scan, self._fold.applied)
 
     def alerts(self, request: StoreAlerts) -> AlertsResult:
-        """Answer with a page of alert records.
+        """Answer with a page of alert records; it may be short, or empty, with more to come.
 
         Raises:
             NotFoundError: no metric has this code here (yet).
-            InvalidRequestError: a limit or position that makes no sense.
+            InvalidRequestError: a limit, range or position that makes no sense.
         """
         if not 1 <= request.limit <= limits.PAGE_EVENTS_MAX:
             raise InvalidRequestError(f"limit must be 1 to {limits.PAGE_EVENTS_MAX}, not {request.limit}")
         if request.from_position < 0:
             raise InvalidRequestError("from_position must not be negative")
+        if request.start_ns > request.end_ns:
+            raise InvalidRequestError("the range ends before it begins")
         if request.account_id is not None:
             _check_account(request.account_id)
+        for account in request.account_ids:
+            _check_account(account)
+        if len(request.account_ids) > limits.SUBSCRIPTION_ACCOUNTS_MAX:
+            raise InvalidRequestError(f"account_ids names more than {limits.SUBSCRIPTION_ACCOUNTS_MAX}")
+        if len(request.metric_codes) > limits.SUBSCRIPTION_METRICS_MAX:
+            raise InvalidRequestError(f"metric_codes names more than {limits.SUBSCRIPTION_METRICS_MAX}")
         slot = None if request.metric_code is None else self._slot(request.metric_code)
-        alerts = self._fold.alerts(request.from_position, request.account_id, slot, request.limit)
-        end = self._fold.alert_count
-        if len(alerts) == request.limit:
-            position = alerts[-1].position + 1
-            return AlertsResult(alerts=alerts, next_position=position, more=position < end)
+        choice = None
+        if request.account_ids or request.metric_codes:
+            choice = AlertChoice(request.account_ids, request.metric_codes)
+        fold = self._fold
+        end = fold.alert_count
+        if request.end_ns < TIME_END_NS:
+            # What was raised later is not passed over: it may be asked for by a next call.
+            end = fold.alert_at_time(request.end_ns)
+        start = request.from_position
+        if request.start_ns > 0:
+            start = max(start, fold.alert_at_time(request.start_ns))
+        scanned = min(end, start + ALERTS_SCANNED_MAX)
+        found = fold.find_alerts(start, scanned, request.account_id, slot, request.limit, choice=choice)
+        position = found[-1] + 1 if len(found) == request.limit else scanned
         # A position beyond the end stays: whoever asks is ahead of this replica, not behind.
-        return AlertsResult(alerts=alerts, next_position=max(end, request.from_position), more=False)
+        position = max(position, request.from_position)
+        return AlertsResult(alerts=fold.alerts_at(found), next_position=position, more=position < end)
 
     def _slot(self, code: str) -> int:
         slot = self._fold.schemas.slot_of(code)

@@ -120,6 +120,7 @@ class StoreService(HandlerBase):
     async def close(self) -> None:
         """Hand the leaderships over, answer what is under way, sync the log, stop. Call it once."""
         await self.node.hand_over()
+        self.node.end_tails()
         await self._server.close()
         await self.node.close()
         await self._peers.close()
@@ -185,7 +186,7 @@ class StoreService(HandlerBase):
             if self._hosted is None:
                 raise UnavailableError("this store hosts no coordinator", retriable=False)
             return await self._hosted.on_call(call)
-        answer = await self.node.call(call)
+        answer = await self.node.call(call, connection)
         return await super().on_call(connection, call) if answer is None else answer
 
     def _welcome(self) -> Welcome:

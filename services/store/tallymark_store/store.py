@@ -32,6 +32,7 @@ from tallymark_store.replicating import Identity, Keys, Replicating
 from tallymark_store.replication.effects import Role
 from tallymark_store.replication.ports import Membership, ReplicaConfig
 from tallymark_store.replication.replica import Replica
+from tallymark_store.tail import Tail
 from tallymark_store.wal import DamagedError, Group, Position, Wal, WalThreads
 
 _log = logging.getLogger(__name__)
@@ -142,6 +143,7 @@ class Store:
             leadership=self,
             new_copy_id=new_copy_id,
         )
+        self.tail = Tail(self.serving)
         self.folding = Folding(
             wal,
             partitions,
@@ -149,6 +151,7 @@ class Store:
             pause_reading=pause_reading,
             on_damage=self.refuse,
             on_failed=self.log_failed,
+            on_folded=self.tail.folded,
         )
         self.appends = Appends(self)
         catalog.on_change = self._on_metric_change
@@ -216,6 +219,7 @@ class Store:
         replica = self.replicas.get(partition.partition)
         if partition.error is None:
             partition.error = self.damage_error(partition.partition, to_wire(error))
+        self.tail.changed(partition.partition)
         if replica is not None and replica.role is not Role.DAMAGED:
             self.replicating.call(partition.partition, replica.damaged, error.message)
         self.wal.mark_damaged(partition.partition)
@@ -312,6 +316,7 @@ class Store:
         self.folding.backlog_bytes -= partition.demote()
         for fail in partition.fail_waiting():
             fail()
+        self.tail.changed(number)
         self.folding.soon()
         self._notify()
 
@@ -327,6 +332,7 @@ class Store:
     def discarded(self, partition: Partition, copy_id: str) -> None:
         """The copy begins anew."""
         self._on_discarded(partition.partition, copy_id)
+        self.tail.changed(partition.partition)
         self._notify()
 
     # ------------------------------------------------------------ sync and commit
@@ -464,6 +470,7 @@ class Store:
             partition.error = WireError(int(ErrorCode.PARTITION_UNAVAILABLE), True, wire.message)
             partition.fail_waiting()  # nobody is answered: what became of their events is not known
         self.stopped.set()
+        self.tail.close()
         self.replicating.close()
         self._notify()  # they look again, and find the log failed
 
@@ -485,6 +492,7 @@ class Store:
 
     async def close(self) -> None:
         """Sync what is buffered, mark the log, and stop."""
+        self.tail.close()
         if self._marker is not None:
             self._marker.cancel()
         self.appends.cancel()

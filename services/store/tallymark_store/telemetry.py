@@ -31,6 +31,9 @@ EVENTS = Family(
     ("outcome",),
 )
 FOLDED = Family("tallymark_store_folded_events_total", "counter", "Events folded into totals, in any role.")
+HELD_TAILS = Family(
+    "tallymark_store_held_tails", "gauge", "Calls of the alerts role that wait here for alert records."
+)
 BACKLOG = Family("tallymark_store_backlog_bytes", "gauge", "Payloads appended and not folded yet.")
 SYNC_SECONDS = Family(
     "tallymark_store_sync_seconds", "histogram", "A write to the log and its fsync together.", scale=NS
@@ -137,6 +140,9 @@ ID_BYTES = Family(
     _PARTITION,
 )
 CELLS = Family("tallymark_partition_cells", "gauge", "Period and day cells.", _PARTITION)
+ALERTS = Family(
+    "tallymark_partition_alerts", "gauge", "Alert records, since the partition began.", _PARTITION
+)
 FOLD_BYTES = Family(
     "tallymark_partition_totals_bytes", "gauge", "Memory of cells, sets and alerts.", _PARTITION
 )
@@ -157,6 +163,7 @@ class StoreTelemetry:
             return
         _add_counters(scrape, store.counters)
         scrape.add(FOLDED, store.events_folded)
+        scrape.add(HELD_TAILS, store.tail.held_count)
         scrape.add(BACKLOG, store.backlog_bytes)
         _add_log(scrape, store.wal)
         for number, partition in sorted(store.partitions.items()):
@@ -208,6 +215,7 @@ def _add_partition(scrape: Scrape, partition: Partition, replica: Replica | None
     scrape.add(IDS, len(partition.dedup), label)
     scrape.add(ID_BYTES, partition.dedup.memory_bytes + partition.windows.memory_bytes, label)
     scrape.add(CELLS, partition.fold.cell_count, label)
+    scrape.add(ALERTS, partition.fold.alert_count, label)
     scrape.add(FOLD_BYTES, partition.fold.memory_bytes(), label)
     if replica is None:
         return

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tallymark_protocol import int128, limits
-from tallymark_protocol.messages import GroupValue, Stats
+from tallymark_protocol.messages import AlertRecord, GroupValue, Stats
 from tallymark_protocol.model import AggType, OperationType
 from tallymark_protocol.periods import day_of, period_of
 from tallymark_protocol.schema import MetricRecord
@@ -126,7 +126,9 @@ class FoldReference:
                     {
                         "account": event.account,
                         "uid": uid,
+                        "metric": schema.code,
                         "code": threshold.code,
+                        "threshold": threshold.value,
                         "index": index,
                         "period": event.period,
                         "value": total,
@@ -221,3 +223,20 @@ def blake2b_of_text(uid: int, text: bytes) -> bytes:
     """The 128 bits that stand for a string in a set."""
     message = bytes(8) + uid.to_bytes(8, "little") + text
     return hashlib.blake2b(message, digest_size=16).digest()
+
+
+def check_alerts(found: list[AlertRecord], reference: FoldReference, partition: int) -> None:
+    """Check alert records, from the first one on, against the reference's: every field of each."""
+    assert len(found) == len(reference.alerts)
+    for position, (got, want) in enumerate(zip(found, reference.alerts, strict=True)):
+        assert got.position == position
+        assert got.id == f"{partition}-{want['offset']}-{want['index']}-{want['uid']}"
+        numbers = [
+            int128.from_bytes(field) for field in (got.value_at_cross, got.first_multiple, got.last_multiple)
+        ]
+        assert numbers == [want["value"], want["first"], want["last"]]
+        assert (got.partition, got.account_id) == (partition, want["account"])
+        assert (got.metric_code, got.threshold_code) == (want["metric"], want["code"])
+        assert got.threshold_value == want["threshold"]
+        assert (got.period_start_ns, got.period_end_ns) == want["period"]
+        assert (got.event_offset, got.triggered_at_ns) == (want["offset"], want["append_ns"])

@@ -46,7 +46,7 @@ def _partition(number, *, log_end=10, high_watermark=8, applied=6, epoch=0, erro
         error=error,
         dedup=type("Dedup", (), {"memory_bytes": 50, "__len__": lambda self: 3})(),
         windows=sized,
-        fold=SimpleNamespace(cell_count=4, memory_bytes=lambda: 512),
+        fold=SimpleNamespace(cell_count=4, alert_count=8, memory_bytes=lambda: 512),
     )
 
 
@@ -57,6 +57,7 @@ def _store(partitions, replicas):
         counters=StoreCounters(),
         events_folded=6,
         backlog_bytes=77,
+        tail=SimpleNamespace(held_count=2),
         wal=SimpleNamespace(
             sync_ns=sync_ns, synced_bytes=4096, buffer_bytes=10, total_bytes=2**26, full=False
         ),
@@ -143,6 +144,7 @@ def test_positions_roles_and_lag_are_told_by_partition():
     assert told("waiting_answers", partition="0") == 2
     assert told("remembered_ids", partition="0") == 3
     assert told("remembered_bytes", partition="0") == 150
+    assert told("alerts", partition="0") == 8
     assert (told("cells", partition="0"), told("totals_bytes", partition="0")) == (4, 512)
     # Told before they ever happen: a rate is blind to the step that makes a series.
     assert told("leadership_changes_total", partition="1", change="lost") == 0
@@ -162,6 +164,7 @@ def test_the_log_and_checkpoints_are_told():
     assert found["tallymark_store_log_bytes", ()] == 2**26
     assert found["tallymark_store_log_full", ()] == 0
     assert found["tallymark_store_backlog_bytes", ()] == 77
+    assert found["tallymark_store_held_tails", ()] == 2
     assert found["tallymark_store_checkpoints_total", ()] == 3
     assert found["tallymark_store_checkpoint_age_seconds", ()] == pytest.approx(60)
     assert found["tallymark_store_checkpoint_seconds", ()] == 0.5

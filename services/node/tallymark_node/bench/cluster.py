@@ -1,4 +1,4 @@
-"""The cluster under measurement: etcd, three stores, a gateway and a query node, all on this machine.
+"""The cluster under measurement: etcd, three stores, a gateway and a query node, maybe alerts, all on this machine.
 
 Every role is a process of its own, started as a user would. Everything listens on one loopback address that nothing
 else uses, so that a store that was killed finds its port free.
@@ -104,9 +104,10 @@ class ClusterTarget:
         address: of its gateway.
         coordinator: "etcd://host:port".
         stores: its store processes.
+        alerts: its instances of the alerts role.
     """
 
-    def __init__(self, folder: Path, **settings: object) -> None:
+    def __init__(self, folder: Path, *, alerts: int = 0, **settings: object) -> None:
         if shutil.which("etcd") is None:
             raise RuntimeError("a cluster needs etcd on the PATH: .ci/install-etcd puts it there")
         host = f"127.{128 + (os.getpid() >> 14) % 64}.{(os.getpid() >> 6) % 256}.{1 + (os.getpid() & 63)}"
@@ -123,6 +124,9 @@ class ClusterTarget:
         ]
         self._gateway = _role("ingest", "gateway-1", f"{host}:7001", common, folder)
         self._query = _role("query", "query-1", f"{host}:7201", common, folder)
+        self.alerts = [
+            _role("alerts", f"alerts-{n}", f"{host}:{7300 + n}", common, folder) for n in range(1, alerts + 1)
+        ]
         self.address = self._gateway.address
 
     def start(self) -> None:
@@ -134,7 +138,7 @@ class ClusterTarget:
         self._etcd.spawn()
         _wait_open(self._etcd)
         # Stores first: the others wait a minute for them, and a first start compiles the kernels.
-        for roles in (self.stores, [self._gateway, self._query]):
+        for roles in (self.stores, [self._gateway, self._query, *self.alerts]):
             for member in roles:
                 member.spawn()
             for member in roles:
@@ -142,12 +146,12 @@ class ClusterTarget:
 
     def peak_memory_bytes(self) -> int:
         """The largest resident sizes that its processes have had, together, without etcd's."""
-        members = (*self.stores, self._gateway, self._query)
+        members = (*self.stores, self._gateway, self._query, *self.alerts)
         return sum(peak_memory_bytes(m.process.pid) for m in members if m.process is not None)
 
     def stop(self) -> None:
         """End it all."""
-        for member in (self._gateway, self._query, *self.stores, self._etcd):
+        for member in (*self.alerts, self._gateway, self._query, *self.stores, self._etcd):
             member.stop(kill=True)
 
 
@@ -184,10 +188,10 @@ def _wait_open(member: Member) -> None:
 
 
 @contextlib.contextmanager
-def fresh(**settings: object) -> Iterator[ClusterTarget]:
-    """A cluster with empty disks, which is removed afterwards."""
+def fresh(*, alerts: int = 0, **settings: object) -> Iterator[ClusterTarget]:
+    """A cluster with empty disks, which is removed afterwards; with as many instances of the alerts role."""
     with tempfile.TemporaryDirectory(prefix="tallymark-bench-") as folder:
-        target = ClusterTarget(Path(folder), **settings)
+        target = ClusterTarget(Path(folder), alerts=alerts, **settings)
         try:
             target.start()
             yield target

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from tallymark_node.bench import failover, kernels, target
+from tallymark_node.bench import alerts, failover, kernels, target
 from tallymark_node.bench.cluster import LEASE_TTL_S
 from tallymark_node.bench.scenarios import COMPARED, SCENARIOS, Figure, Options
 from tallymark_runtime.loops import new_event_loop
@@ -31,6 +31,7 @@ _COMPARED_TITLES = (
     *("what", "batch", "in flight", "cluster", "wanted", "on dev", "p50", "on dev", "p99", "on dev"),
     "peak memory",
 )
+_ALERTS_TITLES = ("what", "measured", "wanted", "p50", "p99", "")
 _FAILOVER_TITLES = ("what", "longest", "wanted", "median", "")
 
 
@@ -83,6 +84,14 @@ async def _measure(names: Sequence[str], options: Options) -> list[Figure]:
     return figures
 
 
+async def _alerts(options: Options) -> list[Figure]:
+    figures = []
+    async for figure in alerts.measure(options):
+        click.echo(f"  {figure.name}: {figure.figure} {figure.p50} {figure.p99} {figure.note}", err=True)
+        figures.append(figure)
+    return figures
+
+
 async def _compare(names: Sequence[str], options: Options) -> list[_Comparison]:
     """Measure a cluster and `dev`, one right after the other."""
     compared = []
@@ -115,6 +124,12 @@ async def _compare(names: Sequence[str], options: Options) -> list[_Comparison]:
     flag_value=20,
     help="End leaders of a cluster so many times (default 20) and measure until writes succeed again.",
 )
+@click.option(
+    "--alerts",
+    "is_alerts",
+    is_flag=True,
+    help="How soon alerts are there, and how many an instance hands out.",
+)
 @click.option("--seconds", type=float, default=None, help="Length of each load (default 30).")
 @click.option("--quick", is_flag=True, help="Small sizes and short loads: to see that it runs, not to quote.")
 @click.option("--json", "as_json", is_flag=True, help="Rows as JSON.")
@@ -124,6 +139,7 @@ def main(
     seconds: float | None,
     *,
     cluster: bool,
+    is_alerts: bool,
     quick: bool,
     as_json: bool,
 ) -> None:
@@ -145,6 +161,11 @@ def main(
             titles = _FAILOVER_TITLES
             rows = [(f.name, f.figure, f.wanted, f.p50, f.note) for f in found]
             about = f"{trials} trials each way; three copies of everything, a lease of {LEASE_TTL_S:g} s"
+        elif is_alerts:
+            figures = found = runner.run(_alerts(options))
+            titles = _ALERTS_TITLES
+            rows = [(f.name, f.figure, f.wanted, f.p50, f.p99, f.note) for f in found]
+            about = "a cluster with one instance of the alerts role, a majority synced before every receipt"
         elif cluster:
             figures = pairs = runner.run(_compare(only or [*COMPARED], options))
             titles = _COMPARED_TITLES

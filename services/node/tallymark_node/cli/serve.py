@@ -68,7 +68,9 @@ def dev(
 
 
 @click.command()
-@click.option("--role", type=click.Choice(("ingest", "store", "query")), required=True, help="What to run.")
+@click.option(
+    "--role", type=click.Choice(("ingest", "store", "query", "alerts")), required=True, help="What to run."
+)
 @click.option(
     "--config", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Settings, as TOML."
 )
@@ -259,6 +261,7 @@ async def _dev(settings: Settings, data_dir: Path, stop: asyncio.Event) -> int:
         settle()
         click.echo(
             f"ready gateway={node.address} query={node.query_address} store={node.store_address} "
+            f"alerts={node.alerts_address} "
             f"{_telemetry(node.monitor.address)}data={data_dir}"
         )
         return await until(stop, node.failed)

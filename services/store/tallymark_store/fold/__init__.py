@@ -13,11 +13,12 @@
 State is a pure function of the log: nothing here knows the clock, the network or the disk.
 """
 
-from tallymark_store.fold.fold import DayRow, DayRows, Fold, TopAccounts
+from tallymark_store.fold.fold import AlertChoice, DayRow, DayRows, Fold, TopAccounts
 from tallymark_store.fold.schemas import SchemaArrays, SchemaTable, day_bounds, period_bounds
 from tallymark_store.fold.warmup import warm_up
 
 __all__ = [
+    "AlertChoice",
     "DayRow",
     "DayRows",
     "Fold",

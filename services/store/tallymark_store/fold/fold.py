@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from operator import gt
 from typing import Any, NamedTuple
 
@@ -94,6 +96,20 @@ class TopAccounts(NamedTuple):
 
     accounts: list[tuple[int, Stats]]
     overflowed: list[int]
+
+
+class AlertChoice:
+    """Accounts and metric codes that alert records may be of; none: all.
+
+    A code stands for every metric that ever had it, deleted ones included; it need not exist.
+    """
+
+    __slots__ = ("account_words", "accounts", "metric_codes")
+
+    def __init__(self, accounts: Iterable[int] = (), metric_codes: Iterable[str] = ()) -> None:
+        self.accounts = frozenset(accounts)
+        self.metric_codes = frozenset(metric_codes)
+        self.account_words: Ints = np.array([_signed(account) for account in self.accounts], dtype=np.int64)
 
 
 class Fold:
@@ -386,20 +402,60 @@ class Fold:
         return int(self._counters[N_ALERTS])
 
     def alerts(
-        self, from_position: int, account: int | None = None, slot: int | None = None, limit: int = 1_000
+        self,
+        from_position: int,
+        account: int | None = None,
+        slot: int | None = None,
+        limit: int = 1_000,
+        *,
+        choice: AlertChoice | None = None,
     ) -> list[AlertRecord]:
         """At most `limit` alert records from a position on, in log order, of an account and metric (None: all)."""
-        from_position = max(from_position, 0)
-        table = self._state.alerts[from_position : self.alert_count]
-        wanted = np.ones(len(table), dtype=np.bool_)
+        found = self.find_alerts(from_position, self.alert_count, account, slot, limit, choice=choice)
+        return self.alerts_at(found)
+
+    def find_alerts(
+        self,
+        start: int,
+        end: int,
+        account: int | None = None,
+        slot: int | None = None,
+        limit: int = 1_000,
+        *,
+        choice: AlertChoice | None = None,
+    ) -> list[int]:
+        """At most `limit` positions in [start, end), ascending, of alert records that match (None: all do)."""
+        start = max(start, 0)
+        table = self._state.alerts[start : max(min(end, self.alert_count), start)]
+        limit = max(limit, 0)
+        wanted: npt.NDArray[np.bool_] | None = None
         if account is not None:
-            wanted &= table[:, thresholds.A_ACCOUNT] == _signed(account)
+            wanted = table[:, thresholds.A_ACCOUNT] == _signed(account)
         if slot is not None:
-            wanted &= table[:, thresholds.A_SLOT] & 0xFFFFFFFF == slot
-        return [
-            self._alert(from_position + int(i), table[i].tolist())
-            for i in np.flatnonzero(wanted)[: max(limit, 0)]
-        ]
+            wanted = _both(wanted, table[:, thresholds.A_SLOT] & 0xFFFFFFFF == slot)
+        if choice is not None and choice.accounts:
+            wanted = _both(wanted, np.isin(table[:, thresholds.A_ACCOUNT], choice.account_words))
+        if choice is not None and choice.metric_codes:
+            slots = [
+                slot
+                for slot in range(self.schemas.count)
+                if self.schemas.record(slot).schema.code in choice.metric_codes
+            ]
+            wanted = _both(wanted, np.isin(table[:, thresholds.A_SLOT] & 0xFFFFFFFF, slots))
+        if wanted is None:
+            return list(range(start, start + min(limit, len(table))))
+        return (start + np.flatnonzero(wanted)[:limit]).tolist()  # type: ignore[no-any-return]
+
+    def alerts_at(self, positions: Sequence[int]) -> list[AlertRecord]:
+        """The alert records at these positions."""
+        table = self._state.alerts
+        return [self._alert(position, table[position].tolist()) for position in positions]
+
+    def alert_at_time(self, time_ns: int) -> int:
+        """The position of the first alert record raised at `time_ns` or later; `alert_count` where there is none."""
+        # Append times never fall along the log.
+        times = self._state.alerts[: self.alert_count, thresholds.A_APPEND]
+        return bisect_left(range(len(times)), time_ns, key=lambda position: int(times[position]))
 
     def _alert(self, position: int, row: list[int]) -> AlertRecord:
         slot, index = row[thresholds.A_SLOT] & 0xFFFFFFFF, row[thresholds.A_SLOT] >> 32
@@ -580,6 +636,11 @@ def _properties_in(columns: Ints, metrics: int) -> tuple[int, int]:
     """How many property sets a payload has, and how many bytes they can add to the dimensions' values."""
     size = int(columns[C_ACCOUNT] - columns[C_PROPERTY_BYTES]) * metrics
     return int(columns[C_PROPERTY_SETS]), size
+
+
+def _both(one: npt.NDArray[np.bool_] | None, other: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Where both are true; None is true everywhere."""
+    return other if one is None else one & other
 
 
 def _signed(account: int) -> int:

@@ -10,7 +10,7 @@ import pytest
 
 from tallymark_protocol.errors import NotFoundError, UnavailableError
 from tallymark_runtime.clock import ManualClock, RealClock
-from tallymark_store.lease import LeaseKeeper, LeaseThread, deadline_of, renew
+from tallymark_runtime.lease import LeaseKeeper, LeaseThread, deadline_of, renew
 
 SECOND = 10**9
 

@@ -5,6 +5,9 @@ leader, or, with `Consistency.STALE`, to any copy: to a follower rather than to 
 Reads can be repeated, so whatever may pass is a retry within the caller's time and not the caller's error: a leader
 that is lost, or answers that it is none, and one that was replaced while it was asked. A retry waits for news of the
 partition (another leader, a connection that stands), and no longer than a backoff that grows.
+
+Whoever talks to leaders in another way than by questions (a tail) shares connections and news: `call`, `doubt`,
+`on_news`.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from tallymark_protocol.codec import decode, encode
 from tallymark_protocol.errors import ErrorCode, TallymarkError, UnavailableError
 from tallymark_protocol.frames import Frame
 from tallymark_protocol.messages import (
+    Call,
     Consistency,
     FrameType,
     StoreAlerts,
@@ -93,9 +97,11 @@ class Asking:
 
     Attributes:
         leaders: who leads, as far as is known here.
+        on_news: called with a partition that has another leader, or none, or whose leader is connected to again.
     """
 
     def __init__(self, coordinator: Coordinator, node_id: str, rng: random.Random) -> None:
+        self.on_news: Callable[[int], None] = _ignore
         self._rng = rng
         self.leaders = LeaderCatalog(coordinator)
         self.leaders.on_change = self._on_leader
@@ -106,7 +112,7 @@ class Asking:
         self._peers.on_connected = self._on_connected
         # By partition: questions that are out to its leader, with its address; and retries that wait for news.
         self._out: dict[int, dict[asyncio.Future[Any] | _Direct, str]] = {}
-        self._waiting: dict[int, set[asyncio.Future[None]]] = {}
+        self._waiting: dict[int, dict[asyncio.Future[None], None]] = {}
         self._catching_up: asyncio.Task[None] | None = None
         self._turn = 0  # where the next question to any copy begins
         self._is_renewing = False  # whether `_do_renew_peers` is about to be called
@@ -133,15 +139,20 @@ class Asking:
 
     # ------------------------------------------------------------ questions
 
-    async def ask(self, partition: int, question: Question, kind: type[T]) -> T:
+    async def ask(
+        self, partition: int, question: Question, kind: type[T], *, deadline: float | None = None
+    ) -> T:
         """Ask about a partition, again after a failure that may pass, until the caller's time is nearly up.
+
+        `deadline` is when the caller gives up, on the loop's clock; None: that of the call under way.
 
         Raises:
             UnavailableError: nobody answered in time; says what went wrong last.
             TallymarkError: what a store answered and would answer again.
         """
         loop = asyncio.get_running_loop()
-        deadline = call_deadline()
+        if deadline is None:
+            deadline = call_deadline()
         deadline -= min(MARGIN_S, (deadline - loop.time()) * MARGIN_SHARE)
         body = encode(question)
         is_stale = question.consistency is Consistency.STALE
@@ -164,7 +175,7 @@ class Asking:
                     error = failure
                 left = deadline - loop.time()
             if error.code in _DOUBTS:
-                self._doubt()
+                self.doubt()
             wait = min(delay * (0.5 + self._rng.random()), left)
             if wait <= 0:
                 raise UnavailableError(
@@ -207,6 +218,18 @@ class Asking:
             return False
         return True
 
+    async def call(self, address: str, call: Call, kind: type[T], timeout_s: float) -> T:
+        """Make a call to the store at an address, once.
+
+        Raises:
+            UnavailableError: it isn't connected to, or was lost, or did not answer in time.
+            TallymarkError: what it answered.
+        """
+        peer = self._peers.get(address)
+        if peer is None:
+            raise UnavailableError(f"there is no store at {address!r:.60}", code=ErrorCode.CLOSED)
+        return decode(kind, (await peer.submit(FrameType.CALL, encode(call), timeout_s=timeout_s)).body)
+
     def _copies(self, partition: int) -> list[str | None]:
         """The addresses of all copies, in the order in which they are to be asked: the leader last."""
         leader = self.leaders.address(partition)
@@ -240,24 +263,28 @@ class Asking:
     async def _wait_news(self, partition: int, seconds: float) -> None:
         """Wait until something has changed about a partition, or for some time."""
         news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        waiting = self._waiting.setdefault(partition, set())
-        waiting.add(news)
+        waiting = self._waiting.setdefault(partition, {})  # woken in the order in which they came
+        waiting[news] = None
         try:
             async with asyncio.timeout(seconds):
                 await news
         except TimeoutError:
             pass
         finally:
-            waiting.discard(news)
+            del waiting[news]
 
     # ------------------------------------------------------------ news
 
     def _on_leader(self, partition: int) -> None:
         self._renew_peers()
         address = self.leaders.address(partition)
-        if address is None or self._is_closed:
+        if self._is_closed:
+            return
+        if address is None:
+            self.on_news(partition)
             return
         self._peers.add(address)
+        self.on_news(partition)
         for future, asked in list(self._out.get(partition, {}).items()):
             if asked != address and not future.done():
                 future.set_exception(
@@ -266,9 +293,11 @@ class Asking:
         self._tell(partition)
 
     def _on_connected(self, address: str) -> None:
-        for partition in self._waiting:
-            if self.leaders.address(partition) == address:
-                self._tell(partition)
+        if self._is_closed:
+            return
+        for partition in self.leaders.led_by(address):
+            self._tell(partition)
+            self.on_news(partition)
 
     def _tell(self, partition: int) -> None:
         for news in self._waiting.get(partition, ()):
@@ -286,7 +315,7 @@ class Asking:
         if not self._is_closed:
             self._peers.keep({*self.leaders.addresses(), *self._nodes.addresses("store")})
 
-    def _doubt(self) -> None:
+    def doubt(self) -> None:
         """Ask the coordinator who leads: what the watch has told may be behind."""
         if self._catching_up is None and not self._is_closed:
             self._catching_up = asyncio.get_running_loop().create_task(self._catch_up())
@@ -296,3 +325,7 @@ class Asking:
             await self.leaders.catch_up()
         await asyncio.sleep(CATCH_UP_S)
         self._catching_up = None
+
+
+def _ignore(partition: int) -> None:
+    """Take the place of a callback that was not given."""
