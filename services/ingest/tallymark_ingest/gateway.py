@@ -91,7 +91,7 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
         8_192  # what a full round has: more in it costs as much as it would in the next one
     )
     full_round_bytes: int = 256 * 1024  # likewise
-    coalesce_ns_max: int = 50_000_000  # how long a request waits for others at most
+    coalesce_ns_max: int = 20_000_000  # how long a request waits for others at most
     pending_bytes_max: int = 64 * 1024 * 1024  # of requests and appends together; more is refused
     append_timeout_ns: int = 10_000_000_000  # for one attempt
     retry_ns_min: int = 20_000_000  # before the second attempt; doubles from there

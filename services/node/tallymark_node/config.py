@@ -53,7 +53,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     # Ingest.
     pending_bytes_max: int = 64 * 1024 * 1024
-    coalesce_ms: float = 50.0
+    coalesce_ms: float = 20.0
 
     # Alerts.
     webhook_allow_private: bool = False  # deliver to private, loopback and link-local addresses, too

@@ -564,7 +564,9 @@ class StoreNode:
 
     def call_now(self, call: StoreRealtime) -> Message | None:
         """Answer a call if nothing has to be waited for; None: `call` is to answer it. Raises TallymarkError."""
-        return None if self._calls is None else self._calls.call_now(call)
+        _ = self.store
+        assert self._calls is not None
+        return self._calls.call_now(call)
 
     def _check_lease(self) -> None:
         assert self._coordination is not None

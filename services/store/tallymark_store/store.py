@@ -322,7 +322,7 @@ class Store:
 
     def committed(self, partition: Partition, high_watermark: int) -> None:
         """Everything below is committed: answer, then fold."""
-        events = high_watermark - partition.high_watermark
+        events = max(high_watermark - partition.high_watermark, 0)
         for send in partition.commit(high_watermark):
             send()
         self.folding.later(events)
