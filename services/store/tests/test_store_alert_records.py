@@ -215,7 +215,11 @@ def test_a_total_that_falls_and_rises_repeats_no_record() -> None:
     this = [("events", [(0, 1, v, 0, OperationType.NONE, 0)]) for v in values]
     before = [("events", [(0, 1, v, 1, OperationType.NONE, 0)]) for v in values]
     reference = check_history(history([metric], this))
-    assert [(a["index"], a["first"], a["last"]) for a in reference.alerts] == [(0, 1, 1), (1, 1, 1), (1, 2, 2)]
+    assert [(a["index"], a["first"], a["last"]) for a in reference.alerts] == [
+        (0, 1, 1),
+        (1, 1, 1),
+        (1, 2, 2),
+    ]
     assert len(check_history(history([metric], [*this, *before])).alerts) == 6
 
 
@@ -262,7 +266,9 @@ def test_records_survive_restarts_and_checkpoints(seed: int) -> None:
         if rng.random() < 0.2:
             code = rng.choice(list(records))
             found = records[code].schema.thresholds
-            more = AlertThreshold(code=f"t{len(found)}", value=rng.choice([1, 4]), recurring=rng.random() < 0.5)
+            more = AlertThreshold(
+                code=f"t{len(found)}", value=rng.choice([1, 4]), recurring=rng.random() < 0.5
+            )
             if len(found) < limits.THRESHOLDS_MAX:
                 changed = msgspec.structs.replace(records[code].schema, thresholds=[*found, more])
                 declare(update_record(records[code], changed))
