@@ -350,7 +350,10 @@ class Faults:
             return False
         old = self._old_copies.get(process.name, {})
         for number in range(self._s.partition_count):
-            if process.name not in {member.node_id for member in self._s.members(number)}:
+            members = self._s.members(number)
+            if not members:
+                return False  # nobody can say so now
+            if process.name not in {member.node_id for member in members}:
                 continue
             replica = store.replicas.get(number)
             if replica is None or replica.role is Role.DAMAGED or replica.high_watermark == 0:

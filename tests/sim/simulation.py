@@ -330,7 +330,11 @@ class Simulation:
         self.clients.is_calm = True
         if not self._go(healed_ns + REST_NS, self._is_at_rest):
             raise SimulationError(f"LIVE-1: not at rest {REST_NS / 1e9} s after healing: {self._unrest()}")
-        self._go(world.now_ns + 300 * MILLISECOND, None)
+        while self._go(world.now_ns + 300 * MILLISECOND, None) or self._unrest():
+            if not self._go(healed_ns + REST_NS, self._is_at_rest):  # a member was still to come, or to go
+                raise SimulationError(
+                    f"LIVE-1: not at rest {REST_NS / 1e9} s after healing: {self._unrest()}"
+                )
         self.checkers.at_rest(list(self._copies()), salt=rng.getrandbits(62))
         self.alerts.at_rest(list(self._copies()))
         self.readers.check_totals()

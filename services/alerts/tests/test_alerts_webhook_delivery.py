@@ -12,11 +12,13 @@ import pytest
 from tallymark_alerts.webhooks import Webhooks, records
 from tallymark_alerts.webhooks.records import Progress
 from tallymark_alerts.webhooks.schedule import Outcome, OutcomeKind, outcome_of_status
+from tallymark_alerts.webhooks.telemetry import WebhooksTelemetry
 from tallymark_protocol import limits
 from tallymark_protocol.errors import UnavailableError
 from tallymark_protocol.messages import WebhookCreate, WebhookDeadLetters, WebhookInfo, WebhookRedeliver
 from tallymark_runtime.catalog import decode_value
 from tallymark_runtime.coordinator import MemoryCoordinator
+from tallymark_runtime.telemetry import Telemetry
 
 from .alerts_virtual import LoopClock, run_virtual
 from .alerts_webhook_fakes import DELIVERED, Alerts, ScriptedSender, make_webhooks, sender_by_url
@@ -376,5 +378,30 @@ def test_counters_tell_what_became_of_attempts() -> None:
         assert counters.attempt_ns.count == 2
         assert counters.delivered_ns.count == 1
         assert counters.letters == 0
+
+    scene(body)
+
+
+def test_telemetry_tells_of_owned_webhooks() -> None:
+    """How many, how many of them paused, and what waits for them."""
+
+    async def body(made: Scene) -> None:
+        await made.create("https://gone.example/", lambda *_: outcome_of_status(410))
+        await made.create("https://failing.example/", lambda *_: FAILED)
+        made.alerts.add(0, 3)
+        await asyncio.sleep(60)
+        telemetry = Telemetry(made.clock, node_id="alerts-1", version="1")
+        telemetry.add("alerts", WebhooksTelemetry(made.webhooks))
+        lines = telemetry.render().decode().splitlines()
+        told = dict(line.rsplit(" ", 1) for line in lines if line.startswith("tallymark_webhook_"))
+        assert float(told["tallymark_webhook_owned"]) == 2
+        assert float(told["tallymark_webhook_unowned"]) == 0
+        assert float(told["tallymark_webhook_paused"]) == 1
+        assert float(told["tallymark_webhook_outstanding"]) == 6
+        assert float(told["tallymark_webhook_pending"]) == 6
+        assert float(told["tallymark_webhook_dead_letters"]) == 0
+        assert float(told["tallymark_webhook_lease"]) == 1
+        assert float(told['tallymark_webhook_attempts_total{outcome="gone"}']) == 3
+        assert float(told["tallymark_webhook_progress_failures_total"]) == 0
 
     scene(body)

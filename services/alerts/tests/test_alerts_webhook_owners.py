@@ -17,7 +17,7 @@ from tallymark_alerts.webhooks.schedule import Outcome, Schedule, outcome_of_sta
 from tallymark_protocol.errors import UnavailableError
 from tallymark_protocol.messages import WebhookCreate, WebhookRedeliver
 from tallymark_runtime.catalog import decode_value
-from tallymark_runtime.coordinator import Compare, MemoryCoordinator, Operation, TxnResult
+from tallymark_runtime.coordinator import Compare, MemoryCoordinator, Operation, Put, TxnResult
 
 from .alerts_virtual import LoopClock, run_virtual
 from .alerts_webhook_fakes import DELIVERED, SECOND, Alerts, ScriptedSender, make_webhooks
@@ -29,7 +29,8 @@ class Line:
     """An instance's way to the coordinator: it can be cut, and answers can be lost on it.
 
     Attributes:
-        is_cut: nothing goes through and nothing comes back, ever: the process is dead, or its network.
+        is_cut: nothing goes through and nothing comes back.
+        is_dead: the process is; it posts nothing either.
         losses: how likely a transaction is lost on its way, or its answer on the way back.
     """
 
@@ -37,6 +38,7 @@ class Line:
         self.inner = inner
         self.rng = rng
         self.is_cut = False
+        self.is_dead = False
         self.losses = 0.0
 
     def __getattr__(self, name: str) -> Any:
@@ -101,8 +103,8 @@ class Fleet:
 
         def make_sender(webhook: records.Webhook) -> ScriptedSender:
             async def answer(message_id: str, number: int) -> Outcome:
-                while line.is_cut:  # noqa: ASYNC110 - as above
-                    await asyncio.sleep(0.5)
+                if line.is_dead:
+                    await asyncio.Event().wait()
                 self.by[node].append(webhook.url)
                 outcome = await self.outcome(webhook.url)
                 if outcome.is_delivered:
@@ -121,7 +123,7 @@ class Fleet:
 
     async def kill(self, node: str) -> None:
         """As by kill -9: nothing of it is heard again."""
-        self.lines[node].is_cut = True
+        self.lines[node].is_cut = self.lines[node].is_dead = True
         dead = self.instances.pop(node)
         # Its tasks are taken off this test's loop; the cut makes sure that nothing they do on the way counts.
         await end(dead)
@@ -134,6 +136,8 @@ class Fleet:
         }
 
     async def close(self) -> None:
+        for line in self.lines.values():
+            line.is_cut = False
         for webhooks in self.instances.values():
             await webhooks.close()
         await self.coordinator.close()
@@ -309,6 +313,77 @@ def test_what_an_old_owner_writes_late_is_refused() -> None:
         assert first.owners.endpoints == {}
 
     fleet(body)
+
+
+class SlowAnswers:
+    """A coordinator on which one write arrives late, and the read after it is answered later still."""
+
+    def __init__(self, inner: MemoryCoordinator) -> None:
+        self.inner = inner
+        self.is_slow = False
+        self.late: list[asyncio.Task[Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    async def get(self, key: bytes) -> Any:
+        item = await self.inner.get(key)
+        if self.late and key.startswith(records.PROGRESS):
+            await self.late.pop()
+            await asyncio.sleep(0.5)
+        return item
+
+    async def txn(self, *args: Any) -> TxnResult:
+        is_write = any(isinstance(one, Put) and one.key.startswith(records.PROGRESS) for one in args[1])
+        if not self.is_slow or not is_write:
+            return await self.inner.txn(*args)
+        self.is_slow = False
+
+        async def arrive() -> TxnResult:
+            await asyncio.sleep(3)
+            return await self.inner.txn(*args)
+
+        task = asyncio.get_running_loop().create_task(arrive())
+        self.late.append(task)
+        return await asyncio.shield(task)
+
+
+def test_a_write_of_its_own_that_arrives_late_is_not_written_over() -> None:
+    """Delivering failed and was begun anew while a write was on its way: what that granted is not lost."""
+
+    async def play() -> None:
+        clock = LoopClock()
+        coordinator, alerts = SlowAnswers(MemoryCoordinator(clock)), Alerts(2)
+        is_up = False
+        sender = ScriptedSender(lambda *_: DELIVERED if is_up else FAILED)
+        webhooks = make_webhooks(
+            coordinator, alerts, clock=clock, lease_ttl_s=60.0, make_sender=lambda _: sender
+        )
+        webhooks._shared.schedule = Schedule(total_ns=1)
+        await webhooks.start()
+        (webhook_id,) = await create(webhooks, 1)
+        (lost,) = alerts.add(0)
+        await asyncio.sleep(30)
+        assert len((await coordinator.range(records.LETTERS)).items) == 1
+        outbox = webhooks.owners.endpoints[webhook_id].outbox
+        assert outbox is not None
+        webhooks._shared.schedule = outbox._schedule = Schedule()
+        coordinator.is_slow = True
+        await webhooks.calls.redeliver(WebhookRedeliver(webhook_id))
+        await asyncio.sleep(0.5)
+        alerts.fault = RuntimeError("a defect of a reader")
+        alerts.add(1)
+        await asyncio.sleep(0.5)
+        alerts.fault = None
+        await asyncio.sleep(20)
+        is_up = True
+        sender.got.clear()
+        await asyncio.sleep(600)
+        assert lost in sender.ids
+        await webhooks.close()
+        await coordinator.close()
+
+    run_virtual(play())
 
 
 @pytest.mark.parametrize("seed", range(12))

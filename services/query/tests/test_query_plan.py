@@ -256,6 +256,17 @@ def test_positions_that_cannot_be_are_refused(since: dict[int, int]) -> None:
         plan.alerts(QueryAlerts(limit=0), COUNT)
 
 
+def test_alerts_of_a_range_are_asked_for_it() -> None:
+    """Every partition concerned; without a range for all of time. A range that is none is refused."""
+    for account, partitions in ((None, COUNT), (42, 1)):
+        asked = plan.alerts(QueryAlerts(account_id=account, start_ns=5, end_ns=9), COUNT)
+        assert [(one.start_ns, one.end_ns) for one in asked] == [(5, 9)] * partitions
+    assert {(one.start_ns, one.end_ns) for one in plan.alerts(QueryAlerts(), COUNT)} == {(0, 2**63 - 1)}
+    for start_ns, end_ns in ((-1, 5), (6, 5), (0, 2**63)):
+        with pytest.raises(InvalidRequestError, match="not one of times"):
+            plan.alerts(QueryAlerts(start_ns=start_ns, end_ns=end_ns), COUNT)
+
+
 @pytest.mark.parametrize("limit", [1, 2, 3, 5, 100])
 def test_pages_show_every_alert_once(limit: int) -> None:
     """Whatever the size of pages, in order of time, and no partition is passed over."""

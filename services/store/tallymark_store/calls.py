@@ -1,4 +1,4 @@
-"""Calls to a store: reads at every consistency, status, digests.
+"""Calls to a store: reads at every consistency, the tail of alert records, status, digests.
 
 Owns what must be true of this copy before a read is computed, and before its answer is sent: a leader answers while
 its lease lasts, looked at after computing; a quorum read has a majority confirm the leader's epoch first; any

@@ -145,9 +145,9 @@ class Copies:
         await coordination.know_foundings()
         founding = coordination.founding(number)
         damage = ""
+        # Of an attempt before this one, which may have registered it without being told, or may do so yet.
         begun = store.replicating.file.states.get(number)
         if begun is not None and begun.copy_id == registered:
-            # An attempt before this one has registered it, and has not heard so.
             state = begun
         elif registered and founding is not None:
             # What was kept under this id is gone. It is not replaced before a majority of others is there: the
@@ -155,11 +155,11 @@ class Copies:
             state = DurableState(registered)
             damage = "its files are gone, though the copy is registered"
         else:
-            state = DurableState(self._new_copy_id())
+            state = begun or DurableState(self._new_copy_id())
             store.replicating.persist(number, state)
             if not await coordination.register_new_copy(
                 number, state.copy_id, item, is_founded=founding is not None
-            ):
+            ) and not await self._is_registered(number, state.copy_id):
                 store.replicating.persist(number, None)
                 raise UnavailableError(f"partition {number}: its founding or its copies have just changed")
         self._add(number, state, founding, damage)
@@ -179,6 +179,10 @@ class Copies:
         self._manifests.pop(number, None)
         self._store.partitions[number] = partition
         self._store.end_generation(number)
+
+    async def _is_registered(self, number: int, copy_id: str) -> bool:
+        item = await self._coordination.registration(number)
+        return item is not None and decode_value(Copy, item) == Copy(copy_id)
 
     # ------------------------------------------------------------ ending
 

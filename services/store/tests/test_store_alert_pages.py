@@ -132,9 +132,9 @@ def test_only_what_is_given_back_is_made(monkeypatch: pytest.MonkeyPatch) -> Non
     made = []
     make = Fold._alert
 
-    def counting(self: Fold, position: int, row: list[int]) -> AlertRecord:
+    def counting(self: Fold, position: int, row: list[int], data: bytes) -> AlertRecord:
         made.append(position)
-        return make(self, position, row)
+        return make(self, position, row, data)
 
     monkeypatch.setattr(Fold, "_alert", counting)
     wanted = [record for record in records if record.account_id == 7][:2]

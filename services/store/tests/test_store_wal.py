@@ -390,8 +390,9 @@ def test_after_a_failed_write_or_sync_nothing_is_taken(operation):
     with pytest.raises(DiskError):
         wal.sync_all()
     assert wal.failed
-    with pytest.raises(LogFailedError):
+    with pytest.raises(LogFailedError) as refused:
         put(wal, 1, b"more")
+    assert refused.value.retriable, "whoever takes over can be asked"
     with pytest.raises(LogFailedError):
         wal.take_group()
     with pytest.raises(LogFailedError):

@@ -10,6 +10,7 @@ IPv6 address stands for an IPv4 one (mapped, 6to4, NAT64), that one is judged, t
 from __future__ import annotations
 
 import ipaddress
+import re
 from typing import Final
 
 import yarl
@@ -88,7 +89,7 @@ def check_url(url: str, *, allow_private: bool) -> None:
         raise InvalidRequestError("a webhook's URL names a host")
     if port == 0:
         raise InvalidRequestError("a webhook's URL can't name port 0")
-    if parsed.raw_user is not None or parsed.raw_password is not None or "@" in parsed.raw_authority:
+    if parsed.raw_user is not None or "@" in re.split("[/?#]", url.partition("//")[2], maxsplit=1)[0]:
         raise InvalidRequestError(
             "a webhook's URL can't carry a user or password; messages are signed instead"
         )

@@ -216,7 +216,8 @@ async def _send_load(address: str, events_s: int, pipe: Connection) -> None:
         async def send(number: int) -> None:
             nonlocal stored
             with contextlib.suppress(TallymarkError):
-                stored += (await client.ingest_columns("api_calls", account_ids=pool[number % 64])).n_stored
+                receipt = await client.ingest_columns("api_calls", account_ids=pool[number % 64])
+                stored += receipt.n_stored
 
         begun = time.perf_counter()
         number = 0

@@ -448,8 +448,13 @@ class Fold:
 
     def alerts_at(self, positions: Sequence[int]) -> list[AlertRecord]:
         """The alert records at these positions."""
-        table = self._state.alerts
-        return [self._alert(position, table[position].tolist()) for position in positions]
+        # Copied at once, and little-endian: 128-bit numbers are their two words as they lie there.
+        rows = self._state.alerts[positions].astype("<i8", copy=False)
+        data = rows.tobytes()
+        return [
+            self._alert(position, row, data[k * thresholds.ALERT_BYTES : (k + 1) * thresholds.ALERT_BYTES])
+            for k, (position, row) in enumerate(zip(positions, rows.tolist(), strict=True))
+        ]
 
     def alert_at_time(self, time_ns: int) -> int:
         """The position of the first alert record raised at `time_ns` or later; `alert_count` where there is none."""
@@ -457,15 +462,11 @@ class Fold:
         times = self._state.alerts[: self.alert_count, thresholds.A_APPEND]
         return bisect_left(range(len(times)), time_ns, key=lambda position: int(times[position]))
 
-    def _alert(self, position: int, row: list[int]) -> AlertRecord:
+    def _alert(self, position: int, row: list[int], data: bytes) -> AlertRecord:
         slot, index = row[thresholds.A_SLOT] & 0xFFFFFFFF, row[thresholds.A_SLOT] >> 32
         record = self.schemas.record(slot)
         threshold = record.schema.thresholds[index]
         offset = row[thresholds.A_OFFSET]
-
-        def wide(lo: int) -> bytes:
-            return int128.to_bytes(int128.from_words(row[lo], row[lo + 1]))
-
         return AlertRecord(
             id=f"{self.partition}-{offset}-{index}-{record.uid}",
             account_id=row[thresholds.A_ACCOUNT] & (2**64 - 1),
@@ -474,9 +475,9 @@ class Fold:
             threshold_value=threshold.value,
             period_start_ns=row[thresholds.A_START],
             period_end_ns=row[thresholds.A_END],
-            value_at_cross=wide(thresholds.A_VALUE_LO),
-            first_multiple=wide(thresholds.A_FIRST_LO),
-            last_multiple=wide(thresholds.A_LAST_LO),
+            value_at_cross=data[8 * thresholds.A_VALUE_LO : 8 * thresholds.A_VALUE_HI + 8],
+            first_multiple=data[8 * thresholds.A_FIRST_LO : 8 * thresholds.A_FIRST_HI + 8],
+            last_multiple=data[8 * thresholds.A_LAST_LO : 8 * thresholds.A_LAST_HI + 8],
             triggered_at_ns=row[thresholds.A_APPEND],
             event_offset=offset,
             partition=self.partition,

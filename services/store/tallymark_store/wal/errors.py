@@ -38,7 +38,13 @@ class DamagedError(UnavailableError):
 
 
 class LogFailedError(ServerError):
-    """A write or sync of the log failed: what is on disk is unknown until the process has restarted."""
+    """A write or sync of the log failed: what is on disk is unknown until the process has restarted.
+
+    Whoever wanted something written may ask again: this process ends, and it or another copy takes over.
+    """
+
+    default_code = ErrorCode.PARTITION_UNAVAILABLE
+    default_retriable = True
 
 
 class LogVersionError(ServerError):
