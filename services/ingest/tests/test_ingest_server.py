@@ -209,7 +209,7 @@ async def test_a_partition_that_fails_leaves_the_others_stored(cluster):
     error = WireError(int(ErrorCode.PARTITION_UNAVAILABLE), True, "no quorum")
     cluster.store.fate = lambda number, partition: error if partition == 1 else "answer"
     client = await cluster.client()
-    receipt = await _ingest(client, [Ev(account=k) for k in range(40)], timeout_s=0.3)
+    receipt = await _ingest(client, [Ev(account=k) for k in range(40)], timeout_s=2.0)
     assert [run.partition for run in receipt.runs] == [0, 2, 3]
     assert [failure.partition for failure in receipt.failures] == [1]
     assert receipt.failures[0].error.retriable
