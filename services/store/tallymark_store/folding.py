@@ -28,6 +28,7 @@ from tallymark_store.wal import DamagedError, RecordKind, RecordMeta, Wal
 FOLD_SLICE_NS = 15_000_000  # of the loop's time at once
 CATCH_UP_NS = 2_000_000  # likewise, for a read that would else have to wait
 FOLD_DELAY_S = 0.1  # what is committed meanwhile is folded together
+AWAITED_DELAY_S = 0.001  # likewise, where somebody waits for what the fold finds
 FOLD_EVENTS = 16_384  # so many are not waited with
 BACKLOG_HIGH_BYTES = 192 * 1024 * 1024  # appended and not folded: above it, nothing more is read
 BACKLOG_LOW_BYTES = 96 * 1024 * 1024
@@ -89,16 +90,22 @@ class Folding:
             self._due = True
             self._loop.call_soon(self._slice)
 
-    def later(self, events: int) -> None:
+    def later(self, events: int, *, is_awaited: bool = False) -> None:
         """So many events more were committed: fold them in a moment, together with what is committed by then.
 
-        That costs less, and nobody waits for it: a read folds what it needs by itself.
+        That costs less, and mostly nobody waits for it: a read folds what it needs by itself. Whoever waits for alerts
+        can't know that there is one.
         """
         self._unfolded += events
         if self._unfolded >= FOLD_EVENTS:
             self.soon()
-        elif not self._due and self._timer is None and not self._closed:
-            self._timer = self._loop.call_later(FOLD_DELAY_S, self._slice)
+            return
+        if self._due or self._closed:
+            return
+        due = self._loop.time() + (AWAITED_DELAY_S if is_awaited else FOLD_DELAY_S)
+        if self._timer is None or due < self._timer.when():
+            self._cancel_timer()
+            self._timer = self._loop.call_at(due, self._slice)
 
     def _slice(self) -> None:
         self._due = False

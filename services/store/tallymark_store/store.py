@@ -143,7 +143,7 @@ class Store:
             leadership=self,
             new_copy_id=new_copy_id,
         )
-        self.tail = Tail(self.serving)
+        self.tail = Tail(self.serving, lambda: self.folding.soon())  # noqa: PLW0108 - it is made below
         self.folding = Folding(
             wal,
             partitions,
@@ -325,7 +325,7 @@ class Store:
         events = max(high_watermark - partition.high_watermark, 0)
         for send in partition.commit(high_watermark):
             send()
-        self.folding.later(events)
+        self.folding.later(events, is_awaited=self.tail.awaits(partition))
         if self._waiters:
             self._notify()
 

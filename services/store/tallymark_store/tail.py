@@ -57,20 +57,27 @@ class Tail:
 
     Args:
         serving: gives a partition that this store leads, or raises what tells why it doesn't.
+        fold_soon: has what is committed folded at once.
 
     Attributes:
         held_count: calls that wait.
     """
 
-    def __init__(self, serving: Callable[[int], Partition]) -> None:
+    def __init__(self, serving: Callable[[int], Partition], fold_soon: Callable[[], None]) -> None:
         self.held_count = 0
         self._serving = serving
+        self._fold_soon = fold_soon
         self._watching: dict[int, dict[_Held, None]] = {}  # by partition, in the order in which they came
         self._by_caller: dict[Hashable, _Held] = {}
         self._turn = 0  # with which of its partitions the next answer begins
         self._is_closed = False
 
     # ------------------------------------------------------------ news
+
+    def awaits(self, partition: Partition) -> bool:
+        """Whether a held call names a partition in whose records an alert can be."""
+        is_watched = bool(self._watching.get(partition.partition))
+        return is_watched and bool(partition.schemas.arrays.thresholds.any())
 
     def folded(self, partition: Partition) -> None:
         """A record of the partition was folded."""
@@ -161,6 +168,8 @@ class Tail:
             except TallymarkError as error:
                 refused[number] = to_wire(error)
                 continue
+            if partition.fold_behind:  # what was committed while nobody watched
+                self._fold_soon()
             count = partition.fold.alert_count - position
             if count > 0:
                 led.append((partition, position, count))

@@ -14,7 +14,7 @@ from tallymark_protocol import limits
 from tallymark_protocol.errors import BackpressureError, ErrorCode, InvalidRequestError, UnavailableError
 from tallymark_protocol.messages import StoreTail, TailResult
 from tallymark_protocol.model import AggType, AlertThreshold, MetricSchema, PeriodType
-from tallymark_store import warmup
+from tallymark_store import folding, warmup
 from tallymark_store.tail import HELD_MAX, Tail, share_out
 
 from .cluster_driver import Cluster
@@ -37,6 +37,7 @@ class Records:
         self.fold = self
         self.alert_count = count
         self.looked = 0
+        self.fold_behind = False
 
     def alerts_at(self, positions: Any) -> list[Any]:
         self.looked += 1
@@ -49,7 +50,11 @@ class World:
 
     def __init__(self, **counts: int) -> None:
         self.led = {int(name[1:]): Records(int(name[1:]), count) for name, count in counts.items()}
-        self.tail = Tail(self.serving)  # type: ignore[arg-type]
+        self.folds = 0  # how often the fold was asked for
+        self.tail = Tail(self.serving, self.fold)  # type: ignore[arg-type]
+
+    def fold(self) -> None:
+        self.folds += 1
 
     def serving(self, number: int) -> Records:
         if number not in self.led:
@@ -102,6 +107,21 @@ async def test_a_call_is_held_until_a_record_is_written() -> None:
     assert told(await call) == {1: ([1], 2)}
     assert world.tail.held_count == 0
     assert not world.tail._watching
+
+
+async def test_what_nobody_watched_is_folded_for_a_new_call() -> None:
+    """Committed records may wait a while for their fold; not where a call would wait with them."""
+    world = World(p0=5, p1=5)
+    call = world.ask(p0=5)
+    await turns()
+    assert world.folds == 0
+    world.led[1].fold_behind = True
+    other = world.ask(p1=5)
+    await turns()
+    assert world.folds == 1
+    world.write(0)
+    world.write(1)
+    assert [*told(await call), *told(await other)] == [0, 1]
 
 
 async def test_records_below_the_position_wake_nobody() -> None:
@@ -296,6 +316,22 @@ async def cluster() -> AsyncIterator[Cluster]:
 def ask(cluster: Cluster, name: str, position: int, wait_ms: int = LONG_MS) -> asyncio.Future[Any]:
     """Ask one store for the partition's records."""
     return asyncio.ensure_future(cluster.nodes[name].call(StoreTail({0: position}, wait_ms=wait_ms)))
+
+
+async def test_the_fold_does_not_let_a_held_call_wait(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records are folded together, a while after their commit, but where a held call waits for what they cross."""
+    monkeypatch.setattr(folding, "FOLD_DELAY_S", 3_600.0)
+    leader = await cluster.wait_leader()
+    call = ask(cluster, leader, 0)
+    await turns()
+    await cluster.append_anywhere([event(7, "sum")], (1, 1))
+    assert [alert.account_id for part in (await call).parts for alert in part.alerts] == [7]
+    # Nor does what was committed while no call was held.
+    await cluster.append_anywhere([event(8, "sum")], (1, 2))
+    (part,) = (await ask(cluster, leader, 1)).parts
+    assert [alert.account_id for alert in part.alerts] == [8]
 
 
 async def test_records_follow_the_leadership(cluster: Cluster) -> None:
