@@ -154,9 +154,19 @@ async def establish_cluster(coordinator: Coordinator, wanted: Cluster) -> Cluste
             f"a cluster has 1 to {limits.PARTITIONS_MAX} partitions, not {wanted.partition_count}"
         )
     await coordinator.txn([absent(CLUSTER)], [Put(CLUSTER, msgspec.msgpack.encode(wanted))])
+    return await read_cluster(coordinator)
+
+
+async def read_cluster(coordinator: Coordinator) -> Cluster:
+    """Read the cluster's constants.
+
+    Raises:
+        UnavailableError: no store has made the cluster yet.
+        RemoteProtocolError: they were written by a version that this one does not know.
+    """
     item = await coordinator.get(CLUSTER)
     if item is None:
-        raise UnavailableError("the cluster's constants are gone from the coordinator")
+        raise UnavailableError("no store has made the cluster yet")
     found = decode_value(Cluster, item)
     if found.format_version != FORMAT_VERSION:
         raise RemoteProtocolError(

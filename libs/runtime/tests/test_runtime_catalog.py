@@ -24,6 +24,7 @@ from tallymark_runtime.catalog import (
     leader_key,
     metric_key,
     node_key,
+    read_cluster,
     register,
 )
 from tallymark_runtime.clock import ManualClock
@@ -222,7 +223,10 @@ async def test_who_waits_is_told_that_nobody_can_be_asked(coordinator: MemoryCoo
 
 async def test_the_clusters_constants_are_fixed_by_the_first(coordinator: MemoryCoordinator) -> None:
     """Later nodes get those, whatever they wanted; a newer format is refused."""
+    with pytest.raises(UnavailableError, match="no store has made"):
+        await read_cluster(coordinator)
     assert await establish_cluster(coordinator, Cluster(4)) == Cluster(4)
+    assert await read_cluster(coordinator) == Cluster(4)
     assert await establish_cluster(coordinator, Cluster(12)) == Cluster(4)
     await coordinator.put(b"cluster", msgspec.msgpack.encode(Cluster(4, format_version=9)))
     with pytest.raises(RemoteProtocolError, match="version 9"):

@@ -21,7 +21,7 @@ from tallymark_node.config import ROLES, Settings
 from tallymark_node.grpc_endpoint import grpc_served
 from tallymark_node.monitor import Monitor, monitored
 from tallymark_query import service as query
-from tallymark_runtime.catalog import Cluster, establish_cluster, register
+from tallymark_runtime.catalog import read_cluster, register
 from tallymark_runtime.clock import Clock, RealClock, SteadyClock
 from tallymark_runtime.coordinator import Coordinator, CoordinatorService, FileCoordinator
 from tallymark_runtime.disk import RealDisk
@@ -110,7 +110,7 @@ async def start_query(
     settings: Settings, coordinator: Coordinator, clock: Clock, rng: random.Random, listen: str
 ) -> tuple[query.QueryService, asyncio.Task[None]]:
     """Start a query node and register it."""
-    cluster = await establish_cluster(coordinator, Cluster(settings.partition_count))
+    cluster = await read_cluster(coordinator)
     config = query.QueryConfig(
         node_id=settings.node_id,
         partition_count=cluster.partition_count,
@@ -126,7 +126,7 @@ async def start_alerts(
     settings: Settings, coordinator: Coordinator, clock: Clock, rng: random.Random, listen: str
 ) -> tuple[alerts.AlertsService, asyncio.Task[None]]:
     """Start an instance of the alerts role and register it."""
-    cluster = await establish_cluster(coordinator, Cluster(settings.partition_count))
+    cluster = await read_cluster(coordinator)
     config = alerts.AlertsConfig(
         node_id=settings.node_id,
         partition_count=cluster.partition_count,
@@ -145,7 +145,7 @@ async def start_gateway(
     settings: Settings, coordinator: Coordinator, clock: Clock, rng: random.Random, listen: str
 ) -> tuple[ingest.GatewayServer, asyncio.Task[None]]:
     """Start a gateway and register it."""
-    cluster = await establish_cluster(coordinator, Cluster(settings.partition_count))
+    cluster = await read_cluster(coordinator)
     config = gateway_config(settings, cluster.partition_count, listen)
     server = await ingest.serve(config, coordinator, clock, rng)
     task = await register(

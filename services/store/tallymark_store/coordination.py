@@ -36,6 +36,7 @@ from tallymark_runtime.catalog import (
     EPOCH_BASE,
     LEADERS,
     Catalog,
+    EpochBase,
     Leader,
     Node,
     decode_value,
@@ -191,13 +192,13 @@ class Coordination:
         self._assignments = Watched(coordinator, ASSIGNMENTS, self._assigned, self._ignore)
         self._foundings = Watched(coordinator, FOUNDING, self._founded, self._ignore)
         self._copies = Watched(coordinator, COPIES, self._copy_put, self._ignore)
-        base = _WatchedBase(coordinator, host.on_epoch_base)
+        self._base = _WatchedBase(coordinator, host.on_epoch_base)
         self._watched: tuple[Catalog, ...] = (
             self._leaders,
             self._assignments,
             self._foundings,
             self._copies,
-            base,
+            self._base,
         )
         self.is_placed = False  # every partition has its assignment, and is founded
 
@@ -338,6 +339,12 @@ class Coordination:
         finally:
             if self._deleting.get(partition) == epoch:
                 del self._deleting[partition]
+
+    @property
+    def epoch_base(self) -> int:
+        """What new epochs are counted from, as far as is known."""
+        item = self._base.item(EPOCH_BASE)
+        return 0 if item is None else decode_value(EpochBase, item).base
 
     def _leader_put(self, partition: int, item: KeyValue) -> None:
         leader = decode_value(Leader, item)

@@ -76,6 +76,7 @@ class Folding:
         self._due = False
         self._timer: asyncio.TimerHandle | None = None  # of the next slice
         self._unfolded = 0  # events committed since the last slice
+        self._catch_up_until_ns = 0  # of this turn of the loop; 0: no read has had to catch up in it yet
         self._closed = False
         self._paused = False
         self._columns: Ints = np.zeros(COLUMNS, dtype=np.int64)
@@ -190,14 +191,22 @@ class Folding:
         return records
 
     def catch_up(self, partition: Partition) -> bool:
-        """Fold up to the high watermark, if that is done in a moment; whether it is."""
+        """Fold up to the high watermark, if that is done in a moment; whether it is.
+
+        All reads of one turn of the loop share that moment: many may come in it.
+        """
         if partition.applied >= partition.high_watermark:
             return True
-        deadline = self._clock.monotonic_ns() + CATCH_UP_NS
+        if not self._catch_up_until_ns:
+            self._catch_up_until_ns = self._clock.monotonic_ns() + CATCH_UP_NS
+            self._loop.call_soon(self._end_catch_up)
         while partition.applied < partition.high_watermark:
-            if self._clock.monotonic_ns() > deadline or not self.fold_some(partition):
+            if self._clock.monotonic_ns() > self._catch_up_until_ns or not self.fold_some(partition):
                 return False
         return True
+
+    def _end_catch_up(self) -> None:
+        self._catch_up_until_ns = 0
 
     async def wait_applied(self, partition: Partition) -> None:
         """Wait until the fold has reached the high watermark as it is now.

@@ -354,7 +354,7 @@ class StoreNode:
             self._holds,
             config=replica_config(config),
             salt=salt,
-            dedup_window_ns=config.dedup_window_ns,
+            dedup_window_ns=cluster.dedup_window_ns,
             offload=self._offload,
         )
         self._copies.on_forgotten = self._snapshots.forget
@@ -633,6 +633,12 @@ class StoreNode:
         if not epoch:
             replicating.call(partition, replica.key_refused)
             return
+        assert self._coordination is not None
+        if epoch <= seen and epoch < self._coordination.epoch_base:
+            # The base was raised while the key was created under the one before.
+            self._coordination.delete(partition, epoch)
+            replicating.call(partition, replica.key_refused)
+            return
         if epoch <= seen:
             # Not tried again: revisions rise with every attempt, and would get there in the end.
             message = (
@@ -644,7 +650,6 @@ class StoreNode:
             held.error = self._outdated[partition] = WireError(
                 int(ErrorCode.PARTITION_UNAVAILABLE), False, message
             )
-            assert self._coordination is not None
             self._coordination.delete(partition, epoch)
             return
         replicating.call(partition, replica.key_created, epoch)
@@ -657,6 +662,10 @@ class StoreNode:
             if replica is None:
                 continue
             held = self.store.partitions[partition]
+            if replica.role is Role.DAMAGED:  # found meanwhile, and not said
+                damage = WireError(int(ErrorCode.PARTITION_DAMAGED), False, replica.why)
+                held.error = self.store.damage_error(partition, damage)
+                continue
             if held.error is error:
                 held.error = None
             self.store.replicating.call(partition, replica.key_refused)  # which has it try again
