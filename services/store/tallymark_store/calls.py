@@ -106,7 +106,8 @@ class Calls:
         if call.consistency != Consistency.LEADER:
             return None
         partition = self._store.serving(call.partition)
-        if not self._knows(partition, call.metric_code) or not self._store.folding.catch_up(partition):
+        # A metric is known here once its first batch is folded, so in this order.
+        if not self._store.folding.catch_up(partition) or not self._knows(partition, call.metric_code):
             return None
         try:
             answer = self._reads_of(partition).realtime(call, self._clock.now_ns())
