@@ -203,6 +203,7 @@ async def test_a_running_total_is_answered_at_once_where_nothing_is_to_be_waited
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is committed is in it; whoever does not lead, or not for sure, says so; all else is left to `call`."""
+    monkeypatch.setattr(folding, "FOLD_DELAY_S", 3_600.0)  # only reads fold
     await cluster.start()
     leader = await cluster.wait_leader()
     node = cluster.nodes[leader]
