@@ -244,6 +244,36 @@ async def test_dead_letters_are_told_the_oldest_first(place: Place) -> None:
             await place.one.answer(WebhookDeadLetters(info.id, limit=limit))
 
 
+async def test_when_one_letter_cannot_be_read_no_others_are(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call fails with that error itself; what was being read ends, and nothing more is asked for."""
+    info = await create(place.one)
+    await place.letters(info.id, 200)
+    under_way, asked = 0, 0
+
+    async def alert(partition: int, position: int) -> None:
+        nonlocal under_way, asked
+        asked += 1
+        under_way += 1
+        try:
+            if position == 199:  # the oldest: it is asked for first
+                await asyncio.sleep(0)
+                raise UnavailableError("no leader")
+            await asyncio.Event().wait()
+        finally:
+            under_way -= 1
+
+    monkeypatch.setattr(place.alerts, "alert", alert)
+    with pytest.raises(UnavailableError, match="no leader"):
+        await place.one.answer(WebhookDeadLetters(info.id, limit=200))
+    assert under_way == 0
+    before = asked
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert asked == before <= 17
+
+
 async def test_letters_become_requests_in_one_step_each(place: Place) -> None:
     """More than fit into one transaction; each letter is either still one or a request; repeated, nothing changes."""
     info = await create(place.one)

@@ -327,6 +327,180 @@ def test_alerts_that_cannot_be_read_now_are_waited_for() -> None:
     scene(body)
 
 
+@pytest.mark.parametrize("count", [3, 100, 900])
+def test_pending_alerts_that_cannot_be_read_hold_up_no_others(count: int) -> None:
+    """After a takeover, with one partition's leader gone: the others' alerts are posted at once, old and new."""
+
+    async def play() -> None:
+        made = Scene()
+        await made.webhooks.start()
+        is_up, is_led = False, True
+        info, sender = await made.create("https://a.example/", lambda *_: DELIVERED if is_up else FAILED)
+        lost, old = made.alerts.add(0, count), made.alerts.add(1, 20)
+        await asyncio.sleep(60)
+        await made.webhooks.close()
+        assert len((await made.progress(info.id)).pending) == count + 20
+        reading: list[int] = []
+        most = 0
+        real = made.alerts.alert
+
+        async def alert(partition: int, position: int) -> Any:
+            nonlocal most
+            reading.append(partition)
+            most = max(most, reading.count(partition))
+            try:
+                await asyncio.sleep(0.001)
+                if partition == 0 and not is_led:
+                    await asyncio.sleep(5)
+                    raise UnavailableError("partition 0 has no leader")
+                return await real(partition, position)
+            finally:
+                reading.remove(partition)
+
+        made.alerts.alert = alert  # type: ignore[method-assign]
+        is_up, is_led = True, False
+        sender.got.clear()
+        await asyncio.sleep(4 * HOUR)  # the former owner's lease is over, and everything pending is due
+        second = make_webhooks(
+            made.coordinator,
+            made.alerts,
+            clock=made.clock,
+            make_sender=sender_by_url(made.senders),
+            lease_ttl_s=3_600.0,
+        )
+        await second.start()
+        await asyncio.sleep(2)
+        assert sorted(sender.ids) == sorted(old)
+        for _ in range(20):
+            sender.got.clear()
+            began = asyncio.get_running_loop().time()
+            (new,) = made.alerts.add(1)
+            await asyncio.sleep(1.7)
+            assert sender.ids == [new]
+            assert sender.got[0][0] - began < 0.1
+        assert most == 1
+        assert made.alerts.single_reads < 100
+        assert (await made.info(info.id)).last_error == ""
+        assert len((await made.progress(info.id)).pending) == count
+        is_led = True
+        sender.got.clear()
+        await asyncio.sleep(20)
+        assert sorted(sender.ids) == sorted(lost)
+        assert (await made.progress(info.id)).pending == []
+        await second.close()
+        await made.coordinator.close()
+
+    run_virtual(play())
+
+
+def test_one_alert_that_cannot_be_read_holds_up_no_others_of_its_partition() -> None:
+    """The other ones are delivered; one that is gone from its store is a failed attempt, and no more."""
+
+    async def body(made: Scene) -> None:
+        info, sender = await made.create("https://a.example/", lambda *_: FAILED)
+        ids = made.alerts.add(0, 10)
+        await asyncio.sleep(80 * HOUR)
+        real = made.alerts.alert
+
+        async def alert(partition: int, position: int) -> Any:
+            if position == 3:
+                raise UnavailableError("its page can't be read")
+            if position == 4:
+                raise ValueError("a defect of a reader")
+            return None if position == 5 else await real(partition, position)
+
+        made.alerts.alert = alert  # type: ignore[method-assign]
+        sender.answer = lambda *_: DELIVERED
+        sender.got.clear()
+        await made.webhooks.calls.redeliver(
+            WebhookRedeliver(info.id)
+        )  # what has become a letter is read again
+        await asyncio.sleep(30)
+        assert sorted(sender.ids) == sorted(ids[:3] + ids[6:])
+        left = (await made.progress(info.id)).pending
+        assert sorted((one.position, one.attempts > 0) for one in left) == [(3, False), (4, True), (5, True)]
+        made.alerts.alert = real  # type: ignore[method-assign]
+        await asyncio.sleep(60)
+        assert sorted(sender.ids) == sorted(ids)
+        assert (await made.info(info.id)).pending == 0
+
+    scene(body)
+
+
+def test_alerts_that_are_gone_from_their_store_fail_only_while_something_may_be_tried() -> None:
+    """Paused, nothing is read or given up, so letters keep their bound; resumed, each is a failed attempt."""
+
+    async def body(made: Scene) -> None:
+        info, sender = await made.create("https://a.example/", lambda *_: FAILED)
+        made.alerts.add(0, 20)
+        await asyncio.sleep(80 * HOUR)
+        asked = 0
+
+        async def gone(partition: int, position: int) -> None:
+            nonlocal asked
+            asked += 1
+            await asyncio.sleep(1)
+
+        made.alerts.alert = gone  # type: ignore[method-assign]
+        sender.answer = lambda *_: outcome_of_status(410)
+        made.alerts.add(1)
+        await made.webhooks.calls.redeliver(WebhookRedeliver(info.id))
+        await asyncio.sleep(60)
+        counters = made.webhooks.counters
+        assert (await made.info(info.id)).paused
+        assert counters.attempts[OutcomeKind.MISSING] == 0
+        assert asked <= 1
+        sender.answer = lambda *_: DELIVERED
+        await made.webhooks.calls.redeliver(WebhookRedeliver(info.id))
+        await asyncio.sleep(30)
+        assert counters.attempts[OutcomeKind.MISSING] >= 20
+        described = await made.info(info.id)
+        assert (described.pending, described.dead, described.paused) == (20, 0, "")
+        assert described.last_error == "the alert is not in its store any more"
+
+    scene(body)
+
+
+def test_a_coordinator_that_is_away_while_a_request_is_looked_at_again() -> None:
+    """The endpoint goes on waiting: to begin anew would be to deliver again."""
+
+    async def body(made: Scene) -> None:
+        info, sender = await made.create("https://a.example/", lambda *_: DELIVERED)
+        await asyncio.sleep(5)
+        endpoint = made.webhooks.owners.endpoints[info.id]
+        requests, real_txn = made.webhooks._shared.requests, made.coordinator.txn
+        real_catch_up = requests.catch_up
+        key = records.request_key(info.id, (0, 0))
+        remade, refusals = 0, 0
+
+        async def txn(compares: Any, operations: Any, *more: Any) -> Any:
+            nonlocal remade
+            if not remade and any(getattr(one, "key", b"") == key for one in compares):
+                remade += 1
+                await made.coordinator.put(key, b"")  # it is asked for once more at this moment
+            return await real_txn(compares, operations, *more)
+
+        async def catch_up() -> None:
+            nonlocal refusals
+            if refusals < 3:
+                refusals += 1
+                raise UnavailableError("the coordinator was away for a moment")
+            await real_catch_up()
+
+        made.coordinator.txn = txn  # type: ignore[method-assign]
+        requests.catch_up = catch_up  # type: ignore[method-assign]
+        ids = made.alerts.add(0)
+        await made.coordinator.put(key, b"")
+        await asyncio.sleep(30)
+        assert (remade, refusals) == (1, 3)
+        assert made.webhooks.owners.endpoints[info.id] is endpoint
+        assert set(sender.ids) == set(ids)
+        assert (await made.progress(info.id)).pending == []
+        assert (await made.coordinator.range(b"webhook_redeliver/")).items == []
+
+    scene(body)
+
+
 def test_progress_is_written_at_most_once_a_second() -> None:
     """However many alerts there are; and at the end everything is in it."""
 

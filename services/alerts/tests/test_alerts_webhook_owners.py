@@ -11,8 +11,9 @@ import msgspec
 import pytest
 
 from tallymark_alerts.webhooks import Webhooks, records
+from tallymark_alerts.webhooks.delivery import Endpoint
 from tallymark_alerts.webhooks.owners import rank, surplus
-from tallymark_alerts.webhooks.records import Owner, Progress
+from tallymark_alerts.webhooks.records import Instance, Owner, Progress
 from tallymark_alerts.webhooks.schedule import Outcome, Schedule, outcome_of_status
 from tallymark_protocol.errors import UnavailableError
 from tallymark_protocol.messages import WebhookCreate, WebhookRedeliver
@@ -311,6 +312,52 @@ def test_what_an_old_owner_writes_late_is_refused() -> None:
         assert decode_value(Progress, item) == written
         assert webhook_id not in first.owners.endpoints
         assert first.owners.endpoints == {}
+
+    fleet(body)
+
+
+def test_a_webhook_that_cannot_be_left_disturbs_no_other() -> None:
+    """Several are given up at once and one of them fails at once: the rest end before the next round begins."""
+
+    async def body(made: Fleet) -> None:
+        first = await made.start("a")
+        ids = await create(first, 24)
+        await asyncio.sleep(3)
+        owners = first.owners
+        lives = owners._instance
+        finishing: list[str] = []
+        most = dict.fromkeys(ids, 0)
+
+        def slow(webhook_id: str, endpoint: Endpoint) -> Callable[[float], Awaitable[None]]:
+            real = endpoint.finish
+
+            async def finish(wait_s: float) -> None:
+                finishing.append(webhook_id)
+                most[webhook_id] = max(most[webhook_id], finishing.count(webhook_id))
+                try:
+                    await asyncio.sleep(4)  # attempts that are under way
+                    await real(wait_s)
+                finally:
+                    finishing.remove(webhook_id)
+
+            return finish
+
+        async def fail(_: float) -> None:
+            raise UnavailableError("the coordinator was away for a moment")
+
+        for number, (webhook_id, endpoint) in enumerate(sorted(owners.endpoints.items())):
+            endpoint.finish = fail if number % 3 == 0 else slow(webhook_id, endpoint)  # type: ignore[method-assign]
+        for number in range(5):
+            value = msgspec.msgpack.encode(Instance("x"))
+            await made.coordinator.put(records.instance_key(f"other{number}"), value)
+        for _ in range(80):
+            await asyncio.sleep(0.5)
+            assert owners.has_lease
+        assert owners._instance == lives, "ownership was dropped and begun anew"
+        assert set(most.values()) <= {0, 1}, "one webhook was left twice at a time"
+        delivered = made.alerts.add(0)
+        await asyncio.sleep(20)
+        assert all(made.got.get(f"https://example.org/{number}") == delivered for number in range(24))
 
     fleet(body)
 

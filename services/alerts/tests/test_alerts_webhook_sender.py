@@ -366,3 +366,39 @@ async def test_certificates_are_verified(make: Callable[..., HttpSender], tmp_pa
         assert outcome.kind is OutcomeKind.CONNECTION
         assert outcome.error.startswith("its certificate is not valid")
         assert got == []
+
+
+async def test_lookups_go_on_after_threads_could_not_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often one couldn't be started: no slot is taken for a lookup that never began."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    lookups = Lookups(answers("127.0.0.1"))
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        for number in range(100):
+            with pytest.raises(RuntimeError, match="new thread"):
+                await lookups.find("example.org", 80, is_suspect=number % 2 == 0)
+    async with asyncio.timeout(20):
+        for is_suspect in (False, True):
+            assert len(await lookups.find("example.org", 80, is_suspect=is_suspect)) == 1
+
+
+async def test_a_lookup_that_breaks_gives_its_slot_back() -> None:
+    """Whatever it raises, the caller hears of it, and the next ones are looked up."""
+    is_broken = True
+
+    def lookup(host: str, port: int) -> list[AddressInfo]:
+        if is_broken:
+            raise ValueError("a defect of a resolver")
+        return answers("127.0.0.1")(host, port)
+
+    lookups = Lookups(lookup)
+    async with asyncio.timeout(20):
+        for number in range(100):
+            with pytest.raises(ValueError, match="a defect"):
+                await lookups.find("example.org", 80, is_suspect=number % 2 == 0)
+        is_broken = False
+        for is_suspect in (False, True):
+            assert len(await lookups.find("example.org", 80, is_suspect=is_suspect)) == 1

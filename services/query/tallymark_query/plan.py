@@ -244,7 +244,7 @@ def alerts(request: QueryAlerts, partition_count: int) -> list[StoreAlerts]:
     if not 1 <= request.limit <= limits.PAGE_EVENTS_MAX:
         raise InvalidRequestError(f"limit must be 1 to {limits.PAGE_EVENTS_MAX}, not {request.limit}")
     for partition, position in request.since.items():
-        if not 0 <= partition < partition_count or position < 0:
+        if not 0 <= partition < partition_count or not 0 <= position < 2**63:
             raise InvalidRequestError(f"since: there is no position {position} in partition {partition}")
     if not 0 <= request.start_ns <= request.end_ns < 2**63:
         raise InvalidRequestError(f"the range [{request.start_ns}, {request.end_ns}) is not one of times")

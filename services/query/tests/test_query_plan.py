@@ -247,7 +247,7 @@ def test_alerts_of_one_account_are_asked_of_its_partition() -> None:
     assert [(question.partition, question.from_position) for question in asked] == [(at, 9)]
 
 
-@pytest.mark.parametrize("since", [{4: 0}, {-1: 0}, {0: -1}])
+@pytest.mark.parametrize("since", [{4: 0}, {-1: 0}, {0: -1}, {0: 2**63}, {3: 2**64 - 1}])
 def test_positions_that_cannot_be_are_refused(since: dict[int, int]) -> None:
     """Before any store is asked."""
     with pytest.raises(InvalidRequestError, match="since"):

@@ -565,8 +565,8 @@ class Reads:
         """
         if not 1 <= request.limit <= limits.PAGE_EVENTS_MAX:
             raise InvalidRequestError(f"limit must be 1 to {limits.PAGE_EVENTS_MAX}, not {request.limit}")
-        if request.from_position < 0:
-            raise InvalidRequestError("from_position must not be negative")
+        if not 0 <= request.from_position < 2**63:
+            raise InvalidRequestError(f"there is no position {request.from_position}")
         if request.start_ns > request.end_ns:
             raise InvalidRequestError("the range ends before it begins")
         if request.account_id is not None:

@@ -158,3 +158,14 @@ def test_what_makes_no_sense_is_refused(request_: StoreAlerts) -> None:
     """With a sentence, not with an answer."""
     with pytest.raises(InvalidRequestError):
         Reads(Fold(0), MemorySource(0)).alerts(request_)
+
+
+@pytest.mark.parametrize("more", [{}, {"account_ids": [1]}, {"metric_codes": ["never"]}, {"account_id": 1}])
+def test_positions_that_no_record_can_have_are_refused(more: dict[str, Any]) -> None:
+    """With a filter and without; the last that there can be is only far ahead, and stays."""
+    reads = Reads(Fold(0), MemorySource(0))
+    for position in (-1, 2**63, 2**64 - 1):
+        with pytest.raises(InvalidRequestError, match=f"no position {position}"):
+            reads.alerts(StoreAlerts(0, from_position=position, limit=5, **more))
+    page = reads.alerts(StoreAlerts(0, from_position=2**63 - 1, limit=5, **more))
+    assert (page.alerts, page.next_position, page.more) == ([], 2**63 - 1, False)

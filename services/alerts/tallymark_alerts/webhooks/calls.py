@@ -304,7 +304,12 @@ class WebhookCalls:
                 return None
             return DeadLetter(alert, letter.attempts, letter.first_ns, letter.last_ns, letter.error)
 
-        letters = await asyncio.gather(*(read(place, letter) for place, _, letter in found[: call.limit]))
+        try:
+            async with asyncio.TaskGroup() as group:  # the first that can't be read ends the others
+                reads = [group.create_task(read(place, letter)) for place, _, letter in found[: call.limit]]
+        except ExceptionGroup as raised:
+            raise raised.exceptions[0] from None
+        letters = [one.result() for one in reads]
         return DeadLettersResult([letter for letter in letters if letter is not None], len(found))
 
     async def redeliver(self, call: WebhookRedeliver) -> WebhookInfo:

@@ -4,6 +4,9 @@ One loop reads alerts on from where the webhook is, as long as there is room for
 time; one writes the progress, in a transaction that requires the owner key to be as this instance created it. Whatever
 an endpoint does takes time only from its own loops: endpoints share nothing but the process.
 
+Of a delivery that a former owner began only the place is known. Its alert is read when it is due, beside the attempts
+and one at a time for each partition (`_find`): so a partition that can't be read holds up its own deliveries only.
+
 The owner key lives under a lease. Nothing is tried once that may have run out (`Shared.may_send`), and a write after it is
 refused by the coordinator; so two instances deliver at one time for no longer than an attempt takes, and the progress
 has one writer.
@@ -15,6 +18,7 @@ import asyncio
 import contextlib
 import logging
 import random
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -39,6 +43,7 @@ from tallymark_alerts.webhooks.records import (
 )
 from tallymark_alerts.webhooks.schedule import Outcome, OutcomeKind, Schedule, failure
 from tallymark_protocol.errors import TallymarkError
+from tallymark_protocol.messages import AlertRecord
 from tallymark_runtime.catalog import decode_value
 from tallymark_runtime.clock import Clock
 from tallymark_runtime.coordinator import (
@@ -66,7 +71,7 @@ SAVES_PER_S = 50  # of all endpoints of an instance, about
 _RETRY_FIRST_S = 0.1  # of what the coordinator or the stores can't answer now
 _RETRY_MOST_S = 5.0
 _LOOK_S = 0.2  # before it is looked again whether the lease has been renewed
-_UNREADABLE_NS = 5_000_000_000  # before an alert is read again that couldn't be
+_UNREADABLE_S = 5.0  # before an alert is read again that couldn't be
 _STUCK_FAILURES = (
     5  # of one write: nothing more is read until it succeeds, as it would all be delivered again
 )
@@ -147,6 +152,9 @@ class Endpoint:
         self._signer = message.Signer(webhook.secret, shared.user_agent)
         self._sender = shared.make_sender(webhook)
         self._under_way: set[asyncio.Task[None]] = set()
+        # By partition: what is due and whose alert is not here yet, and who reads it. Both have an entry, or neither.
+        self._unread: dict[int, deque[Delivery]] = {}
+        self._finding: dict[int, asyncio.Task[None]] = {}
         self._news = asyncio.Event()  # for the loop that tries
         self._room = asyncio.Event()  # for the loop that reads
         self._dirty = asyncio.Event()  # for the loop that writes
@@ -192,9 +200,10 @@ class Endpoint:
             found = raised.exceptions[0]
             raise found from None
         finally:
-            for task in self._under_way:
+            begun = [*self._under_way, *self._finding.values()]
+            for task in begun:
                 task.cancel()
-            await asyncio.gather(*self._under_way, return_exceptions=True)
+            await asyncio.gather(*begun, return_exceptions=True)
             await self._sender.close()
 
     async def finish(self, wait_s: float) -> None:
@@ -228,7 +237,7 @@ class Endpoint:
         delay_s = _RETRY_FIRST_S
         while True:
             room = pending_max(shared.webhooks) - outbox.outstanding
-            is_held = self._is_finishing or self._is_stuck or self._is_paused(outbox)
+            is_held = self._is_stuck or self._is_held(outbox)
             if room <= 0 or is_held or not shared.may_send():
                 await self._wait(self._room, self._look_s())
                 continue
@@ -258,6 +267,9 @@ class Endpoint:
     def _is_paused(self, outbox: Outbox) -> bool:
         return bool(outbox.paused) or outbox.letters >= letters_max(self._shared.webhooks)
 
+    def _is_held(self, outbox: Outbox) -> bool:
+        return self._is_finishing or self._is_paused(outbox)
+
     # ------------------------------------------------------------ trying
 
     async def _try(self, outbox: Outbox) -> None:
@@ -265,14 +277,18 @@ class Endpoint:
         while True:
             now_ns = shared.clock.now_ns()
             free = shared.connections - len(self._under_way)
-            is_held = self._is_finishing or self._is_paused(outbox)
-            if free <= 0 or is_held or not shared.may_send():
+            if free <= 0 or self._is_held(outbox) or not shared.may_send():
                 await self._wait(self._news, self._look_s())
                 continue
             for delivery in outbox.due(now_ns, free):
-                task = asyncio.get_running_loop().create_task(self._attempt(outbox, delivery))
-                self._under_way.add(task)
-                task.add_done_callback(self._ended)
+                if delivery.alert is None:
+                    self._find_first(outbox, delivery)
+                else:
+                    task = asyncio.get_running_loop().create_task(
+                        self._attempt(outbox, delivery, delivery.alert)
+                    )
+                    self._under_way.add(task)
+                    task.add_done_callback(self._ended)
             next_ns = outbox.next_ns()
             if next_ns is None or len(self._under_way) >= shared.connections:
                 await self._wait(self._news, None)
@@ -285,24 +301,36 @@ class Endpoint:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._under_way.discard(task)
-        for event in (self._news, self._room, self._dirty):
-            event.set()
+        self._wake()
         if not task.cancelled() and task.exception() is not None:
             _log.error("an attempt for the webhook %s failed", self.webhook_id, exc_info=task.exception())
 
-    async def _attempt(self, outbox: Outbox, delivery: Delivery) -> None:
+    def _wake(self) -> None:
+        for event in (self._news, self._room, self._dirty):
+            event.set()
+
+    async def _attempt(self, outbox: Outbox, delivery: Delivery, alert: AlertRecord) -> None:
         shared = self._shared
         began_ns, began = shared.clock.now_ns(), shared.clock.monotonic_ns()
         try:
-            if not await self._has_alert(outbox, delivery):
-                return
-            outcome = await self._post(delivery, began_ns)
+            body = message.body_of(alert)
+            outcome = await self._sender.post(self._signer.headers(alert.id, began_ns, body), body)
         except asyncio.CancelledError:
             outbox.put_back(delivery, began_ns)
             raise
-        except Exception as error:  # a defect, but no reason to stop delivering what can be delivered
-            _log.exception("an attempt for the webhook %s failed", self.webhook_id)
-            outcome = failure(OutcomeKind.CONNECTION, f"{type(error).__name__}: {error}")
+        except Exception as error:
+            outcome = self._defect(error)
+        self._conclude(outbox, delivery, outcome, began_ns, began)
+
+    def _defect(self, error: Exception) -> Outcome:
+        """The outcome of what failed here; no reason to stop delivering what can be delivered."""
+        _log.error("an attempt for the webhook %s failed", self.webhook_id, exc_info=error)
+        return failure(OutcomeKind.CONNECTION, f"{type(error).__name__}: {error}")
+
+    def _conclude(
+        self, outbox: Outbox, delivery: Delivery, outcome: Outcome, began_ns: int, began: int
+    ) -> None:
+        shared = self._shared
         now_ns = shared.clock.now_ns()
         counters = shared.counters
         counters.attempts[outcome.kind] += 1
@@ -313,25 +341,50 @@ class Endpoint:
         outbox.finish(delivery, outcome, began_ns=began_ns, now_ns=now_ns, rng=shared.rng)
         counters.letters += outbox.letters - letters
 
-    async def _has_alert(self, outbox: Outbox, delivery: Delivery) -> bool:
-        """Read a delivery's alert where a former owner had it; where that fails, no attempt is made for now."""
-        if delivery.alert is not None:
-            return True
-        shared = self._shared
+    # ------------------------------------------------------------ alerts that a former owner had
+
+    def _find_first(self, outbox: Outbox, delivery: Delivery) -> None:
+        """Have a delivery's alert read; until that is done it counts as under way, but takes no attempt's slot."""
+        partition = delivery.place[0]
+        queue = self._unread.get(partition)
+        if queue is None:
+            queue = self._unread[partition] = deque()
+            task = asyncio.get_running_loop().create_task(self._find(outbox, partition, queue))
+            self._finding[partition] = task
+            task.add_done_callback(self._ended)
+        queue.append(delivery)
+
+    async def _find(self, outbox: Outbox, partition: int, queue: deque[Delivery]) -> None:
+        """Read a partition's alerts, one after another, until none is asked for or nothing may be tried."""
+        try:
+            while queue and not self._is_held(outbox):
+                if not await self._find_next(outbox, queue):
+                    await asyncio.sleep(_UNREADABLE_S)
+        finally:
+            for delivery in queue:
+                outbox.put_back(delivery, delivery.next_ns)
+            del self._unread[partition], self._finding[partition]
+
+    async def _find_next(self, outbox: Outbox, queue: deque[Delivery]) -> bool:
+        """Read one alert; say whether that could be done. An alert that can't be read now is no failed attempt."""
+        shared, delivery = self._shared, queue[0]
+        began_ns, began = shared.clock.now_ns(), shared.clock.monotonic_ns()
         try:
             delivery.alert = await shared.reader.alert(*delivery.place)
+            outcome = failure(OutcomeKind.MISSING, "the alert is not in its store any more")
         except TallymarkError as error:
             _log.info("an alert for the webhook %s can't be read: %s", self.webhook_id, error)
-            outbox.put_back(delivery, shared.clock.now_ns() + _UNREADABLE_NS)
+            queue.rotate(-1)  # should it be this one only, the others are read before it is tried again
             return False
+        except Exception as error:
+            outcome = self._defect(error)
+        queue.popleft()
+        if delivery.alert is not None or self._is_held(outbox):
+            outbox.put_back(delivery, delivery.next_ns)
+        else:
+            self._conclude(outbox, delivery, outcome, began_ns, began)
+        self._wake()
         return True
-
-    async def _post(self, delivery: Delivery, now_ns: int) -> Outcome:
-        alert = delivery.alert
-        if alert is None:
-            return failure(OutcomeKind.MISSING, "the alert is not in its store any more")
-        body = message.body_of(alert)
-        return await self._sender.post(self._signer.headers(alert.id, now_ns, body), body)
 
     # ------------------------------------------------------------ writing
 
@@ -369,7 +422,8 @@ class Endpoint:
                 if not owner or owner[0].create_revision != self.owner_revision:
                     raise LostError(f"the webhook {self.webhook_id} has another owner, or none")
                 if progress and progress[0].mod_revision == self._progress_revision:
-                    await self._shared.requests.catch_up()  # a request was made anew: look again
+                    # A request was made anew: look again.
+                    await self._patiently(self._shared.requests.catch_up)
                     return
                 # An attempt whose answer was lost has taken effect; if not, there was another writer.
                 if not progress or progress[0].value != value:

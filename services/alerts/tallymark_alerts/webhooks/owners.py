@@ -16,8 +16,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Coroutine, Iterable, Mapping
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -42,6 +42,8 @@ from tallymark_runtime.lease import LeaseKeeper
 
 _log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 CLAIM_STEP_S: Final = 0.1  # that an instance leaves to each one that holds fewer
 CLAIMS_MAX: Final = 16  # at a time
 GIVE_UP_INTERVAL_S: Final = 0.5
@@ -61,6 +63,20 @@ def surplus(instance: str, held: Mapping[str, int], instances: set[str], webhook
     """How many webhooks an instance holds beyond its part."""
     count = len(instances | {instance})
     return max(0, held.get(instance, 0) - -(-webhooks // count))
+
+
+async def _all(steps: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Take steps side by side, and wait for all of them; the first failure is raised after the last has ended.
+
+    A step that were left running would meet the next round's, about the same webhook.
+    """
+    results = await asyncio.gather(*steps, return_exceptions=True)
+    done: list[T] = []
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+        done.append(result)
+    return done
 
 
 class Owners:
@@ -239,7 +255,7 @@ class Owners:
                 self._begin(webhook_id, webhook, revision)
 
     async def _claim(self, lease: int, webhook_ids: list[str]) -> None:
-        revisions = await asyncio.gather(*(self._claim_one(lease, one) for one in webhook_ids))
+        revisions = await _all(self._claim_one(lease, one) for one in webhook_ids)
         if any(revisions):
             # Endpoints begin as soon as the keys are seen: one way only, also for a claim whose answer was lost.
             await self.owners.wait_revision(max(revisions))
@@ -263,7 +279,7 @@ class Owners:
         count = surplus(self._instance, held, instances, len(self.webhooks.found))
         # A few at a time: while they are on their way, others may come who change what everybody's part is.
         count = min(-(-count // 4), CLAIMS_MAX, len(self._tasks))
-        await asyncio.gather(*(self._leave(one) for one in self._rng.sample(sorted(self._tasks), count)))
+        await _all(self._leave(one) for one in self._rng.sample(sorted(self._tasks), count))
 
     async def _leave(self, webhook_id: str) -> None:
         revision = self.owners.revision_of(webhook_id, self._instance)
@@ -306,7 +322,9 @@ class Owners:
             delay_s = min(delay_s * 2, _RESTART_MOST_S)
 
     async def _stop(self, webhook_id: str) -> None:
-        task = self._tasks.pop(webhook_id)
+        task = self._tasks.pop(webhook_id, None)
+        if task is None:  # it was stopped meanwhile
+            return
         self.endpoints.pop(webhook_id, None)
         self._shared.owned = len(self._tasks)
         task.cancel()

@@ -76,13 +76,17 @@ class Lookups:
             error: Exception | None = None
             try:
                 found = self._lookup(host, port)
-            except (OSError, UnicodeError) as raised:
+            except Exception as raised:  # whatever it is: the slot must come back
                 error = raised
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
                 loop.call_soon_threadsafe(settle, found, error)
 
         # A daemon: a name server that never answers must not keep the process from ending.
-        threading.Thread(target=work, name="webhook-lookup", daemon=True).start()
+        try:
+            threading.Thread(target=work, name="webhook-lookup", daemon=True).start()
+        except BaseException:  # no thread can be had now: there will be no `settle`
+            slots.release()
+            raise
         return await future
 
 
