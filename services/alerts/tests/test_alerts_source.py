@@ -579,7 +579,7 @@ def test_a_busy_partition_keeps_no_crowd_from_being_read() -> None:
                 await asyncio.sleep(0.0003)
 
         async with asyncio.timeout(10):
-            await asyncio.gather(*(read(reader) for reader in range(50)))
+            await asyncio.gather(*(read(reader) for reader in range(100)))
         loading.cancel()
 
     scene(body)
