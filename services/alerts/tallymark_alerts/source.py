@@ -2,8 +2,9 @@
 
 Owns the wait for news. A reader brings its filter and its positions with every call and is forgotten after the answer.
 Positions in the windows (`tail`) are answered from there; older ones are read from their partition's leader with the
-filter, page by page, until they get to the window. Both count the same positions, so there is no gap between them. A
-partition that can't be read holds no others up.
+filter, page by page, until they get to the window (`pages`). Both count the same positions, so there is no gap between
+them. A partition that can't be read holds no others up, and one that has alerts at every call keeps no others from being
+read: a read goes on when its reader is answered, and its page is there at the next call.
 
 Under load, answers are paced (`pacing`): a reader whose alerts are there waits for its turn, and gets what has come by
 then, unless its answer is full already.
@@ -20,22 +21,17 @@ from typing import Any, Final, TypeVar
 from tallymark_alerts.counters import AlertsCounters
 from tallymark_alerts.matching import Filter, Matching
 from tallymark_alerts.pacing import Pacer
+from tallymark_alerts.pages import READ_S, Page, Pages
 from tallymark_alerts.stores import Stores
 from tallymark_alerts.window import Window
 from tallymark_protocol.errors import TallymarkError, UnavailableError
-from tallymark_protocol.identifiers import partition_of
-from tallymark_protocol.messages import AlertRecord, AlertsBatch, AlertsResult, StoreAlerts
+from tallymark_protocol.messages import AlertRecord, AlertsBatch, StoreAlerts
 from tallymark_protocol.zones import TIME_END_NS
-from tallymark_runtime.instruments import count_in
 
 T = TypeVar("T")
 
 ANSWERS_PER_S: Final = 2_000  # beyond that they are paced
 ANSWERS_BURST: Final = 200
-PAGE_RECORDS: Final = 1_000  # read from a store at once
-READS_MAX: Final = 2  # of one partition, at one time: one that can't be read must not hold up the others
-READ_S: Final = 5.0  # for one of them
-READ_AGAIN_S: Final = 0.25  # after one that failed
 LOST_WAIT_S: Final = 1.0  # for news, where others may know more
 ENDS_S: Final = 2.0  # for leaders to say where their partitions end
 RELEASE_S: Final = 0.002  # between two looks at those who wait for their turn
@@ -102,7 +98,7 @@ class AlertSource:
         self.stores = stores
         self.is_lost = is_lost
         self.is_closed = False
-        self.reads = [asyncio.Semaphore(READS_MAX) for _ in range(partition_count)]
+        self.pages = Pages(stores, partition_count=partition_count, counters=counters, is_lost=is_lost)
         self._loop = asyncio.get_running_loop()
         self._matching: Matching[Waiter] = Matching()
         self._pacer = Pacer(answers_per_s, ANSWERS_BURST, self._loop.time())
@@ -130,7 +126,7 @@ class AlertSource:
             self._release_timer.cancel()
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(self.pages.close(), *self._tasks, return_exceptions=True)
 
     @property
     def waiting_count(self) -> int:
@@ -238,6 +234,8 @@ class AlertSource:
             reader.collect(next(self._turns))
             now = self._loop.time()
             is_late = waiter.is_late or now >= deadline
+            if not self.is_closed and (is_first or not is_late):
+                reader.start_reads()  # whatever was found: a busy partition must not keep others from being read
             if reader.found:
                 is_full = len(reader.found) >= reader.limit
                 is_due = is_full or waiter.has_turn or is_late or self.is_closed
@@ -246,9 +244,8 @@ class AlertSource:
                 self._enqueue(waiter)
                 self._release_later()
             else:
-                if is_first or not is_late:
-                    reader.start_reads()
-                # Reading is no waiting: a page that is on its way is waited for, and it comes or fails in time.
+                # Reading is no waiting: a page that is on its way is waited for, and it comes or fails in time. One
+                # that is in line is not: it may take long, and is found by the next call.
                 if self.is_closed or (is_late and not reader.is_reading):
                     reader.raise_if_stuck()
                     return reader.batch()
@@ -335,11 +332,9 @@ class _Reader:
     """
 
     __slots__ = (
+        "_asked",
         "_failed",
-        "_pages",
         "_positions",
-        "_reading",
-        "_resting",
         "_source",
         "_wants",
         "found",
@@ -361,16 +356,15 @@ class _Reader:
         self._positions = (
             {**source.beginning, **since} if len(since) < source.partition_count else dict(since)
         )
-        self._pages: dict[int, AlertsResult] = {}  # by partition: read, not taken yet; from its position on
-        self._reading: dict[int, asyncio.Task[None]] = {}  # by partition
+        self._asked: dict[int, Page] = {}  # by partition: from its position on
         self._failed: dict[int, TallymarkError] = {}  # by partition: why its last read has failed
-        self._resting: set[int] = set()  # partitions that are not tried again yet
         self._wants: set[int] = set()  # partitions that are before their window
 
     @property
     def is_reading(self) -> bool:
-        """Whether a page is on its way."""
-        return bool(self._reading)
+        """Whether a page is on its way that will come or fail soon."""
+        is_lost = self._source.is_lost
+        return any(page.is_under_way and not is_lost(number) for number, page in self._asked.items())
 
     def batch(self) -> AlertsBatch:
         """The answer."""
@@ -387,8 +381,8 @@ class _Reader:
             self.timer.cancel()
         self._source.forget(self)
         self.waiter.wake()
-        for task in self._reading.values():
-            task.cancel()
+        for page in self._asked.values():
+            self._source.pages.leave(page, self.waiter)
 
     def collect(self, turn: int) -> None:
         """Take what is there, beginning with another partition each turn so that none is always the last."""
@@ -401,73 +395,49 @@ class _Reader:
             room = self.limit - len(self.found)
             if room <= 0:
                 return
-            page = self._pages.pop(number, None) if self._pages else None
-            if page is not None:
-                room -= self._take_page(number, page, room)
             window = windows.get(number)
-            position = positions[number]
-            if window is None or position >= window.end or room <= 0:
+            if window is None or positions[number] >= window.end:
                 continue
+            if positions[number] < window.start:
+                room -= self._take_page(number, room)
+                if room <= 0:
+                    return
+            position = positions[number]
             if position < window.start:
                 self._wants.add(number)
+                continue
+            if position >= window.end:
                 continue
             found, positions[number] = window.find(wanted, position, room)
             self.found += found
 
-    def _take_page(self, number: int, page: AlertsResult, room: int) -> int:
-        """Take a page's alerts as far as there is room; returns how many."""
-        found = page.alerts[:room]
-        is_all = len(found) == len(page.alerts)
-        self._positions[number] = page.next_position if is_all else found[-1].position + 1
-        self.found += found
-        return len(found)
+    def _take_page(self, number: int, room: int) -> int:
+        """Take of a page that is there what there is room for; returns how many alerts that were."""
+        pages, position = self._source.pages, self._positions[number]
+        page = self._asked.get(number) or pages.find(number, position, self.wanted)
+        if page is None or page.answer is None:
+            return 0
+        self._asked.pop(number, None)
+        self._failed.pop(number, None)
+        taken = pages.take(page, self.waiter, room)
+        self._positions[number] = taken.next_position
+        self.found += taken.alerts
+        return len(taken.alerts)
 
     # ------------------------------------------------------------ reads
 
     def start_reads(self) -> None:
         """Read on where the windows don't reach back to."""
+        pages, asked = self._source.pages, self._asked
         for number in sorted(self._wants):
-            if number not in self._reading and number not in self._resting:
-                self._reading[number] = self._source.task(self._read(number))
+            page = asked.get(number)
+            if page is not None and page.is_over and page.error is not None:
+                self._failed[number] = page.error
+            if page is None or page.is_over:
+                asked[number] = pages.ask(
+                    number, self._positions[number], self.wanted, self.limit, self.waiter
+                )
         self._wants.clear()
-
-    async def _read(self, number: int) -> None:
-        source, position = self._source, self._positions[number]
-        loop = asyncio.get_running_loop()
-        accounts = [
-            account
-            for account in self.wanted.accounts
-            if partition_of(account, source.partition_count) == number
-        ]
-        question = StoreAlerts(
-            number,
-            from_position=position,
-            limit=min(self.limit, PAGE_RECORDS),
-            account_ids=sorted(accounts),
-            metric_codes=sorted(self.wanted.metrics),
-        )
-        counters = source.counters
-        try:
-            async with source.reads[number]:
-                page = await source.stores.read(question, loop.time() + READ_S)
-            counters.catch_up_reads += 1
-            if page.next_position <= position:
-                raise UnavailableError(f"partition {number} ends before position {position}")
-            self._pages[number] = page
-            self._failed.pop(number, None)
-        except TallymarkError as error:
-            count_in(counters.catch_up_failures, int(error.code))
-            self._failed[number] = error
-            self._resting.add(number)
-            loop.call_later(READ_AGAIN_S, self._rested, number)
-        finally:
-            del self._reading[number]
-            self.waiter.wake()
-
-    def _rested(self, number: int) -> None:
-        """It may be tried again."""
-        self._resting.discard(number)
-        self.waiter.wake()
 
     def is_lost(self) -> bool:
         """Whether some partition that it concerns is not followed here: another instance may know more."""
@@ -482,7 +452,9 @@ class _Reader:
         """
         if self.is_lost():
             raise UnavailableError("this instance has lost the leaders of some partitions")
-        for number, error in sorted(self._failed.items()):
+        failed = dict(self._failed)
+        failed.update((number, page.error) for number, page in self._asked.items() if page.error is not None)
+        for number, error in sorted(failed.items()):
             raise UnavailableError(
                 f"alerts of partition {number} could not be read: {error.message}", code=error.code
             ) from error

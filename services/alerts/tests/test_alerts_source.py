@@ -12,7 +12,8 @@ import pytest
 
 from tallymark_alerts.counters import AlertsCounters
 from tallymark_alerts.matching import Filter
-from tallymark_alerts.source import ANSWERS_BURST, ANSWERS_PER_S, READS_MAX, AlertSource
+from tallymark_alerts.pages import READS_MAX
+from tallymark_alerts.source import ANSWERS_BURST, ANSWERS_PER_S, AlertSource
 from tallymark_alerts.tail import Tail
 from tallymark_protocol.errors import BackpressureError, ErrorCode, UnavailableError
 from tallymark_protocol.identifiers import partition_of
@@ -468,7 +469,7 @@ def test_few_pages_are_read_at_one_time() -> None:
         await s.begin()
         s.stores.gate.clear()
         s.stores.reads.clear()
-        readers = [s.ask({}, limit=1, wait_s=20) for _ in range(30)]
+        readers = [s.ask({}, metrics=["m", f"n{reader}"], limit=1, wait_s=20) for reader in range(30)]
         await asyncio.sleep(1)
         assert len(s.stores.reads) == COUNT * READS_MAX
         s.stores.gate.set()
@@ -493,7 +494,10 @@ def test_a_partition_that_hangs_keeps_no_reader_of_others_waiting() -> None:
             return await read(call, deadline)
 
         s.stores.read = hang  # type: ignore[method-assign]
-        stuck = [s.ask({}, accounts=[account_in(2)], wait_s=20) for _ in range(50)]
+        account = account_in(2)
+        stuck = [
+            s.ask({}, accounts=[account], metrics=["m", f"n{reader}"], wait_s=20) for reader in range(50)
+        ]
         await asyncio.sleep(0.1)
         for number in (0, 1, 3):
             assert len((await s.next({}, accounts=[account_in(number)])).alerts) == 40
@@ -501,6 +505,144 @@ def test_a_partition_that_hangs_keeps_no_reader_of_others_waiting() -> None:
         assert [len(batch.alerts) for batch in await asyncio.gather(*stuck)] == [40] * 50
 
     scene(body, window_records=16, window_records_min=1, behind_records=2)
+
+
+def read_slowly(s: Scene, seconds: float) -> None:
+    """Have every read take so long."""
+    read = s.stores.read
+
+    async def slow(call: StoreAlerts, deadline: float) -> AlertsResult:
+        await asyncio.sleep(seconds)
+        return await read(call, deadline)
+
+    s.stores.read = slow  # type: ignore[method-assign]
+
+
+async def load(s: Scene, per_s: float) -> None:
+    """A record in partition 1, so many times a second."""
+    while True:
+        s.stores.write(1)
+        await asyncio.sleep(1 / per_s)
+
+
+@pytest.mark.parametrize(
+    ("read_s", "per_s", "rest_s", "limit"),
+    [
+        (0.005, 300, 0.0003, 64),  # a page comes at about the pace of the alerts
+        (0.05, 50, 0.0003, 64),  # none comes before the next alert
+        (1.0, 50, 0.0003, 64),
+        (0.05, 50, 5.0, 64),  # a reader that is slow itself, and whose answers are full
+        (0.05, 300, 0.02, 4),
+    ],
+)
+def test_a_busy_partition_keeps_no_other_from_being_read(
+    read_s: float, per_s: float, rest_s: float, limit: int
+) -> None:
+    """It has an alert at each call, before the page of the one that is behind can have come."""
+
+    async def body(s: Scene) -> None:
+        s.stores.write(0, 2_000)
+        await s.begin()
+        read_slowly(s, read_s)
+        loading = asyncio.get_running_loop().create_task(load(s, per_s))
+        since: dict[int, int] = {}
+        got: dict[int, list[int]] = {0: [], 1: []}
+        calls = 0
+        while since.get(0, 0) < 8 * limit:
+            batch = await s.next(since, limit=limit, wait_s=20)
+            for alert in batch.alerts:
+                got[alert.partition].append(alert.position)
+            since = batch.next
+            calls += 1
+            assert calls < 4_000
+            await asyncio.sleep(rest_s)
+        loading.cancel()
+        assert all(positions == list(range(len(positions))) for positions in got.values())
+        assert got[1]
+
+    scene(body)
+
+
+def test_a_busy_partition_keeps_no_crowd_from_being_read() -> None:
+    """Each of those who are behind gets its page, though all are answered again and again before it comes."""
+
+    async def body(s: Scene) -> None:
+        s.stores.write(0, 2_000)
+        await s.begin()
+        read_slowly(s, 0.005)
+        loading = asyncio.get_running_loop().create_task(load(s, 50))
+
+        async def read(reader: int) -> None:
+            since: dict[int, int] = {}
+            while since.get(0, 0) < 2_000:
+                since = (await s.next(since, metrics=["m", f"n{reader}"], limit=64, wait_s=0.5)).next
+                await asyncio.sleep(0.0003)
+
+        async with asyncio.timeout(10):
+            await asyncio.gather(*(read(reader) for reader in range(100)))
+        loading.cancel()
+
+    scene(body)
+
+
+def test_who_waits_for_its_turn_is_read_for() -> None:
+    """Its answer carries what has come of older alerts, too."""
+
+    async def body(s: Scene) -> None:
+        s.stores.write(0, 640)
+        s.stores.write(1)
+        await s.begin()
+        read_slowly(s, 0.05)
+        while s.source._pacer.take(asyncio.get_running_loop().time()):
+            pass
+        batch = await s.next({}, wait_s=2.0)
+        assert Counter(alert.partition for alert in batch.alerts) == {0: 99, 1: 1}
+
+    scene(body, answers_per_s=0.01)
+
+
+def test_behind_a_lost_leader_all_are_told_soon() -> None:
+    """However many there are: who can't be read for yet doesn't stand in line first."""
+
+    async def body(s: Scene) -> None:
+        s.stores.write(0, 640)
+        await s.begin()
+        read = s.stores.read
+
+        async def hang(call: StoreAlerts, deadline: float) -> AlertsResult:
+            if s.stores.leaders[call.partition] is not None:
+                return await read(call, deadline)
+            await asyncio.sleep(deadline - loop.time())
+            raise NO_LEADER
+
+        loop = asyncio.get_running_loop()
+        s.stores.read = hang  # type: ignore[method-assign]
+        s.stores.lead(0, None)
+        told: list[float] = []
+
+        async def tell(reader: int, wait_s: float) -> None:
+            began = loop.time()
+            with pytest.raises(UnavailableError, match="lost") as raised:
+                await s.next({}, metrics=["m", f"n{reader}"], wait_s=wait_s)
+            assert raised.value.retriable
+            told.append(loop.time() - began)
+
+        early = [loop.create_task(tell(reader, 8)) for reader in range(40)]
+        await asyncio.sleep(10)
+        assert len(told) == 40, "they were in line when it was lost"
+        await asyncio.gather(*early)
+        assert max(told) < 8.1
+        told.clear()
+        await asyncio.gather(*(tell(reader, 20) for reader in range(100, 140)))
+        assert max(told) < 1.1
+        s.stores.lead(0, "s1")
+        await asyncio.sleep(6)
+        batches = await asyncio.gather(
+            *(s.next({}, metrics=["m", f"n{reader}"], wait_s=20) for reader in range(100, 140))
+        )
+        assert all(len(batch.alerts) == 100 for batch in batches)
+
+    scene(body)
 
 
 def test_an_alert_is_found_by_its_position() -> None:
