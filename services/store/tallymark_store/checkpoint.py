@@ -230,9 +230,14 @@ def load_wal_start(disk: Disk) -> WalStart | None:
         raise CheckpointError(f"checkpoint file {_WAL_START}: {error}") from None
 
 
-def discard(disk: Disk) -> None:
-    """Forget every checkpoint here (the log is whole, and everything follows from it; or the copy begins anew)."""
+def discard(disk: Disk, *, keeps_incoming: bool = False) -> None:
+    """Forget every checkpoint here (the log is whole, and everything follows from it; or the copy begins anew).
+
+    With `keeps_incoming` without what is coming in, which is for the copy that has begun since.
+    """
     for name in [_MANIFEST, *disk.list()]:
+        if keeps_incoming and name.startswith(INCOMING):
+            continue
         try:
             disk.remove(name)
         except FileMissingError:

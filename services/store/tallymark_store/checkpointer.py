@@ -24,7 +24,7 @@ import numpy.typing as npt
 from tallymark_protocol.errors import UnavailableError
 from tallymark_runtime.clock import Clock
 from tallymark_runtime.disk import Disk, DiskError
-from tallymark_store import checkpoint, container
+from tallymark_store import checkpoint, container, incoming
 from tallymark_store.dedup.index import SHARD_COUNT
 from tallymark_store.partition import Partition
 from tallymark_store.recycling import Holds, recycle_floor
@@ -155,6 +155,9 @@ class Checkpointer:
             _log.info("no checkpoint of partition %d: %s", partition.partition, error)
 
     async def _take_partition(self, partition: Partition) -> None:
+        disk = self._disk.at(folder(partition.partition))
+        # Before anything is written: this checkpoint's files may have the names of the snapshot's.
+        await finish_incoming(self._store, self._manifests, disk, partition, self._offload)
         previous = self._manifests.get(partition.partition)
         offset = partition.applied
         if offset == (0 if previous is None else previous.offset):
@@ -166,7 +169,6 @@ class Checkpointer:
         id_floor = partition.dedup_floor(manifest.last_append_ns)
         ids = await self._gather_ids(partition, previous.offset if previous else 0, offset)
         seen = partition.judged_end
-        disk = self._disk.at(folder(partition.partition))
         try:
             written: checkpoint.Manifest = await self._offload(
                 checkpoint.write,
@@ -188,7 +190,8 @@ class Checkpointer:
         await self._store.wait_durable(partition, offset)
         await self._offload(checkpoint.publish, disk, written, self._holds.files(partition.partition))
         if self._store.partitions.get(partition.partition) is not partition:
-            checkpoint.discard(disk)  # the copy began anew meanwhile
+            # The copy began anew meanwhile, or with a snapshot; and what comes in by now is for the one that there is.
+            checkpoint.discard(disk, keeps_incoming=True)
             return
         self._manifests[partition.partition] = written
         await self._sweep_ids(partition)
@@ -212,6 +215,36 @@ class Checkpointer:
 def folder(partition: int) -> str:
     """The name of a partition's folder."""
     return f"p-{partition:04d}"
+
+
+async def finish_incoming(
+    store: Store,
+    manifests: dict[int, checkpoint.Manifest],
+    disk: Disk,
+    partition: Partition,
+    offload: Offload,
+) -> None:
+    """Publish the snapshot that a copy began with, if that has failed before.
+
+    Until then it is all of the copy that is on disk, beside a log that begins there. Call it with the lock that
+    checkpoints are taken under held, before anything is written to their folder or removed.
+
+    Raises:
+        DiskError: it failed again.
+        UnavailableError: the copy was discarded meanwhile.
+    """
+    number, start = partition.partition, partition.index.log_start
+    manifest = manifests.get(number)
+    if partition.error is not None or start == 0 or (manifest is not None and manifest.offset >= start):
+        return
+    await store.wait_durable(partition, start)
+    found: checkpoint.Manifest | None = await offload(incoming.finish, disk, number, start)
+    if store.partitions.get(number) is not partition:
+        checkpoint.discard(disk)
+        raise UnavailableError(f"this copy of partition {number} was discarded")
+    if found is not None:
+        manifests[number] = found
+        _log.info("partition %d: the snapshot of offset %d was published late", number, start)
 
 
 def snapshot_parts(

@@ -141,6 +141,19 @@ def complete(disk: Disk, manifest: checkpoint.Manifest, offer: Offer) -> None:
     disk.sync_dir()
 
 
+def is_complete(disk: Disk, manifest: checkpoint.Manifest) -> bool:
+    """Whether all of a snapshot is still here, noted as complete; its bytes have been looked at before."""
+    names = set(disk.list())
+    return _COMPLETE in names and all(
+        f"{PREFIX}{place}" in names for place, _ in enumerate(_listed(manifest))
+    )
+
+
+def _listed(manifest: checkpoint.Manifest) -> list[str]:
+    """The names of a checkpoint's files, in the order of their places."""
+    return [manifest.state_file, *(name for name, _, _ in manifest.id_files)]
+
+
 def finish(disk: Disk, partition: int, offset: int) -> checkpoint.Manifest | None:
     """Publish the snapshot of `offset` that is here, complete; None if it isn't.
 
@@ -168,12 +181,15 @@ def publish(disk: Disk, manifest: checkpoint.Manifest) -> None:
     """Make a complete snapshot the partition's newest checkpoint, durably.
 
     Raises:
-        DiskError: the disk refuses; the next start tries again.
+        DiskError: the disk refuses; `finish` does it later.
+        CheckpointError: a file is neither there as it came in nor under its name; nothing is published.
     """
     names = disk.list()
-    for place, name in enumerate([manifest.state_file, *(name for name, _, _ in manifest.id_files)]):
+    for place, name in enumerate(_listed(manifest)):
         if f"{PREFIX}{place}" in names:
             disk.rename(f"{PREFIX}{place}", name)
+        elif name not in names:
+            raise checkpoint.CheckpointError(f"checkpoint file {name} is missing")
     disk.sync_dir()
     checkpoint.publish(disk, manifest)
     clear(disk)

@@ -4,10 +4,16 @@ A repeated chunk is answered as it was first. The verdicts stand in its record; 
 never have held it where a copy began with a snapshot. So they are kept beside the producers' windows, for as long as
 these remember chunks; and as nearly all events are stored, that is little. It is bounded all the same: beyond
 `BYTES_MAX` the oldest go, and what became of a repeat of theirs is not known any more if the log doesn't say.
+
+What goes is decided as records are folded, never by one that may yet be taken back: so what is kept is a function of
+the log below the fold, the same on every copy, and belongs to its digest. Only a leader that has as much again waiting
+for its fold lets go earlier.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections import deque
 from typing import Any
 
 import msgspec
@@ -47,8 +53,11 @@ class Outcomes:
     def __init__(self, *, bytes_max: int = BYTES_MAX) -> None:
         self._bytes_max = bytes_max
         self._floor = 0  # nothing is known of records below; above, what isn't here has accepted events only
-        self._entries: dict[int, _Entry] = {}  # by base offset, in log order
-        self._bytes = 0
+        self._entries: dict[int, _Entry] = {}  # by base offset
+        # In log order: those that are folded, and those that may yet be taken back.
+        self._folded: deque[_Entry] = deque()
+        self._waiting: deque[_Entry] = deque()
+        self._folded_bytes = self._waiting_bytes = 0
 
     def note(self, base: int, append_ns: int, verdicts: Bytes | None, originals: Ints | None) -> None:
         """A record has these verdicts; None: all its events are accepted."""
@@ -62,17 +71,32 @@ class Outcomes:
             base, append_ns, len(verdicts), places.astype("<u4").tobytes(), verdicts[places].tobytes(), held
         )
         self._entries[base] = entry
-        self._bytes += entry.size
-        while self._entries:
-            oldest = next(iter(self._entries.values()))
-            if self._bytes <= self._bytes_max and oldest.append_ns >= append_ns - PRODUCER_RETENTION_NS:
-                break
-            self._forget(oldest)
-            self._floor = oldest.base + 1
+        self._waiting.append(entry)
+        self._waiting_bytes += entry.size
+        while self._folded_bytes + self._waiting_bytes > 2 * self._bytes_max:
+            self._drop_oldest()
 
-    def _forget(self, entry: _Entry) -> None:
+    def advance(self, folded_end: int, folded_ns: int) -> None:
+        """The log below `folded_end` is folded, its last record appended at `folded_ns`: what is too old, or too much, goes."""
+        waiting, folded = self._waiting, self._folded
+        while waiting and waiting[0].base < folded_end:
+            entry = waiting.popleft()
+            folded.append(entry)
+            self._waiting_bytes -= entry.size
+            self._folded_bytes += entry.size
+        oldest_ns = folded_ns - PRODUCER_RETENTION_NS
+        while folded and (self._folded_bytes > self._bytes_max or folded[0].append_ns < oldest_ns):
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        if self._folded:
+            entry = self._folded.popleft()
+            self._folded_bytes -= entry.size
+        else:
+            entry = self._waiting.popleft()
+            self._waiting_bytes -= entry.size
         del self._entries[entry.base]
-        self._bytes -= entry.size
+        self._floor = entry.base + 1
 
     def find(self, base: int) -> LoggedVerdicts | None:
         """The verdicts of the record at `base`; None if they are not known any more."""
@@ -86,15 +110,22 @@ class Outcomes:
         return LoggedVerdicts(base, verdicts, np.frombuffer(entry.originals, "<i8"))
 
     def truncate(self, log_end: int) -> None:
-        """Forget the records at and above `log_end`."""
-        for entry in [entry for base, entry in self._entries.items() if base >= log_end]:
-            self._forget(entry)
+        """Forget the records at and above `log_end`, none of which is folded."""
+        assert not self._folded or self._folded[-1].base < log_end, "what is folded is never truncated"
+        while self._waiting and self._waiting[-1].base >= log_end:
+            entry = self._waiting.pop()
+            self._waiting_bytes -= entry.size
+            del self._entries[entry.base]
+        self._floor = min(self._floor, log_end)  # what is written there now is known again
 
     def encode(self, end: int) -> bytes:
         """What is known of the records below `end`, for a checkpoint."""
-        return msgspec.msgpack.encode(
-            _Part(self._floor, [entry for base, entry in self._entries.items() if base < end])
-        )
+        entries = [entry for part in (self._folded, self._waiting) for entry in part if entry.base < end]
+        return msgspec.msgpack.encode(_Part(min(self._floor, end), entries))
+
+    def digest(self, end: int) -> int:
+        """A 128-bit digest of what is known of the records below `end`, the end of what is folded."""
+        return int.from_bytes(hashlib.blake2b(self.encode(end), digest_size=16).digest(), "little")
 
     @classmethod
     def decode(cls, data: Any, *, bytes_max: int = BYTES_MAX) -> Outcomes:
@@ -123,5 +154,6 @@ class Outcomes:
                 raise RemoteProtocolError("malformed outcomes of records")
             before = entry.base
             outcomes._entries[entry.base] = entry
-            outcomes._bytes += entry.size
+            outcomes._folded.append(entry)
+            outcomes._folded_bytes += entry.size
         return outcomes

@@ -472,8 +472,7 @@ class Partition:
             self.fold.put_schema(item.control, item.base_offset)
         elif len(item.data):
             self.fold.apply(item.data, item.columns, item.verdicts, item.base_offset, item.append_ns)
-        self.fold.advance(item.end_offset)
-        self.windows.advance(item.end_offset, item.append_ns)  # it is committed: see `fold_behind`
+        self._advance(item.end_offset, item.append_ns)
         self._queue.popleft()
         return (item.end_offset - item.base_offset if len(item.data) else 0), len(item.data)
 
@@ -502,8 +501,13 @@ class Partition:
 
     def _fold_run(self, run: Run) -> None:
         self.fold.apply_run(run.data, run.columns, run.places)
-        self.fold.advance(run.end_offset)
-        self.windows.advance(run.end_offset, run.append_ns)
+        self._advance(run.end_offset, run.append_ns)
+
+    def _advance(self, end_offset: int, append_ns: int) -> None:
+        """Everything below is in the cells, and thus committed."""
+        self.fold.advance(end_offset)
+        self.windows.advance(end_offset, append_ns)
+        self.outcomes.advance(end_offset, append_ns)
 
     def fail_waiting(self) -> list[Callable[[], None]]:
         """Drop the answers that will not come; returns what is to be called instead of them."""
@@ -546,6 +550,7 @@ class Partition:
             self.fold.digest(),
             self.dedup.digest(floor, applied),
             self.windows.digest(applied, last_ns),
+            self.outcomes.digest(applied),
         )
         return "-".join(f"{part:032x}" for part in parts)
 
@@ -571,8 +576,7 @@ class Partition:
             events, size = meta.count, view.payload_length
         elif meta.kind == RecordKind.SCHEMA:
             self.fold.put_schema(decode_record(body.tobytes()), meta.base_offset)
-        self.fold.advance(meta.base_offset + meta.count)
-        self.windows.advance(meta.base_offset + meta.count, meta.append_ns)
+        self._advance(meta.base_offset + meta.count, meta.append_ns)
         return events, size
 
     def apply_logged_run(self, records: Sequence[tuple[RecordMeta, Bytes]], columns: Ints) -> tuple[int, int]:
@@ -586,9 +590,13 @@ class Partition:
         if self.judged_end == base:
             self.windows.insert_made(run.chunks())
             for number, batch_columns in enumerate(run.columns):
+                meta = records[number][0]
+                verdicts = run.verdicts(number)
+                self.outcomes.note(meta.base_offset, meta.append_ns, verdicts, run.originals[number])
                 if batch_columns[C_ID_ENCODING] == PLAIN:
-                    base_offset = records[number][0].base_offset
-                    self._replay_ids(run.data, batch_columns, run.verdicts(number), base_offset)
+                    if verdicts is None:
+                        verdicts = np.zeros(meta.count, dtype=np.uint8)
+                    self._replay_ids(run.data, batch_columns, verdicts, meta.base_offset)
             self.last_append_ns = max(self.last_append_ns, run.append_ns)
             self.judged_end = run.end_offset
         self._fold_run(run)

@@ -44,6 +44,7 @@ class Run(NamedTuple):
     append_ns: int  # of the last batch
     events: int
     payload_bytes: int
+    originals: Sequence[Ints] = ()  # of each batch, in order; not of batches that were appended here
 
     def chunks(self) -> Words:
         """What the producer windows are to remember of it.
@@ -57,12 +58,10 @@ class Run(NamedTuple):
             raise RemoteProtocolError("malformed logged payload: its chunk table does not add up")
         return rows[:count]
 
-    def verdicts(self, number: int) -> Bytes:
-        """A copy of the verdicts of a batch, all of them."""
+    def verdicts(self, number: int) -> Bytes | None:
+        """A copy of the verdicts of a batch; None: all its events are accepted."""
         _, _, start, end = self.places[number, : P_VERDICTS_END + 1].tolist()
-        if start == end:
-            return np.zeros(int(self.columns[number, C_EVENTS]), dtype=np.uint8)
-        return self.data[start:end].copy()
+        return None if start == end else self.data[start:end].copy()
 
 
 def of_records(records: Sequence[tuple[RecordMeta, Bytes]]) -> Run:
@@ -74,6 +73,7 @@ def of_records(records: Sequence[tuple[RecordMeta, Bytes]]) -> Run:
     places: list[tuple[int, ...]] = []
     start = 0
     counts = []
+    originals = []
     for meta, body in records:
         view = batch.parse(body, 0, len(body))
         if view.event_count != meta.count:
@@ -81,13 +81,14 @@ def of_records(records: Sequence[tuple[RecordMeta, Bytes]]) -> Run:
                 f"the batch at offset {meta.base_offset} does not hold {meta.count} events"
             )
         counts.append(meta.count)
+        originals.append(view.originals)
         marks = start + batch.PREFIX_BYTES
         marks_end = marks if view.verdicts is None else marks + view.event_count
         places.append(
             (start + view.payload_base, view.payload_length, marks, marks_end, *_stamp(meta)),
         )
         start += len(body)
-    return _place(b"".join([body.data for _, body in records]), places, counts)
+    return _place(b"".join([body.data for _, body in records]), places, counts)._replace(originals=originals)
 
 
 def of_items(items: Sequence[FoldItem]) -> Run:

@@ -27,11 +27,11 @@ from typing import Any, NamedTuple
 
 import google_crc32c
 
-from tallymark_protocol.errors import BackpressureError, RemoteProtocolError, TallymarkError
+from tallymark_protocol.errors import BackpressureError, TallymarkError
 from tallymark_runtime.clock import Clock
 from tallymark_runtime.disk import Disk, DiskError, File
 from tallymark_store import checkpoint, incoming
-from tallymark_store.checkpointer import folder
+from tallymark_store.checkpointer import finish_incoming, folder
 from tallymark_store.copies import Copies
 from tallymark_store.partition import Partition
 from tallymark_store.recovery import restore
@@ -47,7 +47,13 @@ WINDOW = 4  # pieces that are asked for and have not come
 _ROOM_S = 1.0  # between two looks whether the log has room
 _ROOM_TRIES = 30
 _SILENCE_LEASES = 5  # lease times without a piece, after which a snapshot is given up
+BACK_OFF_NS = 1_000_000_000  # after the first snapshot that could not be installed; doubled each time
+BACK_OFF_NS_MAX = 60_000_000_000
 _BURST_NS = 250_000_000  # no longer than this an unused rate is saved up
+
+
+class _GivenUpError(Exception):
+    """A snapshot is not waited for any longer: the next one that is offered may be taken at once."""
 
 
 class _Place(NamedTuple):
@@ -138,6 +144,8 @@ class Snapshots:
         self._checkpoint_lock: asyncio.Lock | None = None  # None: not started yet
         self._transfers: dict[int, _Transfer] = {}
         self._coming: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)  # files of a partition
+        # By partition: how often in a row one was not installed, and until when none is taken.
+        self._failed: dict[int, tuple[int, int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_closed = False
         self.sending = Sending(store, disk, manifests, clock, holds, spawn=self._spawn, offload=offload)
@@ -194,6 +202,8 @@ class Snapshots:
         if self._is_closed or self._checkpoint_lock is None:
             return
         now_ns = self._clock.monotonic_ns()
+        if number in self._failed and now_ns < self._failed[number][1]:
+            return
         before = self._transfers.get(number)
         if before is not None:
             is_silent = now_ns - before.heard_ns > self._config.lease_ns
@@ -250,13 +260,39 @@ class Snapshots:
             )
             disk = self._folder(number)
             try:
-                await self._offload(incoming.clear, disk)
+                await self._clear(transfer, disk)
                 await self._get(transfer, disk)
                 await self._install(transfer, disk)
+            except _GivenUpError as error:
+                _log.warning("partition %d: no snapshot was installed: %s", number, error)
             except (DiskError, TallymarkError, checkpoint.CheckpointError) as error:
                 _log.warning("partition %d: no snapshot was installed: %s", number, error)
+                self._back_off(transfer)
+            except (
+                Exception
+            ):  # of bytes that nobody thought of; it would be fetched again and again, in silence
+                _log.exception("partition %d: no snapshot was installed", number)
+                self._back_off(transfer)
             finally:
                 self._drop(transfer)
+
+    def _back_off(self, transfer: _Transfer) -> None:
+        """Take no snapshot of a partition for a while, the longer the more often that has failed."""
+        if transfer.is_dropped:
+            return
+        failures, _ = self._failed.get(transfer.number, (0, 0))
+        pause_ns = min(BACK_OFF_NS << min(failures, 10), BACK_OFF_NS_MAX)
+        self._failed[transfer.number] = (failures + 1, self._clock.monotonic_ns() + pause_ns)
+
+    async def _clear(self, transfer: _Transfer, disk: Disk) -> None:
+        """Make room for the files; but what a copy has begun with, and was not published, is no rubbish."""
+        assert self._checkpoint_lock is not None
+        number = transfer.number
+        async with self._checkpoint_lock:
+            self._check(transfer)
+            partition = self._store.partitions[number]
+            await finish_incoming(self._store, self._manifests, disk, partition, self._offload)
+            await self._offload(incoming.clear, disk)
 
     async def _get(self, transfer: _Transfer, disk: Disk) -> None:
         """Have all files here, synced, and as they are on the other side."""
@@ -291,11 +327,11 @@ class Snapshots:
     @staticmethod
     def _check(transfer: _Transfer) -> None:
         if transfer.is_dropped:
-            raise RemoteProtocolError("it is not wanted any more")
+            raise _GivenUpError("it is not wanted any more")
 
     def _give_up_silent(self, transfer: _Transfer) -> None:
         if self._clock.monotonic_ns() - transfer.heard_ns > _SILENCE_LEASES * self._config.lease_ns:
-            raise RemoteProtocolError(f"{transfer.leader} has sent no piece of it for long")
+            raise _GivenUpError(f"{transfer.leader} has sent no piece of it for long")
 
     def _ask(self, transfer: _Transfer) -> None:
         """Ask for what is missing, as far as window and rate go, and again for what should have come."""
@@ -342,10 +378,14 @@ class Snapshots:
         """Install what is here, or find it of no use any more; False where there is no room in the log now."""
         assert self._checkpoint_lock is not None
         async with self._checkpoint_lock, self._copies.changing(transfer.number):
+            is_complete = await self._offload(incoming.is_complete, disk, transfer.manifest)
+            # No await from here to the exchange, so that what was found is still so.
             self._check(transfer)
             if not self._is_wanted(transfer):
                 await self._offload(incoming.clear, disk)
                 return True
+            if not is_complete:
+                raise checkpoint.CheckpointError("files of the snapshot that had come in are gone")
             try:
                 self._replace(transfer, partition)
             except BackpressureError as error:
@@ -415,8 +455,8 @@ class Snapshots:
         await store.wait_durable(partition, transfer.offer.offset)
         try:
             await self._offload(incoming.publish, disk, transfer.manifest)
-        except DiskError as error:
-            # The next checkpoint takes its place; and a start before that finds what it needs.
+        except (DiskError, checkpoint.CheckpointError) as error:
+            # Whatever is done here next tries again; and a start before that finds what it needs.
             _log.warning("partition %d: the snapshot is in force, but was not published: %s", number, error)
             is_published = False
         else:
@@ -426,4 +466,5 @@ class Snapshots:
             return
         if is_published:
             self._manifests[number] = transfer.manifest
+        self._failed.pop(number, None)
         self.installed += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
@@ -181,6 +181,33 @@ def test_the_floor_is_what_the_neediest_partition_needs() -> None:
     empty = PartitionIndex(3, 80)
     assert recycle_floor({1: one, 3: empty}, {1: 3, 3: 0}, 9) == 6
     assert recycle_floor({1: filled([4, 5], start=70)}, {1: 0}, 9) == 4
+
+
+class _Overtaken(PartitionIndex):
+    """Whose columns grow the moment after a reader has loaded the first thing of them."""
+
+    is_overtaken = False
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if name in ("_bases", "_last") and self.is_overtaken:
+            self.is_overtaken = False
+            end = self.log_end
+            self.append(RecordMeta(1, RecordKind.EVENTS, 1, end, 1, end), segment=0, position=0, length=1)
+        return value
+
+
+def test_a_record_is_found_while_the_index_grows() -> None:
+    """By a thread that counts again what was committed before."""
+    index = _Overtaken(1)
+    for base in range(64):
+        index.append(RecordMeta(1, RecordKind.EVENTS, 1, base, 1, base), segment=0, position=0, length=1)
+    for offset in (0, 31, 62, 63):
+        for _ in range(130):  # one of them makes the columns grow
+            index.is_overtaken = True
+            assert index.find(offset) == offset
+            assert not index.is_overtaken
+    assert len(index) == 64 + 4 * 130
 
 
 def test_holds_keep_log_and_files() -> None:

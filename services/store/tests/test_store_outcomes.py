@@ -61,14 +61,58 @@ def test_what_is_dropped_is_known_to_be_unknown() -> None:
     outcomes = Outcomes(bytes_max=2_000)
     for base in range(0, 100, 10):
         note(outcomes, base, [DUPLICATE] * 10, [1] * 10)
+        outcomes.advance(base + 10, 0)
     kept = [base for base in range(0, 100, 10) if outcomes.find(base) is not None]
     assert kept == list(range(100 - 10 * len(kept), 100, 10))
     assert 0 < len(kept) < 10
     again = Outcomes.decode(outcomes.encode(1_000), bytes_max=2_000)
     assert [base for base in range(0, 100, 10) if again.find(base) is not None] == kept
     note(outcomes, 200, [DUPLICATE], [1], append_ns=PRODUCER_RETENTION_NS + 1)
+    outcomes.advance(201, PRODUCER_RETENTION_NS + 1)
     assert outcomes.find(90) is None
     assert outcomes.find(200) is not None
+
+
+@pytest.mark.parametrize("pace", [1, 3, 20])
+def test_what_is_kept_is_a_function_of_what_is_folded(pace: int) -> None:
+    """Whatever lies above it in the log, is taken back, or was folded in one go: copies must not differ."""
+    one, other = Outcomes(bytes_max=1_000), Outcomes(bytes_max=1_000)
+    minute = 60 * 10**9
+    ends = []
+    for k in range(40):
+        base, append_ns = 10 * k, k * minute
+        note(one, base, [DUPLICATE] * (1 + k % 7), [1] * (1 + k % 7), append_ns)
+        one.advance(base + 10, append_ns)
+        ends.append((base + 10, append_ns, one.digest(base + 10), one.encode(base + 10)))
+    for k in range(40):
+        note(other, 10 * k, [DUPLICATE] * (1 + k % 7), [1] * (1 + k % 7), k * minute)
+        if (k + 1) % pace:
+            continue
+        end, append_ns, digest, encoded = ends[k]
+        # A suffix that is never committed, late enough to make all of it old.
+        note(other, end + 5, [CONFLICT], [3], append_ns + 2 * PRODUCER_RETENTION_NS)
+        other.advance(end, append_ns)
+        assert other.digest(end) == digest
+        other.truncate(end)
+        assert other.encode(end + 100) == encoded
+        assert Outcomes.decode(encoded, bytes_max=1_000).digest(end) == digest
+    assert len({digest for _, _, digest, _ in ends}) == 40
+
+
+def test_what_waits_for_the_fold_is_bounded_too() -> None:
+    """Then the oldest go early; what is written in the place of a suffix that was taken back is known."""
+    outcomes = Outcomes(bytes_max=1_000)
+    for base in range(0, 1_000, 10):
+        note(outcomes, base, [DUPLICATE], [1])
+    assert len(outcomes.encode(2_000)) < 2_000
+    assert outcomes.find(0) is None
+    assert outcomes.find(990) is not None
+    outcomes.truncate(500)
+    note(outcomes, 500, [CONFLICT], [4])
+    found = outcomes.find(500)
+    assert found is not None
+    assert exceptions_of(found.verdicts, found.originals, 0, 1) == [(0, CONFLICT, 4)]
+    assert outcomes.find(490) is None
 
 
 @pytest.mark.parametrize(

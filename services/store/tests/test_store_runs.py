@@ -15,11 +15,13 @@ from tallymark_protocol.model import AggType, AlertThreshold, DimensionFilter, U
 from tallymark_protocol.payload import C_CHUNK_TABLE, COLUMNS
 from tallymark_store import folding, runs
 from tallymark_store.folding import Folding
+from tallymark_store.outcomes import Outcomes
 from tallymark_store.partition import Partition
+from tallymark_store.prepared import exceptions_of
 from tallymark_store.wal import DamagedError, RecordKind
 
 from .payload_builder import event
-from .store_driver import BASE, WINDOW, Driver, metric
+from .store_driver import BASE, WINDOW, Driver, metric, payload_of
 
 SECOND = 10**9
 METRICS = [
@@ -152,8 +154,38 @@ async def test_a_follower_that_folds_runs_is_where_one_is_that_folds_records(see
         other = copy_of(driver, salt=5)
         one_by_one(driver, other, copy.applied)
         assert copy.digest() == other.digest()
+        assert copy.outcomes.encode(copy.applied) == other.outcomes.encode(copy.applied)
         assert copy.last_append_ns == other.last_append_ns
         assert folds.events_folded <= copy.applied
+    for base in index.column("base_offset")[index.column("kind") == RecordKind.EVENTS].tolist():
+        logged, known = driver.read(0, base), copy.outcomes.find(base)
+        assert known is not None
+        n = int(index.column("count")[index.find(base)])
+        wanted = exceptions_of(logged.verdicts, logged.originals, 0, n)
+        assert exceptions_of(known.verdicts, known.originals, 0, n) == wanted
+
+
+async def test_a_repeat_is_answered_as_first_by_a_leader_that_has_folded_runs() -> None:
+    """Where the log has dropped the record, and only what was noted of it is left."""
+    driver = Driver()
+    driver.schema(0, metric(5, code="sum", agg_type=AggType.SUM), BASE)
+    twice = [event(1, "sum", value=1, id=encode_event_id(i)) for i in (1, 1, 2)]
+    first = [driver.append(0, twice, [(7, n, BASE, 3, 99 + n)], BASE) for n in range(6)]
+    copy = copy_of(driver)
+    copy.commit(copy.log_end)
+    folds = Manual(driver, {0: copy})
+    assert folds.fold_some(copy)  # the schema
+    assert folds.fold_some(copy)
+    assert copy.applied == copy.log_end, "a run"
+    driver.partitions[0] = copy
+    copy.index.log_start = copy.log_end
+    for n in range(6):
+        again, _ = driver.prepare(0, payload_of(twice, [(7, n, BASE, 3, 99 + n)]), BASE)
+        assert again.record is None
+        answers = first[n].answer.chunks, again.answer.chunks
+        assert answers[0] == answers[1]
+        assert answers[1] is not None
+        assert len(answers[1][0].exceptions) == (1 if n == 0 else 3)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -179,6 +211,8 @@ def test_a_leader_folds_runs_of_what_it_appended(seed: int) -> None:
         assert leader.fold.digest() == other_digest
     assert calls < len(ends)
     assert leader.digest() == other.digest()
+    assert leader.outcomes.encode(leader.applied) == other.outcomes.encode(leader.applied)
+    assert leader.outcomes.digest(leader.applied) != Outcomes().digest(leader.applied)
 
 
 async def test_a_run_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import errno
 from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from tallymark_protocol.messages import Appended, StoreDigest, StoreEvents
 from tallymark_runtime.clock import ManualClock
 from tallymark_runtime.disk import DiskError, MemoryDisk
 from tallymark_store import checkpoint, incoming
+from tallymark_store import snapshots as snapshots_module
 from tallymark_store.recycling import Holds
 from tallymark_store.replication.effects import Role
 from tallymark_store.replication.messages import Ask, Offer, Piece
@@ -325,6 +327,188 @@ async def test_a_checkpoint_is_needed_where_the_log_does_not_begin(cluster: Clus
     await cluster.start(name)
     assert any("the checkpoint cannot be used" in report for report in cluster.reports)
     await cluster.until(lambda: cluster.nodes[name].store.replicas[0].copy_id != before)
+    await settled(cluster)
+
+
+def partition_folder(cluster: Cluster, name: str) -> MemoryDisk:
+    return cluster.disks[name].at("checkpoints").at("p-0000")
+
+
+async def test_a_snapshot_whose_files_have_gone_is_not_begun_with(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the last look at them and the exchange: the log stays as it is, and the next one is taken."""
+    _, name, sequence = await behind(cluster)
+    real = incoming.complete
+    calls = []
+
+    def complete(disk: Any, manifest: Any, offered: Any) -> None:
+        real(disk, manifest, offered)
+        calls.append(offered.snapshot)
+        if len(calls) == 1:
+            disk.remove("in-0")
+
+    monkeypatch.setattr(incoming, "complete", complete)
+    await cluster.start(name)
+    await cluster.until(lambda: cluster.nodes[name].snapshots.installed)  # type: ignore[union-attr]
+    assert len(calls) == 2
+    assert [file for file in partition_folder(cluster, name).list() if file.startswith("state-")]
+    cluster.kill(name)
+    await cluster.start(name)
+    assert cluster.nodes[name].store.replicas[0].role is not Role.DAMAGED
+    await fill(cluster, sequence)
+    await settled(cluster)
+
+
+async def test_a_late_checkpoint_of_a_discarded_copy_leaves_what_is_coming_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It takes itself away, and nothing else."""
+    cluster = Cluster(("a",), replication_factor=1)
+    try:
+        await cluster.create()
+        await cluster.start()
+        await fill(cluster, 0, batches=1)
+        status: Any = await cluster.nodes["a"].call(StoreDigest(partition=0))
+        assert status.applied
+        folder = partition_folder(cluster, "a")
+        for file in ("in-0", "in-COMPLETE"):
+            checkpoint.write_container(folder, file, {"x": b"y"})
+        partitions = cluster.nodes["a"].store.partitions
+        before = partitions[0]
+        real = checkpoint.publish
+
+        def publish(*args: Any) -> None:
+            real(*args)
+            partitions[0] = copy.copy(before)  # as if it had begun anew
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "publish", publish)
+            await cluster.nodes["a"].checkpointer.take()  # type: ignore[union-attr]
+        partitions[0] = before
+        assert sorted(folder.list()) == ["in-0", "in-COMPLETE"]
+        checkpoint.discard(folder)
+        assert folder.list() == []
+    finally:
+        await cluster.close()
+
+
+async def test_a_snapshot_is_not_published_without_its_files() -> None:
+    """A manifest never lists what is not there."""
+    disk = MemoryDisk()
+    manifest = incoming.manifest_of(offer())
+    for place in (0, 2):
+        incoming.create(disk, place).close()
+    assert not incoming.is_complete(disk, manifest)
+    with pytest.raises(checkpoint.CheckpointError, match="missing"):
+        incoming.publish(disk, manifest)
+    assert checkpoint.load_manifest(disk) is None
+    incoming.create(disk, 1).close()
+    incoming.publish(disk, manifest)
+    assert checkpoint.load_manifest(disk) == manifest
+
+
+def rename_is_refused_once(patch: pytest.MonkeyPatch) -> list[str]:
+    """The disk refuses to give a snapshot's second file its name; the first one has its own by then."""
+    rename = MemoryDisk.rename
+    refused: list[str] = []
+
+    def refuse(self: MemoryDisk, old: str, new: str) -> None:
+        if old == "in-1" and not refused:
+            refused.append(old)
+            raise DiskError("rename", old, errno.EIO)
+        rename(self, old, new)
+
+    patch.setattr(MemoryDisk, "rename", refuse)
+    return refused
+
+
+async def published_late(cluster: Cluster, name: str) -> None:
+    """A start finds the snapshot that is in force, published, and nothing of it under another name."""
+    manifest = checkpoint.load_manifest(partition_folder(cluster, name))
+    assert manifest is not None
+    assert manifest.offset >= log_start(cluster, name) > 0
+    cluster.kill(name)
+    await cluster.start(name)
+    assert cluster.nodes[name].store.replicas[0].role is not Role.DAMAGED
+    assert not [report for report in cluster.reports if "the log begins at" in report]
+
+
+async def test_the_next_offer_does_not_remove_what_was_not_published(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is all that the copy has on disk, beside a log that begins there."""
+    leader, name, sequence = await behind(cluster)
+    refused = rename_is_refused_once(monkeypatch)
+    await cluster.start(name)
+    snapshots: Any = cluster.nodes[name].snapshots
+    await cluster.until(lambda: snapshots.installed)
+    assert refused
+    await cluster.until(lambda: not snapshots._transfers)
+    assert checkpoint.load_manifest(partition_folder(cluster, name)) is None
+    replica = cluster.nodes[name].store.replicas[0]
+    snapshots.install(0, leader, offer(epoch=replica.epoch, offset=40))
+    await cluster.until(lambda: 0 in cluster.nodes[name].snapshots._manifests)  # type: ignore[union-attr]
+    await published_late(cluster, name)
+    await fill(cluster, sequence)
+    await settled(cluster)
+
+
+async def test_a_checkpoint_publishes_first_what_was_not(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own files may have the same names."""
+    _, name, sequence = await behind(cluster)
+    refused = rename_is_refused_once(monkeypatch)
+    await cluster.start(name)
+    await cluster.until(lambda: cluster.nodes[name].snapshots.installed)  # type: ignore[union-attr]
+    assert refused
+
+    def write(*_: Any, **__: Any) -> None:
+        raise DiskError("write", "state", errno.ENOSPC)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write", write)
+        await fill(cluster, sequence, batches=1)
+        node = cluster.nodes[name]
+        await cluster.until(lambda: node.store.partitions[0].applied > log_start(cluster, name))
+        with pytest.raises(DiskError):
+            await node.checkpointer.take()  # type: ignore[union-attr]
+    await published_late(cluster, name)
+    await fill(cluster, sequence + 1)
+    await settled(cluster)
+
+
+@pytest.mark.parametrize("error", [KeyError("windows"), ValueError("a shape"), MemoryError()])
+async def test_a_snapshot_that_cannot_be_loaded_is_not_fetched_without_end(
+    cluster: Cluster, error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever the reason: it is logged, and the next is taken after a while; then it is as if nothing had been."""
+    _, name, sequence = await behind(cluster)
+
+    def restore(*_: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshots_module, "restore", restore)
+        patch.setattr(snapshots_module, "BACK_OFF_NS", 10**15)
+        patch.setattr(snapshots_module, "BACK_OFF_NS_MAX", 10**15)
+        await cluster.start(name)
+        snapshots: Any = cluster.nodes[name].snapshots
+        await cluster.until(lambda: snapshots._failed)
+        await cluster.until(lambda: not snapshots._transfers)
+        assert "no snapshot was installed" in caplog.text
+        assert type(error).__name__ in caplog.text
+        received = snapshots.received_bytes
+        snapshots.install(0, "a", offer())
+        assert not snapshots._transfers
+        assert snapshots.received_bytes == received
+    failures, until_ns = snapshots._failed[0]
+    assert failures == 1
+    snapshots._failed[0] = (failures, until_ns - 10**15)
+    await cluster.until(lambda: snapshots.installed)
+    assert not snapshots._failed
+    await fill(cluster, sequence)
     await settled(cluster)
 
 

@@ -103,7 +103,10 @@ class PartitionIndex:
         if not self.log_start <= offset < self.log_end:
             return -1
         # Most questions are about one of the last two records.
-        bases, last = self._bases, self._last - 1
+        # A thread that counts again asks while records are appended: the columns that are there once `_last` was read
+        # have at least so many rows, those that were there before it may have fewer.
+        last = self._last - 1
+        bases = self._bases
         if offset >= bases.item(last):
             return last - self._first
         if last > self._first and offset >= bases.item(last - 1):
