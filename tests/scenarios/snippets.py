@@ -19,11 +19,11 @@ def blocks_of(page: str) -> list[tuple[str, str]]:
 
 
 async def run_python(source: str, address: str) -> None:
-    """Execute a snippet as if it stood in an async function; blocking clients get a thread."""
+    """Execute a snippet as if it stood in an async function; blocking clients and whole programs get a thread."""
     source = source.replace("localhost:7001", address)
     code = compile(source, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     names: dict[str, Any] = {}
-    if "await" in source or "async " in source:
+    if "asyncio.run(" not in source and ("await" in source or "async " in source):
         result = eval(code, names)  # an expression evaluates to a coroutine where the code awaits
         if result is not None:
             await result
