@@ -19,6 +19,8 @@ FOUNDING = b"founding/"
 DRAINING = b"draining/"
 LIVES = b"lives/"
 
+NO_LEADER = "no leader is known"  # how the status of a copy begins that waits for one
+
 
 class Assignment(msgspec.Struct, frozen=True):
     """The nodes that shall hold a partition, the preferred leader first."""

@@ -154,9 +154,13 @@ def _plan(
     for partition in changing:
         candidates = tuple(name for name in eligible if name not in staying[partition])
         if len(candidates) < counts[partition]:
+            lost = [name for name in current[partition].nodes if name in (leaving or ())]
             raise InvalidRequestError(
-                f"partition {partition} needs {counts[partition]} more stores, and there are {len(candidates)} "
-                "that may be given copies: add stores first"
+                _too_few(
+                    lost,
+                    counts[partition] + len(staying[partition]),
+                    len(candidates) + len(staying[partition]),
+                )
             )
         choices.append(
             Choice(
@@ -176,6 +180,13 @@ def _plan(
     for partition, taken in zip(changing, spread(choices, loads), strict=True):
         copies[partition] |= taken
     return _with_leaders(current, copies, eligible, zones, changing if leaving is not None else None)
+
+
+def _too_few(leaving: Sequence[str], copies: int, stores: int) -> str:
+    if leaving:
+        names = " and ".join(leaving)
+        return f"{names} can't be drained: {copies} copies need {copies} other stores, there are {stores}: add stores first"
+    return f"{copies} copies need {copies} stores that are not drained, there are {stores}: add stores first"
 
 
 def _zones(known: Mapping[str, StoreNode], current: Mapping[int, Assignment]) -> dict[str, str]:

@@ -24,7 +24,7 @@ import itertools
 import logging
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Final, Protocol
+from typing import Final, Protocol, overload
 
 import msgspec
 
@@ -55,9 +55,16 @@ _REPLICATE: Final = int(FrameType.REPLICATE)
 _deadline: Final[ContextVar[float]] = ContextVar("deadline")
 
 
-def call_deadline() -> float:
-    """When the caller of the call under way gives up, on the loop's clock. For code that `on_call` runs."""
-    return _deadline.get()
+@overload
+def call_deadline() -> float: ...
+@overload
+def call_deadline(default: None) -> float | None: ...
+def call_deadline(default: float | None = 0.0) -> float | None:
+    """When the caller of the call under way gives up, on the loop's clock. For code that `on_call` runs.
+
+    `default` is for code that others run, too.
+    """
+    return _deadline.get(default) if default is None else _deadline.get()
 
 
 class ServerLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,6 +85,12 @@ class ServerLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _DEFAULT_LIMITS: Final = ServerLimits()
+_ROLE_NAMES: Final = {
+    "ingest": "gateway",
+    "store": "store",
+    "query": "query node",
+    "alerts": "alerts instance",
+}
 
 
 class FrameHandler(Protocol):
@@ -116,7 +129,8 @@ class HandlerBase:
 
     def on_frames(self, connection: ServerConnection, frames: list[Frame]) -> None:
         """Refuse all of them."""
-        error = WireError(int(ErrorCode.INVALID_ARGUMENT), False, "this node doesn't take such requests")
+        text = f"{connection.server_name()} doesn't take such requests; clients talk to gateways"
+        error = WireError(int(ErrorCode.INVALID_ARGUMENT), False, text)
         for frame in frames:
             connection.respond_error(frame.request_id, error)
 
@@ -130,10 +144,10 @@ class HandlerBase:
         """Take none."""
         return False
 
-    async def on_call(self, connection: ServerConnection, call: Call) -> Message:  # noqa: ARG002
+    async def on_call(self, connection: ServerConnection, call: Call) -> Message:
         """Refuse it."""
         raise UnavailableError(
-            f"this node doesn't answer calls of type {type(call).__name__}",
+            f"{connection.server_name()} doesn't answer calls of type {type(call).__name__}; clients talk to gateways",
             code=ErrorCode.INVALID_ARGUMENT,
             retriable=False,
         )
@@ -199,6 +213,14 @@ class ServerConnection(FramedProtocol):
         """Answer a request with an error."""
         wire = error if isinstance(error, WireError) else to_wire(error)
         self.respond(request_id, _ERROR, encode(wire))
+
+    def server_name(self) -> str:
+        """Say which server this is, for an error: its role, its name and where this client reached it."""
+        welcome = self._server.make_welcome()
+        kind = " and ".join(_ROLE_NAMES.get(role, role) for role in welcome.role.split("+"))
+        where = self._transport.get_extra_info("sockname") if self._transport is not None else None
+        address = f"{join_address(*where[:2])}, " if isinstance(where, tuple) else ""
+        return f"{address}the {kind} {welcome.node_id!r},"
 
     def pause(self) -> None:
         """Read nothing more from this connection until `resume`."""

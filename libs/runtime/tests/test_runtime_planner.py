@@ -246,8 +246,13 @@ def test_a_drain_that_leaves_too_few_stores_is_refused() -> None:
     nodes = stores(3)
     wish = founded(nodes, 4, 3)
     nodes[1] = StoreNode("n1", is_draining=True)
-    with pytest.raises(InvalidRequestError, match="add stores first"):
+    reason = "n1 can't be drained: 3 copies need 3 other stores, there are 2: add stores first"
+    with pytest.raises(InvalidRequestError, match=reason):
         drained(nodes, wish)
+    with pytest.raises(
+        InvalidRequestError, match=r"4 copies need 4 stores that are .*there are 3: add stores first"
+    ):
+        rebalanced(stores(3), wish, replication_factor=4)
 
 
 def test_a_drain_keeps_zones_apart_where_it_can() -> None:

@@ -952,3 +952,14 @@ async def test_a_call_that_is_handed_on_when_its_caller_is_gone_begins_no_task()
         await until(lambda: not server.connections)
         connection.run_call(request_id, call, handler.deadlines[-1])
         assert (server.calls, connection.in_flight) == (0, 0)
+
+
+async def test_a_node_of_another_role_says_which_it_is():
+    """Who asks the wrong node learns its address, its role and its name, and whom to ask instead."""
+    server = FrameServer(HandlerBase(), lambda: Welcome(1, "query-1", "query", 0))
+    client = PeerClient(await server.start(), rng=random.Random(1))
+    reason = f"{server.address}, the query node 'query-1', doesn't answer calls of type GetTopology; clients talk to"
+    with pytest.raises(InvalidRequestError, match=reason):
+        await client.call(GetTopology(), Topology)
+    await client.close()
+    await server.close()

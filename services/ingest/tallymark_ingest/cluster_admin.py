@@ -13,10 +13,11 @@ wrote. A change that loses is planned again from what is there now.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -44,6 +45,7 @@ from tallymark_protocol.messages import (
 )
 from tallymark_runtime.assignments import (
     ASSIGNMENTS,
+    NO_LEADER,
     Assignment,
     Draining,
     assignment_key,
@@ -56,12 +58,15 @@ from tallymark_runtime.epochs import raise_base, read_base
 from tallymark_runtime.peer import PeerClient
 from tallymark_runtime.placement import PLACEMENT, Placement, store_nodes
 from tallymark_runtime.planner import StoreNode, drained, moves, rebalanced, replaced
+from tallymark_runtime.transport import call_deadline
 
 _log = logging.getLogger(__name__)
 
 _ATTEMPTS_MAX: Final = 8  # of a change that others keep getting in the way of
 _NEAR_MAX: Final = 3  # similar names that an error tells
 _ASK_S: Final = 2.0  # how long a store may take to say what it holds
+_SPARE: Final = 0.25  # of a caller's time: kept for telling it that the coordinator took the rest
+_SPARE_S_MAX: Final = 1.0
 _PER_TXN: Final = limits.COORDINATOR_OPERATIONS_MAX - 2  # assignments, beside the placement and a mark
 
 ClusterCall = ClusterStatus | ClusterDrain | ClusterRebalance | ClusterReplace | ClusterRecover
@@ -130,7 +135,8 @@ class ClusterAdmin:
             UnavailableError: the coordinator can't be reached, or the cluster was not placed yet.
         """
         picture = await self._read()
-        base = (await read_base(self._coordinator)).base
+        async with _coordinating():
+            base = (await read_base(self._coordinator)).base
         answers = await self._ask_stores(picture)
         partitions = [
             _partition(
@@ -302,20 +308,43 @@ class ClusterAdmin:
                 first = []
 
     async def _read(self) -> _Picture:
-        # The placement comes first: whatever changes after it was read makes the transactions fail.
-        item = await self._coordinator.get(PLACEMENT)
+        async with _coordinating():
+            # The placement comes first: whatever changes after it was read makes the transactions fail.
+            item = await self._coordinator.get(PLACEMENT)
+            wishes = (await self._coordinator.range(ASSIGNMENTS)).items
+            stores, nodes = await store_nodes(self._coordinator)
         if item is None:
             raise UnavailableError("the cluster has not been placed yet: too few of its stores are up")
         placement = decode_value(Placement, item)
         current = {}
-        for wish in (await self._coordinator.range(ASSIGNMENTS)).items:
+        for wish in wishes:
             name = wish.key[len(ASSIGNMENTS) :]
             if name.isdigit():
                 current[int(name)] = decode_value(Assignment, wish)
         if len(current) != len(placement.assignments):
             raise UnavailableError("the cluster is being placed: not every partition is assigned yet")
-        stores, nodes = await store_nodes(self._coordinator)
         return _Picture(item, placement, current, stores, nodes)
+
+
+@contextlib.asynccontextmanager
+async def _coordinating() -> AsyncIterator[None]:
+    """Read from the coordinator; if it can't be reached, say so while the caller still listens.
+
+    Raises:
+        UnavailableError: it can't be reached, or takes so long that the caller's time is nearly up.
+    """
+    now = asyncio.get_running_loop().time()
+    deadline = call_deadline(default=None)
+    until = None if deadline is None else deadline - min((deadline - now) * _SPARE, _SPARE_S_MAX)
+    try:
+        async with asyncio.timeout_at(until):
+            yield
+    except TimeoutError:
+        raise UnavailableError("the coordinator can't be reached: no answer in time") from None
+    except UnavailableError as error:
+        raise UnavailableError(
+            f"the coordinator can't be reached: {error}", code=error.code, retriable=error.retriable
+        ) from error
 
 
 def _marked(picture: _Picture, node_id: str) -> list[StoreNode]:
@@ -346,11 +375,22 @@ def _partition(number: int, wish: Assignment, answers: dict[str, StatusResult]) 
     if best is None:
         return PartitionInfo(number, list(wish.nodes), [], "", error="no store that is up has a copy of it")
     name, status = best
-    errors = [f"{other}: {item.error}" for other, item in told if item.error]
+    members = [member for member, _ in status.members]
+    down = sorted(member for member in members if member not in answers)
+    majority = len(members) // 2 + 1
+    lacks_majority = not leading and bool(members) and len(members) - len(down) < majority
+    errors = [
+        f"{other}: {item.error}"
+        for other, item in told
+        # What becomes of each candidacy changes with every try; that the majority is missing is the reason of all.
+        if item.error and not (lacks_majority and item.error.startswith(NO_LEADER))
+    ]
+    if lacks_majority:
+        errors.insert(0, f"{majority} of {len(members)} copies needed; down: {', '.join(down)}")
     return PartitionInfo(
         partition=number,
         wished=list(wish.nodes),
-        members=[member for member, _ in status.members],
+        members=members,
         leader=name if leading else "",
         epoch=status.epoch,
         log_end=status.log_end,

@@ -503,3 +503,47 @@ async def test_many_ask_at_once(cluster):
     await cluster.remove("a")
     info = await cluster.admin.status()
     assert [store.is_up for store in info.stores] == [False, True]
+
+
+async def test_without_a_majority_the_stores_that_are_missing_are_named(cluster):
+    """What a lone copy tries matters to nobody; damage does. With a majority, what keeps it from leading does."""
+    for name in "abc":
+        await cluster.add(name)
+    await cluster.place(1, 3)
+    cluster.leaders[0] = ""
+    cluster.errors[0, "c"] = "no leader is known: the leader key was created"
+    assert (await cluster.admin.status()).partitions[0].error == f"c: {cluster.errors[0, 'c']}"
+    await cluster.remove("a")
+    await cluster.stores["b"].server.close(deadline_s=0.0)
+    found = (await cluster.admin.status()).partitions[0]
+    assert (found.leader, found.error) == ("", "2 of 3 copies needed; down: a, b")
+    cluster.errors[0, "c"] = "bytes 5 to 9 are damaged"
+    found = (await cluster.admin.status()).partitions[0]
+    assert found.error == "2 of 3 copies needed; down: a, b; c: bytes 5 to 9 are damaged"
+
+
+async def test_a_coordinator_that_is_away_is_told_while_the_caller_listens(cluster, monkeypatch):
+    """Whether it refuses or keeps silent: the answer is an error that may pass, and says what is away."""
+    await cluster.add("a")
+    await cluster.place(1, 1)
+    config = ServerConfig(node_id="gateway-1", partition_count=1)
+    gateway = await serve(config, cluster.coordinator, RealClock(), random.Random(2))
+    cluster.stack.push_async_callback(gateway.close, deadline_s=0.0)
+    client = PeerClient(gateway.address, rng=random.Random(3))
+    cluster.stack.push_async_callback(client.close)
+
+    async def refuse(key: bytes) -> Any:
+        raise UnavailableError("no member answers")
+
+    async def keep_silent(key: bytes) -> Any:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(cluster.coordinator, "get", refuse)
+    for call, answer in ((ClusterStatus(), ClusterInfo), (ClusterDrain("a"), ClusterChange)):
+        with pytest.raises(UnavailableError, match="the coordinator can't be reached: no member") as caught:
+            await client.call(call, answer)
+        assert caught.value.retriable
+    monkeypatch.setattr(cluster.coordinator, "get", keep_silent)
+    with pytest.raises(UnavailableError, match="the coordinator can't be reached: no answer") as caught:
+        await client.call(ClusterStatus(), ClusterInfo, timeout_s=2.0)
+    assert caught.value.retriable

@@ -6,6 +6,7 @@ capitals. An unknown key or a value of the wrong kind is an error that names it.
 
 from __future__ import annotations
 
+import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,10 @@ from tallymark_runtime.framing import split_address
 
 ENV_PREFIX = "TALLYMARK_"
 ROLES = ("ingest", "store", "query", "alerts")
+# Variables of that prefix that are no settings: the command's, the image's and the compose file's, an example's.
+OTHER_VARIABLES = frozenset(
+    {"TALLYMARK_SERVER", "TALLYMARK_ROLE", "TALLYMARK_IMAGE", "TALLYMARK_WEBHOOK_SECRET"}
+)
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,6 +137,23 @@ def load(
             raise InvalidRequestError(f"{name} must be {least} to {most}, not {value}")
     _check_texts(settings)
     return settings
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """Say of every variable that looks like a setting and is none, which setting may have been meant.
+
+    They are no errors: other programs, and other versions, may have theirs.
+    """
+    known = {name.upper() for name in get_type_hints(Settings)}
+    warnings = []
+    for name in sorted(environment):
+        rest = name.removeprefix(ENV_PREFIX)
+        if not name.startswith(ENV_PREFIX) or rest.upper() in known or name in OTHER_VARIABLES:
+            continue
+        near = difflib.get_close_matches(rest.upper(), sorted(known), n=1)
+        hint = f"; did you mean {ENV_PREFIX}{near[0]}?" if near else ""
+        warnings.append(f"the variable {name:.80} is no setting, and is ignored{hint}")
+    return warnings
 
 
 def _check_texts(settings: Settings) -> None:

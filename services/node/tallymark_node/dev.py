@@ -32,6 +32,7 @@ from tallymark_store import warmup
 from tallymark_store.wal import WalConfig
 
 LEASE_TTL_S = 10.0
+_DEFAULTS = Settings()
 
 
 class Node:
@@ -84,6 +85,9 @@ def store_config(settings: Settings, listen: str) -> store.StoreConfig:
         checkpoint_interval_s=settings.checkpoint_interval_seconds,
         checkpoint_events=settings.checkpoint_events,
         dedup_window_ns=settings.dedup_window_seconds * 10**9,
+        # What is at its default was not asked for: nobody needs to hear that it is ignored.
+        is_partition_count_set=settings.partition_count != _DEFAULTS.partition_count,
+        is_dedup_window_set=settings.dedup_window_seconds != _DEFAULTS.dedup_window_seconds,
         replication_factor=settings.replication_factor,
         zone=settings.zone,
         # A coordinator in the same process has nobody to give a silent leader's partitions to.

@@ -122,19 +122,26 @@ async def _wait_coordinator(
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + START_WAIT_S
-    told = False
+    told = ""  # what is waited for, once it was said
     while True:
         try:
-            if await coordinator.get(CLUSTER) is not None:  # its store makes the cluster, nobody else
+            if await coordinator.get(CLUSTER) is not None:  # stores make the cluster, nobody else
+                if told:
+                    report("the cluster is there: starting")
                 return
-            error = UnavailableError(f"the store at {settings.coordinator} has not made its cluster yet")
+            error = UnavailableError(
+                f"no cluster at {settings.coordinator} yet: waiting for its first stores"
+            )
+            what, text = "cluster", error.message
         except UnavailableError as problem:
             error = problem
+            what = "coordinator"
+            text = f"waiting for the coordinator at {settings.coordinator}: {error.message}"
         if loop.time() > deadline:
             raise error
-        if not told:
-            report(f"waiting for the coordinator at {settings.coordinator}: {error.message}")
-            told = True
+        if what != told:
+            report(text)
+            told = what
         await asyncio.sleep(START_RETRY_S)
 
 

@@ -258,7 +258,7 @@ def test_refusals_are_one_line_and_an_exit_status(tally, gateway):
     gateway.answers = [NotFoundError("there is no store 'x'; did you mean 'a'?")]
     assert "did you mean 'a'" in tally("cluster", "drain", "x", status=1).stderr
     gateway.answers = [InvalidRequestError("add stores first")]
-    assert tally("cluster", "drain", "a", status=2).stderr == "error: add stores first\n"
+    assert tally("cluster", "drain", "a", status=1).stderr == "error: add stores first\n"
     gateway.statuses = [UnavailableError("etcd is away")]
     assert "etcd is away" in tally("--timeout", "0.2", "cluster", "status", status=3).stderr
     assert "no Tallymark server" in tally("cluster", "status", status=3, address="127.0.0.1:1").stderr
@@ -286,3 +286,42 @@ def test_status_of_a_peer_of_an_earlier_version_is_read():
     found = msgspec.msgpack.decode(short, type=ClusterInfo)
     assert found.partitions[0].is_settled
     assert found.epoch_base == 0
+
+
+def test_what_is_down_is_said_at_its_partitions(tally, gateway):
+    """Copies that are there, of those that shall be; no leader is said to move to a store that is down."""
+    gateway.statuses = [
+        info(
+            partition(0, wished="d a b", members="d a b", leader="a"),
+            partition(1, wished="a b d", members="a b d"),
+            partition(
+                2, wished="a d e", members="a d e", leader="", error="2 of 3 copies needed; down: d, e"
+            ),
+            partition(3, wished="a b d", members="a b d", leader=""),
+            partition(4, wished="b a", leader="a"),
+            stores=(*map(store, "abc"), store("d", is_up=False), store("e", error="no answer")),
+        )
+    ]
+    found = json.loads(tally("cluster", "status", "--json").stdout)
+    assert [item["state"] for item in found["partitions"]] == [
+        "2 of 3 copies; down: d",
+        "2 of 3 copies; down: d",
+        "no leader, 2 of 3 copies needed; down: d, e",
+        "no leader, 2 of 3 copies; down: d",
+        "leader moves to b",
+    ]
+    assert "2 of 3 copies; down: d" in tally("cluster", "status").stdout
+
+
+def test_what_a_gateway_said_is_told_rather_than_its_last_silence(tally, gateway, monkeypatch):
+    """The time is up in the middle of a further try: what was answered before is the reason."""
+    answers = iter([UnavailableError("the coordinator can't be reached")])
+
+    async def on_call(connection, call):
+        for error in answers:
+            raise error
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(gateway, "on_call", on_call)
+    result = tally("--timeout", "0.6", "cluster", "status", status=3)
+    assert result.stderr == "error: the coordinator can't be reached\n"

@@ -7,7 +7,7 @@ import pytest
 from tallymark import AggType, AlertThreshold, DimensionFilter, InvalidRequestError, Totals
 from tallymark_node import output
 from tallymark_node.cli import parse
-from tallymark_node.cli.usage import choose_period
+from tallymark_node.cli.usage import choose_period, heard_text
 from tallymark_protocol.zones import TIME_END_NS
 
 DAY_NS = 86_400 * 10**9
@@ -224,3 +224,10 @@ def test_control_characters_are_escaped():
     """Text from outside can't steer the terminal."""
     assert output.printable("a\x1b[31mb\n") == "a\\x1b[31mb\\n"
     assert output.printable("naïve 数") == "naïve 数"
+
+
+def test_an_answer_of_copies_says_how_old_it_may_be():
+    """The oldest of its copies counts; a leader's answer says nothing."""
+    assert heard_text({}) == ""
+    assert heard_text({1: 20, 4: 1_177}) == "from a copy that heard from its leader 1,177 ms ago"
+    assert "since it started" in heard_text({1: 20, 4: -1})

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tallymark_node import dev
-from tallymark_node.config import Settings, load
-from tallymark_protocol.errors import InvalidRequestError
+from tallymark_node import dev, run
+from tallymark_node.cli import serve
+from tallymark_node.config import Settings, load, unknown_variables
+from tallymark_protocol.errors import InvalidRequestError, UnavailableError
 
 
 @pytest.fixture
@@ -146,3 +148,76 @@ def test_addresses_of_what_is_offered_beside_the_data(write: Any) -> None:
     settings = load(write('telemetry = "0.0.0.0:9100"\ngrpc = "[::1]:0"\nzone = "a"'), {})
     assert (settings.telemetry, settings.grpc, settings.zone) == ("0.0.0.0:9100", "[::1]:0", "a")
     assert (Settings().telemetry, Settings().grpc) == ("", "")
+
+
+def test_a_mistyped_variable_is_told_with_what_was_meant() -> None:
+    """It is no error: other programs may have theirs. Those of the command and of the image are known."""
+    environment = {
+        "TALLYMARK_DATADIR": "x",
+        "TALLYMARK_QQQ": "x",
+        "TALLYMARK_PORT": "1",
+        "TALLYMARK_SERVER": "x",
+        "TALLYMARK_ROLE": "store",
+        "PORTS": "1",
+    }
+    assert unknown_variables(environment) == [
+        "the variable TALLYMARK_DATADIR is no setting, and is ignored; did you mean TALLYMARK_DATA_DIR?",
+        "the variable TALLYMARK_QQQ is no setting, and is ignored",
+    ]
+
+
+def test_a_mistyped_variable_is_a_warning_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On standard error; what is set otherwise holds."""
+    monkeypatch.setenv("TALLYMARK_ZOEN", "z1")
+    monkeypatch.setenv("TALLYMARK_PORT", "5")
+    assert serve._settings(None, {}) == load(None, {"TALLYMARK_PORT": "5"})
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "warning: the variable TALLYMARK_ZOEN is no setting" in captured.err
+    assert "did you mean TALLYMARK_ZONE?" in captured.err
+
+
+def test_a_port_in_use_is_told_with_the_way_to_choose_another() -> None:
+    """`dev` has an option for it, `run` a variable."""
+    error = OSError(errno.EADDRINUSE, "in use")
+    assert "choose another with --port" in serve._start_problem(error, Settings(), None)
+    shown = serve._start_problem(error, Settings(), "query")
+    assert "--port" not in shown
+    assert "choose another by TALLYMARK_PORT" in shown
+
+
+def test_constants_at_their_defaults_were_not_asked_for() -> None:
+    """So a cluster that has others needs to say nothing."""
+    assert not dev.store_config(Settings(), "l:0").is_partition_count_set
+    assert not dev.store_config(Settings(), "l:0").is_dedup_window_set
+    assert dev.store_config(Settings(partition_count=5), "l:0").is_partition_count_set
+    assert dev.store_config(Settings(dedup_window_seconds=5), "l:0").is_dedup_window_set
+
+
+async def test_a_role_says_what_it_waits_for_and_when_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reason once: the coordinator is away, there is no cluster, there is one."""
+    monkeypatch.setattr(run, "START_RETRY_S", 0.0)
+    away = UnavailableError("no etcd")
+    answers: list[Any] = [away, away, None, None, object()]
+
+    class Coordinator:
+        async def get(self, key: bytes) -> Any:
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    told: list[str] = []
+    settings = Settings(coordinator="etcd://a:1")
+    await run._wait_coordinator(Coordinator(), settings, told.append)  # type: ignore[arg-type]
+    assert told == [
+        "waiting for the coordinator at etcd://a:1: no etcd",
+        "no cluster at etcd://a:1 yet: waiting for its first stores",
+        "the cluster is there: starting",
+    ]
+    answers.append(object())
+    told.clear()
+    await run._wait_coordinator(Coordinator(), settings, told.append)  # type: ignore[arg-type]
+    assert told == []

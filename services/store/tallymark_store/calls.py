@@ -35,6 +35,7 @@ from tallymark_protocol.messages import (
     TotalsResult,
 )
 from tallymark_protocol.periods import period_of
+from tallymark_runtime.assignments import NO_LEADER
 from tallymark_runtime.catalog import MetricCatalog
 from tallymark_runtime.clock import Clock
 from tallymark_store.folding import replay
@@ -302,7 +303,7 @@ class Calls:
         if not error and replica.role is Role.DAMAGED:
             error = replica.why
         elif not error and not replica.leader:
-            error = f"no leader is known: {replica.why}" if replica.why else ""
+            error = f"{NO_LEADER}: {replica.why}" if replica.why else ""
         return msgspec.structs.replace(
             status,
             error=error,

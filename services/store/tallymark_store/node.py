@@ -68,6 +68,9 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     node_id: str
     partition_count: int
     replication_factor: int = 1
+    # Whether constants of the cluster were asked for: where they differ from the cluster's own, that is said then.
+    is_partition_count_set: bool = True
+    is_dedup_window_set: bool = True
     zone: str = ""  # what may fail as one
     listen: str = "127.0.0.1:0"
     advertise: str = ""  # the address by which others reach it, if not the one it listens on
@@ -200,12 +203,12 @@ class StoreNode:
         self._disk.lock("LOCK")  # recovery writes; two processes on one log would destroy it
         self._locked = True
         check_cluster(self._disk, cluster)
-        if cluster.partition_count != wanted.partition_count:
+        if cluster.partition_count != wanted.partition_count and config.is_partition_count_set:
             self._report(
                 f"this cluster was created with {cluster.partition_count} partitions, and keeps them: the setting "
                 f"of {wanted.partition_count} is ignored"
             )
-        if cluster.dedup_window_ns != wanted.dedup_window_ns:
+        if cluster.dedup_window_ns != wanted.dedup_window_ns and config.is_dedup_window_set:
             self._report(
                 f"this cluster was created to remember event ids for {cluster.dedup_window_ns // 10**9} s, and does: "
                 f"the setting of {wanted.dedup_window_ns // 10**9} s is ignored"
@@ -254,7 +257,8 @@ class StoreNode:
             if asyncio.get_running_loop().time() > deadline:
                 raise UnavailableError(
                     f"the partitions of the node {self._config.node_id!r} are led by another store of that name: give "
-                    f"this one another node_id"
+                    f"this one another node_id",
+                    retriable=False,
                 )
             await asyncio.sleep(self._config.lease_ttl_s / 20)
 

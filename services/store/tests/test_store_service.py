@@ -28,8 +28,8 @@ from tallymark_protocol.messages import (
 )
 from tallymark_protocol.model import AggType, MetricSchema
 from tallymark_protocol.schema import MetricRecord, encode_record, make_record
-from tallymark_runtime.catalog import metric_key
-from tallymark_runtime.clock import ManualClock
+from tallymark_runtime.catalog import metric_key, node_key
+from tallymark_runtime.clock import ManualClock, RealClock
 from tallymark_runtime.coordinator import MemoryCoordinator
 from tallymark_runtime.disk import MemoryDisk
 from tallymark_store import checkpoint
@@ -511,3 +511,23 @@ async def test_records_of_metrics_are_versions_of_one(world: World) -> None:
         schemas = life.store.partitions[0].schemas
         assert schemas.record(schemas.slot_of("sum")).version == 2
         assert schemas.record(schemas.slot_of("sum")).uid == item.create_revision
+
+
+async def test_constants_that_were_not_asked_for_are_not_said_to_be_ignored(world: World) -> None:
+    """Only a setting that somebody gave."""
+    async with world.life():
+        pass
+    async with world.life(partition_count=5, is_partition_count_set=False):
+        assert world.reports == []
+    async with world.life(partition_count=5):
+        assert [report for report in world.reports if "the setting of 5 is ignored" in report]
+
+
+async def test_a_second_store_of_a_name_is_refused_for_good(world: World) -> None:
+    """It is a mistake in its settings, and no server that might come back."""
+    world.coordinator = MemoryCoordinator(RealClock())
+    await world.coordinator.put(node_key("store", CONFIG.node_id), b"")
+    with pytest.raises(UnavailableError, match="another node_id") as caught:
+        async with world.life(lease_ttl_s=0.1):
+            pass
+    assert not caught.value.retriable

@@ -98,7 +98,7 @@ def check_url(url: str, *, allow_private: bool) -> None:
     if not allow_private and (_is_local_name(host) or (_is_address(host) and not is_public(host))):
         raise InvalidRequestError(
             f"the address {host} is not public; webhooks to such addresses must be allowed by the setting "
-            f"webhook_allow_private"
+            f"webhook_allow_private of the server, as in TALLYMARK_WEBHOOK_ALLOW_PRIVATE=true tallymark dev"
         )
 
 

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tallymark_node.cli.common import STATUS_REFUSED, Options, client_command, probe
+from tallymark_node.cli.common import STATUS_REFUSED, Options, client_command, failure, probe
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from tallymark_protocol.messages import Call, ClusterChange, ClusterInfo, PartitionInfo, StoreInfo
 
 POLL_SECONDS = 0.5
@@ -158,19 +160,27 @@ class _Gateway:
         """
         import asyncio
 
-        from tallymark_protocol.errors import ErrorCode, TallymarkError
+        from tallymark_protocol.errors import ErrorCode, InvalidRequestError, TallymarkError
 
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._options.timeout
+        told: TallymarkError | None = None  # by a gateway, rather than by nobody's answer
         while True:
             for peer in list(self._peers):
                 left = deadline - loop.time()
                 try:
                     return await peer.call(call, kind, timeout_s=max(left, 0.001))
+                except InvalidRequestError as error:
+                    # The command line was read and sent; what is wrong with it, the gateway found.
+                    refused = failure(error, as_json=self._options.as_json)
+                    refused.exit_code = STATUS_REFUSED  # type: ignore[misc]
+                    raise refused from error
                 except TallymarkError as error:
-                    passing = error.retriable or error.code in {ErrorCode.CLOSED, ErrorCode.TIMEOUT}
-                    if not passing or loop.time() + POLL_SECONDS >= deadline:
-                        raise
+                    silent = error.code in {ErrorCode.CLOSED, ErrorCode.TIMEOUT}
+                    if not silent:
+                        told = error
+                    if not (silent or error.retriable) or loop.time() + POLL_SECONDS >= deadline:
+                        raise (told or error) from error
                 self._peers.append(self._peers.pop(0))
             await asyncio.sleep(POLL_SECONDS)
 
@@ -354,15 +364,26 @@ def store_state(store: StoreInfo) -> str:
     return state
 
 
-def partition_state(item: PartitionInfo) -> str:
-    """Say in a few words how a partition is."""
+def _away(info: ClusterInfo) -> set[str]:
+    """The stores whose copies nobody can count on now."""
+    return {store.node_id for store in info.stores if not store.is_up or store.error}
+
+
+def partition_state(item: PartitionInfo, away: Collection[str] = ()) -> str:
+    """Say in a few words how a partition is, while the stores `away` are down or silent."""
     words = []
+    copies = item.members or item.wished
+    down = sorted(name for name in copies if name in away)
+    up = len(copies) - len(down)
     if not item.leader:
         words.append("no leader")
+    # Without a majority there is no leader, and the gateway says why.
+    if down and up > len(copies) // 2:
+        words.append(f"{up} of {len(copies)} copies; down: {', '.join(down)}")
     if item.members:
         words += [f"+{name}" for name in item.wished if name not in item.members]
         words += [f"-{name}" for name in item.members if name not in item.wished]
-    if item.leader and item.is_placed and not item.is_settled:
+    if item.leader and item.is_placed and not item.is_settled and item.wished[0] not in away:
         words.append(f"leader moves to {item.wished[0]}")
     if item.error:
         words.append(item.error)
@@ -392,6 +413,7 @@ def _show(info: ClusterInfo) -> None:
         numbers={4, 5, 6, 7},
     )
     output.line()
+    away = _away(info)
     output.table(
         ("partition", "leader", "members", "epoch", "log end", "committed", "lag", "state"),
         [
@@ -403,7 +425,7 @@ def _show(info: ClusterInfo) -> None:
                 output.number(item.log_end),
                 output.number(item.high_watermark),
                 output.number(max(item.lags.values(), default=0)),
-                partition_state(item),
+                partition_state(item, away),
             )
             for item in info.partitions
         ],
@@ -417,6 +439,7 @@ def info_json(info: ClusterInfo) -> dict[str, Any]:
     from msgspec.structs import asdict
 
     copies, leaders = remaining(info)
+    away = _away(info)
     return {
         "is_settled": _is_settled(info),
         "copies_to_move": copies,
@@ -425,7 +448,7 @@ def info_json(info: ClusterInfo) -> dict[str, Any]:
         "epoch_base": info.epoch_base,
         "stores": [{**asdict(store), "state": store_state(store)} for store in info.stores],
         "partitions": [
-            {**asdict(item), "is_settled": item.is_settled, "state": partition_state(item)}
+            {**asdict(item), "is_settled": item.is_settled, "state": partition_state(item, away)}
             for item in info.partitions
         ],
     }

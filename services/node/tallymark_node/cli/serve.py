@@ -149,13 +149,16 @@ def _report(text: str) -> None:
 
 
 def _settings(config: Path | None, overrides: dict[str, Any]) -> Settings:
-    from tallymark_node.config import load
+    from tallymark_node.config import load, unknown_variables
     from tallymark_protocol.errors import TallymarkError
 
     try:
-        return load(config, os.environ, overrides)
+        settings = load(config, os.environ, overrides)
     except TallymarkError as error:
         raise failure(error) from error
+    for warning in unknown_variables(os.environ):
+        _report(f"warning: {warning}")
+    return settings
 
 
 def _serve(
@@ -188,7 +191,7 @@ def _serve(
             problem = Failure(problem.message, STATUS_REFUSED)
         raise problem from error
     except (DiskError, OSError) as error:
-        raise Failure(_start_problem(error, settings), STATUS_REFUSED) from error
+        raise Failure(_start_problem(error, settings, role), STATUS_REFUSED) from error
     except asyncio.CancelledError:
         raise Failure("stopped at once, at the second signal", 130) from None
     sys.exit(status)
@@ -241,13 +244,14 @@ def _stop_early() -> None:
     signal.signal(signal.SIGINT, stop)
 
 
-def _start_problem(error: Exception, settings: Settings | None) -> str:
+def _start_problem(error: Exception, settings: Settings | None, role: str | None) -> str:
     import errno
 
     number = getattr(error, "errno", None)
     where = f"{settings.host}:{settings.port}" if settings is not None else "that port"
     if number == errno.EADDRINUSE:
-        return f"{where} is in use: is another server running? choose another with --port, or stop that one"
+        way = "with --port" if role is None else "by TALLYMARK_PORT, or `port` in the file of --config"
+        return f"{where} is in use: is another server running? choose another {way}, or stop that one"
     if number in {errno.EADDRNOTAVAIL, errno.EACCES} and "bind" in str(error):
         return f"can't listen on {where}: {error}"
     return f"can't start: {error}"

@@ -263,6 +263,7 @@ class _Shown:
                 **self._head(bounds),
                 **output.stats_json(self._agg, stats, scaled=self._scaled),
                 "thresholds_crossed": crossed,
+                **_age_json(answer),
             }
             output.document(shown)
             return
@@ -279,11 +280,13 @@ class _Shown:
             facts.append(
                 ("behind", f"{output.number(behind)} events are stored that this copy has not counted yet")
             )
+        if heard := heard_text(answer.silence_ms):
+            facts.append(("answered", heard))
         if crossed:
             facts.append(("thresholds crossed", ", ".join(crossed)))
         output.facts(facts)
 
-    def breakdown(self, rows: list[Any], keys: list[str], whole: Any) -> None:
+    def breakdown(self, rows: Any, keys: list[str], whole: Any) -> None:
         """Print a row for each group, the greatest first, and their total.
 
         Args:
@@ -301,7 +304,7 @@ class _Shown:
                 }
                 for row in rows
             ]
-            output.document({**self._head(bounds), "rows": groups})
+            output.document({**self._head(bounds), "rows": groups, **_age_json(rows)})
             return
         title = f"account {self._account}, {self._schema.code}, {output.span(bounds.start_ns, bounds.end_ns, self._zone)}"
         if not rows:
@@ -322,6 +325,7 @@ class _Shown:
             title=title,
             numbers={len(keys), len(keys) + 1},
         )
+        self._tell_age(rows.silence_ms)
 
     def _all_groups(self, rows: list[Any], keys: list[str], whole: Any) -> tuple[str, ...]:
         from tallymark import AggType
@@ -337,9 +341,10 @@ class _Shown:
         events = self._output.number(sum(row.value.count for row in rows))
         return ("(total)", *[""] * (len(keys) - 1), self._number(total), events)
 
-    def series(self, series: list[tuple[Any, Any]], unit: str, *, trim: bool) -> None:
+    def series(self, series: Any, unit: str, *, trim: bool) -> None:
         """Print a row for each bucket; with `trim` without the empty ones at both ends."""
         output = self._output
+        age, silence_ms = _age_json(series), series.silence_ms
         if trim:
             used = [number for number, (_, stats) in enumerate(series) if stats.count]
             series = series[used[0] : used[-1] + 1] if used else []
@@ -352,7 +357,13 @@ class _Shown:
                 for bounds, stats in series
             ]
             output.document(
-                {"account_id": self._account, "metric": self._schema.code, "unit": unit, "rows": buckets}
+                {
+                    "account_id": self._account,
+                    "metric": self._schema.code,
+                    "unit": unit,
+                    "rows": buckets,
+                    **age,
+                }
             )
             return
         title = f"account {self._account}, {self._schema.code} by {unit} ({self._zone})"
@@ -379,6 +390,11 @@ class _Shown:
             title=title,
             numbers={1, 2},
         )
+        self._tell_age(silence_ms)
+
+    def _tell_age(self, silence_ms: dict[int, int]) -> None:
+        if heard := heard_text(silence_ms):
+            self._output.line(f"answered {heard}")
 
     def _head(self, bounds: Period) -> dict[str, Any]:
         return {
@@ -397,6 +413,20 @@ class _Shown:
 
     def _number(self, value: int | None) -> str:
         return self._output.number(value, scaled=self._units)
+
+
+def heard_text(silence_ms: dict[int, int]) -> str:
+    """Say how old an answer of copies may be; "" for one of leaders."""
+    if not silence_ms:
+        return ""
+    if min(silence_ms.values()) < 0:
+        return "from a copy that has not heard from a leader since it started"
+    return f"from a copy that heard from its leader {max(silence_ms.values()):,} ms ago"
+
+
+def _age_json(answer: Any) -> dict[str, Any]:
+    """Write up to where an answer counts, for JSON, by partition; `lag` and `silence_ms` are those of copies."""
+    return {"as_of": answer.as_of, "lag": answer.lag, "silence_ms": answer.silence_ms}
 
 
 def group_text(value: Any) -> str:

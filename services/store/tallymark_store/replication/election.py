@@ -87,7 +87,8 @@ class Candidacy(Following):
 
     def _tick_candidate(self, now_ns: int) -> None:
         if now_ns - self._candidate_since_ns > self.config.lease_ns:
-            missing = [m.node_id for m in self.membership.members if m.node_id not in self._promises]
+            others = [m.node_id for m in self.membership.members if m.node_id != self.node_id]
+            missing = [node for node in others if node not in self._promises]
             self._step_down(
                 f"no majority answered within the lease time; missing: {', '.join(missing) or 'none'}",
                 now_ns,
