@@ -268,9 +268,8 @@ class Snapshots:
             except (DiskError, TallymarkError, checkpoint.CheckpointError) as error:
                 _log.warning("partition %d: no snapshot was installed: %s", number, error)
                 self._back_off(transfer)
-            except (
-                Exception
-            ):  # of bytes that nobody thought of; it would be fetched again and again, in silence
+            except Exception:
+                # Of bytes that nobody thought of. It would be fetched again and again, in silence.
                 _log.exception("partition %d: no snapshot was installed", number)
                 self._back_off(transfer)
             finally:
