@@ -52,11 +52,11 @@ class Mutation(NamedTuple):
 
 
 def _mutation(
-    what: str, *kinds: str, mean_ms: int = 300, reads: int = 5, recycle: bool = False
+    what: str, *kinds: str, mean_ms: int = 300, reads: int = 5, chunks: int = 36, recycle: bool = False
 ) -> Callable[[Callable[[], list[Patch]]], Callable[[], list[Patch]]]:
     def register(patches: Callable[[], list[Patch]]) -> Callable[[], list[Patch]]:
         name = patches.__name__
-        options = Options(kinds=kinds, mean_ms=mean_ms, reads=reads, recycle=recycle)
+        options = Options(kinds=kinds, mean_ms=mean_ms, reads=reads, chunks=chunks, recycle=recycle)
         _REGISTRY[name] = Mutation(name, what, options, patches)
         return patches
 
@@ -422,7 +422,9 @@ def forget_outcomes_with_the_log() -> list[Patch]:
 # ---------------------------------------------------------------- reads
 
 
-@_mutation("a leader goes on whatever becomes of its lease", "isolate", "cut_from_etcd", reads=150)
+@_mutation(
+    "a leader goes on whatever becomes of its lease", "isolate", "cut_from_etcd", reads=700, chunks=120
+)
 def outlive_the_lease() -> list[Patch]:
     return [
         (StoreNode, "_check_lease", lambda self: None),

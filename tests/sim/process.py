@@ -196,10 +196,14 @@ class Process:
         loop, node = self.loop, self.node
 
         async def close() -> None:
-            await node.hand_over()
-            await node.close()
-            self._trace(self.name, "has stopped")
-            self.ended = True
+            try:
+                await node.hand_over()
+                await node.close()
+            except (TallymarkError, DiskError) as error:
+                self._trace(self.name, "has stopped with an error: %s", error)
+            else:
+                self._trace(self.name, "has stopped")
+            self.ended = True  # a process ends with its main coroutine, however that does
 
         loop.post(lambda: loop.create_task(close()))
 
