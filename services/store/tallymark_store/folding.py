@@ -75,6 +75,7 @@ class Folding:
         self._loop = asyncio.get_running_loop()
         self._due = False
         self._timer: asyncio.TimerHandle | None = None  # of the next slice
+        self._timer_due = 0.0  # when that is, on the loop's clock
         self._unfolded = 0  # events committed since the last slice
         self._catch_up_until_ns = 0  # of this turn of the loop; 0: no read has had to catch up in it yet
         self._closed = False
@@ -104,9 +105,10 @@ class Folding:
         if self._due or self._closed:
             return
         due = self._loop.time() + (AWAITED_DELAY_S if is_awaited else FOLD_DELAY_S)
-        if self._timer is None or due < self._timer.when():
+        if self._timer is None or due < self._timer_due:
             self._cancel_timer()
             self._timer = self._loop.call_at(due, self._slice)
+            self._timer_due = due  # uvloop's handle doesn't say, of a time that has come
 
     def _slice(self) -> None:
         self._due = False
