@@ -53,6 +53,11 @@ _MAY_PASS: Final = {
 _DOUBTS: Final = frozenset({ErrorCode.NOT_LEADER, ErrorCode.PARTITION_UNAVAILABLE, ErrorCode.CLOSED})
 
 
+def less_margin(left_s: float) -> float:
+    """How much of the time that a caller has left may be spent, so that its answer is there before it gives up."""
+    return left_s - min(MARGIN_S, left_s * MARGIN_SHARE)
+
+
 class _Direct:
     """A question to a leader that nobody awaits: its answer calls back. Looks like a future to who ends it early."""
 
@@ -153,7 +158,7 @@ class Asking:
         loop = asyncio.get_running_loop()
         if deadline is None:
             deadline = call_deadline()
-        deadline -= min(MARGIN_S, (deadline - loop.time()) * MARGIN_SHARE)
+        deadline = loop.time() + less_margin(deadline - loop.time())
         body = encode(question)
         is_stale = question.consistency is Consistency.STALE
         delay = RETRY_S
@@ -205,7 +210,7 @@ class Asking:
         address = self.leaders.address(partition)
         peer = None if address is None else self._peers.get(address)
         left = deadline - asyncio.get_running_loop().time()
-        left -= min(MARGIN_S, left * MARGIN_SHARE)
+        left = less_margin(left)
         if peer is None or address is None or left <= 0:
             return False
         out = self._out.setdefault(partition, {})

@@ -21,6 +21,7 @@ from tallymark_alerts.tail import Tail
 from tallymark_alerts.webhooks import WEBHOOK_CALLS, Webhooks, WebhooksConfig
 from tallymark_protocol.errors import TallymarkError
 from tallymark_protocol.messages import PROTOCOL_VERSION, AlertsBatch, AlertsFetch, Call, Message, Welcome
+from tallymark_runtime.asking import less_margin
 from tallymark_runtime.clock import Clock
 from tallymark_runtime.coordinator import Coordinator
 from tallymark_runtime.instruments import count_in
@@ -32,8 +33,6 @@ from tallymark_runtime.transport import (
     call_deadline,
 )
 
-MARGIN_S: Final = 0.25  # an answer is on the way this long before its caller gives up, or ...
-MARGIN_SHARE: Final = 0.1  # ... this share of the time it has, if that is less
 # A subscriber has a call under way nearly all the time, and one process may hold many subscribers.
 SERVER_LIMITS: Final = ServerLimits(calls_per_connection_max=4_096, calls_max=16_384)
 
@@ -160,8 +159,7 @@ class AlertsService(HandlerBase):
 
     async def _fetch(self, call: AlertsFetch) -> AlertsBatch:
         check_fetch(call, self._config.partition_count)
-        left = call_deadline() - asyncio.get_running_loop().time()
-        left -= min(MARGIN_S, left * MARGIN_SHARE)
+        left = less_margin(call_deadline() - asyncio.get_running_loop().time())
         return await self.source.next_batch(
             account_ids=call.account_ids,
             metric_codes=call.metric_codes,
