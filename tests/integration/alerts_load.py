@@ -35,6 +35,7 @@ PAUSE_SECONDS = 0.02  # between a sender's calls: the load is steady, not as hig
 RIDING_SECONDS = 60.0
 POLL_SECONDS = 0.05
 WAIT_SECONDS_MAX = 60.0
+LIFE_ALERTS_MAX = 400  # a follower has crashed before it got more
 STEP = 10
 ONCE = 150
 
@@ -256,6 +257,7 @@ class Follower:
         while True:
             life = Life(json.loads(saved), [])
             self.lives.append(life)
+            crash_at = rng.randrange(20, LIFE_ALERTS_MAX)
             async with AsyncClient(self._addresses) as client:
                 sub = client.alerts.subscribe(
                     account_ids=self.account_ids or None,
@@ -267,7 +269,7 @@ class Follower:
                     async for alert in sub:
                         if rng.random() < 0.2:
                             saved = json.dumps(sub.offsets())
-                        if rng.random() < 0.003:
+                        if len(life.alerts) == crash_at:
                             break  # this one is in its hands, and not handled
                         life.alerts.append((alert.partition, alert.position, alert.id))
                         self.seen.add(alert.id)

@@ -9,6 +9,7 @@ import random
 
 import pytest
 from alerts_load import (
+    LIFE_ALERTS_MAX,
     POLL_SECONDS,
     SPENT,
     USERS,
@@ -77,6 +78,7 @@ async def test_nothing_is_missed_whatever_dies(tmp_path):
                 await asyncio.sleep(POLL_SECONDS)
         for follower, alerts in zip(followers, wanted, strict=True):
             expected.check(follower.name, alerts, follower.lives)
+            assert len(alerts) > LIFE_ALERTS_MAX
             assert len(follower.lives) > 1
         expected.check(process.name, expected.matching([], []), process.lives_noted())
     finally:

@@ -310,12 +310,15 @@ class Sender:
 
     def again(self, flight: Flight, error: TallymarkError) -> None:
         """Plan another try of a flight that is under way."""
-        flight.error = error
         flight.attempts += 1
         flight.state = FlightState.WAITING
         pause = backoff_seconds(flight.attempts, self._rng)
         if isinstance(error, BackpressureError) and error.retry_after_ms is not None:
             pause = max(pause, min(error.retry_after_ms / 1_000, 30.0))
+        # A last try that the caller's own deadline cut short says less than the refusal before it.
+        cut_short = error.code == ErrorCode.TIMEOUT and self._loop.time() + pause >= flight.deadline
+        if not cut_short or flight.error is None or flight.error.code not in _PRESSURE:
+            flight.error = error
         flight.timer = self._loop.call_later(pause, self._retry, flight)
 
     def _retry(self, flight: Flight) -> None:

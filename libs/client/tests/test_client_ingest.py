@@ -412,6 +412,17 @@ async def test_backpressure(client, gateway, code):
     assert gateway.cluster.counted() == [1]
 
 
+async def test_last_try_cut_short(client, gateway):
+    """A last try that the deadline cuts short doesn't hide that the service refused the ones before it."""
+    gateway.script.append(fake.error(ErrorCode.DISK_FULL, retry_after_ms=5))
+    gateway.default = fake.just_in_time
+    with pytest.raises(BackpressureError) as caught:
+        await client.ingest(events(1), timeout=0.3)
+    assert caught.value.code == ErrorCode.DISK_FULL
+    assert caught.value.receipt.unknown == [0]
+    assert len(gateway.requests) > 1
+
+
 async def test_never_sent_is_not_unknown(gateway):
     """With no gateway to send to, nothing is stored, and the receipt knows it."""
     async with AsyncClient([gateway.address], timeout=5) as client:
