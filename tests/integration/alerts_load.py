@@ -35,7 +35,7 @@ PAUSE_SECONDS = 0.02  # between a sender's calls: the load is steady, not as hig
 RIDING_SECONDS = 60.0
 POLL_SECONDS = 0.05
 WAIT_SECONDS_MAX = 60.0
-LIFE_ALERTS_MAX = 400  # a follower has crashed before it got more
+LIFE_ALERTS_MAX = 150  # a follower has crashed before it got more
 STEP = 10
 ONCE = 150
 
@@ -145,7 +145,10 @@ class Spending:
 
     async def wait_acknowledged(self, more: int) -> None:
         """Wait until `more` events than now are acknowledged."""
-        target = self.acknowledged + more
+        await self.wait_until_acknowledged(self.acknowledged + more)
+
+    async def wait_until_acknowledged(self, target: int) -> None:
+        """Wait until `target` events are acknowledged in all."""
         async with asyncio.timeout(WAIT_SECONDS_MAX):
             while self.acknowledged < target:  # noqa: ASYNC110 - the senders tell nobody
                 await asyncio.sleep(POLL_SECONDS)

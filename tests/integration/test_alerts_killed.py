@@ -28,6 +28,7 @@ pytestmark = pytest.mark.timeout(600)  # the first start compiles the kernels
 
 ROUNDS = 4
 BETWEEN_EVENTS = 300  # acknowledged between two deaths
+EVENTS_MIN = 6_000  # in all: enough to cross thousands of thresholds
 CROSSINGS_MIN = 2_000
 
 
@@ -67,6 +68,7 @@ async def test_nothing_is_missed_whatever_dies(tmp_path):
                     process.spawn()
                     await asyncio.gather(*(victim.start() for victim in dying))
                     assert process.lives == round_ + 2
+                await spending.wait_until_acknowledged(EVENTS_MIN)
             expected = Expected(await all_alerts(client), await spending.crossings(client))
             assert len(expected.alerts) > CROSSINGS_MIN
         wanted = [expected.matching(f.account_ids, f.metric_codes) for f in followers]

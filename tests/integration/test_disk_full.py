@@ -58,7 +58,9 @@ class Filler:
                 refusals += 1
                 if refusals == 3:
                     return error
-            except UnavailableError as error:  # a slow machine: it has what it has taken, and is asked again later
+            except (
+                UnavailableError
+            ) as error:  # a slow machine: it has what it has taken, and is asked again later
                 self.stored += error.receipt.n_stored
                 self.open.append((events, error.receipt.n_stored))
         raise AssertionError("it never filled up")

@@ -151,7 +151,9 @@ def silent(gateway, peer, frame):
 
 def just_in_time(gateway, peer, frame):
     """Say, just before the caller stops waiting, that a partition did not answer in time."""
-    wire = WireError(code=int(ErrorCode.TIMEOUT), retriable=True, message="partition 0 did not answer in time")
+    wire = WireError(
+        code=int(ErrorCode.TIMEOUT), retriable=True, message="partition 0 did not answer in time"
+    )
     seconds = max(frame.timeout_ms / 1_000 - 0.01, 0)
     asyncio.get_running_loop().call_later(
         seconds, peer.answer, FrameType.ERROR, encode(wire), frame.request_id

@@ -91,7 +91,9 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
         8_192  # what a full round has: more in it costs as much as it would in the next one
     )
     full_round_bytes: int = 256 * 1024  # likewise
-    coalesce_ns_max: int = 20_000_000  # how long a request waits for others at most
+    coalesce_ns_max: int = (
+        20_000_000  # how long a request waits for others at most, and a quarter of its timeout
+    )
     pending_bytes_max: int = 64 * 1024 * 1024  # of requests and appends together; more is refused
     append_timeout_ns: int = 10_000_000_000  # for one attempt
     retry_ns_min: int = 20_000_000  # before the second attempt; doubles from there
@@ -123,7 +125,7 @@ class Gateway:
             deque(),
             deque(),
         )  # not yet split: SYNC, ASYNC
-        self._waiting_since_ns = 0  # when the oldest of them came, if there is any
+        self._release_ns = 0  # when they go out at the latest, if there are any
         self._waiting_events = 0  # in them
         self._waiting_bytes = 0  # likewise, of bodies
         self._open: dict[Request, None] = {}  # every request that has no answer yet, in order of arrival
@@ -191,8 +193,7 @@ class Gateway:
         """When `tick` must be called at the latest; None when nothing is under way."""
         due = self._deadlines[0][0] if self._deadlines else None
         if self._waiting[0] or self._waiting[1]:
-            flush = self._waiting_since_ns + self.config.coalesce_ns_max
-            due = flush if due is None or flush < due else due
+            due = self._release_ns if due is None or self._release_ns < due else due
             if self._rounds and self._look_ns < due:
                 due = self._look_ns
         if self._retries and (due is None or self._retries[0][0] < due):
@@ -240,8 +241,10 @@ class Gateway:
         self._open[request] = None
         self._tie += 1
         heapq.heappush(self._deadlines, (deadline, self._tie, request))
-        if not self._waiting[0] and not self._waiting[1]:
-            self._waiting_since_ns = now_ns
+        # One whose caller won't wait long has no time to spend on waiting for company.
+        release = now_ns + min(config.coalesce_ns_max, timeout // 4)
+        if release < self._release_ns or not (self._waiting[0] or self._waiting[1]):
+            self._release_ns = release
         self._waiting_events += seen.events
         self._waiting_bytes += len(body)
         self._waiting[seen.flags & lay.FLAG_ASYNC].append(request)
@@ -364,7 +367,7 @@ class Gateway:
         """
         config = self.config
         rounds = self._rounds
-        if not rounds or now_ns >= self._waiting_since_ns + config.coalesce_ns_max:
+        if not rounds or now_ns >= self._release_ns:
             return False
         if rounds >= config.appends_in_flight_max:
             return True
