@@ -237,7 +237,9 @@ class StoreNode:
             await self._wait_leading(store)
 
     def _make_archiver(self, store: Store) -> Archiver:
-        from tallymark_store.archive.archiver import Archiver  # and with it pyarrow: not for those without an archive
+        from tallymark_store.archive.archiver import (
+            Archiver,
+        )  # and with it pyarrow: not for those without an archive
 
         return Archiver(
             store,

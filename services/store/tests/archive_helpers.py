@@ -54,7 +54,9 @@ class Log:
         self.schemas.put(newer, self.end)
         self.end += 1
 
-    def batch(self, events: list[dict[str, Any]], verdicts: list[int] | None = None, wait_ns: int = 10) -> None:
+    def batch(
+        self, events: list[dict[str, Any]], verdicts: list[int] | None = None, wait_ns: int = 10
+    ) -> None:
         self._append_ns += wait_ns
         times = event_times(events, self._append_ns)
         self.source.append(
@@ -109,7 +111,10 @@ def table_of(disk: MemoryDisk, name: str) -> pa.Table:
     assert file.schema_arrow.equals(SCHEMA)
     table = file.read()
     keys = np.stack(
-        [table.column(key).to_numpy().astype(object) for key in ("metric_uid", "account", "time_ns", "offset")]
+        [
+            table.column(key).to_numpy().astype(object)
+            for key in ("metric_uid", "account", "time_ns", "offset")
+        ]
     )
     rows = list(zip(*keys, strict=True))
     assert rows == sorted(rows)
@@ -161,7 +166,9 @@ def usual_log(records: int = 8, events: int = 50, seed: int = 1) -> Log:
         for i in range(events):
             account = int(rng.integers(0, 9))
             if i % 7 == 3:
-                batch.append({"account": account, "code": "s", "value": b"\x01u%d" % rng.integers(0, 5), "op": i % 3})
+                batch.append(
+                    {"account": account, "code": "s", "value": b"\x01u%d" % rng.integers(0, 5), "op": i % 3}
+                )
                 continue
             batch.append(
                 {
@@ -173,3 +180,29 @@ def usual_log(records: int = 8, events: int = 50, seed: int = 1) -> Log:
             )  # fmt: skip
         log.batch(batch, [1 if i % 11 == 5 else 0 for i in range(events)])
     return log
+
+
+class CrashAt(Exception):
+    """Raised at the step at which the power goes."""
+
+
+class CountingDisk:
+    """A disk that loses power at its n-th call, of the folders and files it gives, too."""
+
+    def __init__(self, disk: Any, calls: list[int]) -> None:
+        self._disk = disk
+        self._calls = calls
+
+    def __getattr__(self, name: str) -> Any:
+        inner = getattr(self._disk, name)
+        if not callable(inner):
+            return inner
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._calls[0] -= 1
+            if self._calls[0] < 0:
+                raise CrashAt
+            found = inner(*args, **kwargs)
+            return CountingDisk(found, self._calls) if name in ("create", "open", "at") else found
+
+        return call

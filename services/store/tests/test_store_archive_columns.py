@@ -27,7 +27,9 @@ WORDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 NUMBERS = st.one_of(
     st.integers(-(2**2039), 2**2039 - 1),
     st.integers(-(2**70), 2**70),
-    st.sampled_from([0, -1, 127, 128, -128, -129, 255, 256, 10**9, 10**9 - 1, -(10**18), 2**63, -(2**63), 2**64]),
+    st.sampled_from(
+        [0, -1, 127, 128, -128, -129, 255, 256, 10**9, 10**9 - 1, -(10**18), 2**63, -(2**63), 2**64]
+    ),
 )
 IDS = st.one_of(
     st.none(),
@@ -132,7 +134,16 @@ def test_what_a_reader_of_the_log_finds_is_what_the_file_holds() -> None:
     scan = EventsScan(log.source, account=None, metric=None, start_ns=0, end_ns=2**62, applied=log.end)
     scan.run()
     found = [
-        (e.offset, e.account_id, e.metric_code, e.event_time_ns, e.append_time_ns, e.operation, e.properties, e.event_id)
+        (
+            e.offset,
+            e.account_id,
+            e.metric_code,
+            e.event_time_ns,
+            e.append_time_ns,
+            e.operation,
+            e.properties,
+            e.event_id,
+        )
         for e in scan.events
     ]
     rows = events_of(table_of(disk, file.name))
@@ -226,7 +237,9 @@ def test_damage_in_the_log_is_told_and_nothing_is_written() -> None:
     assert planned is not None
     with pytest.raises(DamagedError, match="a metric that there is not"):
         archiver.write_slice(disk, PARTITION, MetricNames(strange.schemas), planned)
-    log.source.append(b"\0" * 40, base_offset=log.end, count=3, append_ns=APPEND, min_time_ns=0, max_time_ns=1)
+    log.source.append(
+        b"\0" * 40, base_offset=log.end, count=3, append_ns=APPEND, min_time_ns=0, max_time_ns=1
+    )
     log.end += 3
     with pytest.raises(DamagedError, match="malformed"):
         log.archived(disk)
@@ -238,7 +251,8 @@ def test_rows_are_ordered_by_all_keys(data: Any, rows: int) -> None:
     """As Python sorts them, equal ones in their first order."""
     word = st.sampled_from([st.integers(0, 3), st.integers(0, 2**64 - 1), st.just(7)])
     keys = [
-        np.array(data.draw(st.lists(data.draw(word), min_size=rows, max_size=rows)), np.uint64) for _ in range(3)
+        np.array(data.draw(st.lists(data.draw(word), min_size=rows, max_size=rows)), np.uint64)
+        for _ in range(3)
     ]
     expected = sorted(range(rows), key=lambda row: tuple(int(key[row]) for key in keys))
     assert sorted_rows(*keys).tolist() == expected

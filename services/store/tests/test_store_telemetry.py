@@ -73,6 +73,7 @@ def _figures(store, checkpointer=None, clock=None, *, lease_deadline_ns=0, unsen
     service = SimpleNamespace(
         driver=store,
         checkpointer=checkpointer,
+        archiver=None,
         node=SimpleNamespace(lease_deadline_ns=lease_deadline_ns),
         peers=SimpleNamespace(dropped=5, unsent_bytes=lambda: unsent or {}),
     )

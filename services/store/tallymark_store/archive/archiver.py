@@ -123,7 +123,9 @@ class Archiver:
         self._report = report
         self._offload = offload
         self._lock = asyncio.Lock()
-        self._refused: dict[int, str] = {}  # by partition, the copy whose archive is of no use and can't be made anew
+        self._refused: dict[
+            int, str
+        ] = {}  # by partition, the copy whose archive is of no use and can't be made anew
         self._stopping = False
 
     async def run(self) -> None:
@@ -156,7 +158,9 @@ class Archiver:
     async def _take(self, events: int, interval_ns: int) -> None:
         async with self._lock:
             for number in sorted(self.archives.keys() - self._store.replicas.keys()):
-                await self._in_thread(manifests.discard, self.archives.pop(number).disk)  # the copy was removed
+                await self._in_thread(
+                    manifests.discard, self.archives.pop(number).disk
+                )  # the copy was removed
             for number in sorted(self._store.replicas):
                 try:
                     await self._take_partition(number, events, interval_ns)
@@ -220,7 +224,10 @@ class Archiver:
             await self._in_thread(manifests.discard, disk)
             found = None
         if found is not None and found.end_offset > self._store.partitions[number].log_end:
-            self._refuse(number, f"it holds more than the log, which ends at offset {self._store.partitions[number].log_end}")
+            self._refuse(
+                number,
+                f"it holds more than the log, which ends at offset {self._store.partitions[number].log_end}",
+            )
             return None
         fresh = Archive(found or Manifest(number, copy_id), disk, self._clock.monotonic_ns())
         if self._is_current(number, fresh):  # it may have begun anew while the disk was asked
@@ -267,7 +274,9 @@ class Archiver:
             return False
         files = archive.manifest.files if written is None else (*archive.manifest.files, written)
         await self._publish(
-            number, archive, msgspec.structs.replace(archive.manifest, end_offset=planned.end_offset, files=files)
+            number,
+            archive,
+            msgspec.structs.replace(archive.manifest, end_offset=planned.end_offset, files=files),
         )
         self.events_archived += 0 if written is None else written.rows
         self.took_ns.observe(self._clock.monotonic_ns() - began_ns)
@@ -366,7 +375,9 @@ def write_slice(
     metadata = _metadata(partition, planned.start_offset, planned.end_offset)
     written = write_file(disk, name, table, metadata)
     times = table.column("time_ns").to_numpy()
-    return _listed(name, planned.start_offset, planned.end_offset, written, int(times.min()), int(times.max()))
+    return _listed(
+        name, planned.start_offset, planned.end_offset, written, int(times.min()), int(times.max())
+    )
 
 
 def merge_files(

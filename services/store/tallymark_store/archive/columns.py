@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from tallymark_protocol.payload import COLUMNS
 from tallymark_store.archive import kernels as k
 from tallymark_store.archive.names import MetricNames
+from tallymark_store.scan.kernels import K_BODY, K_COUNT
 from tallymark_store.scan.source import ByteArray, IntArray
 from tallymark_store.scan.totals import METRIC_INDEXES
 
@@ -104,7 +105,7 @@ class Slice:
         Raises:
             MalformedError: a record makes no sense; the slice is of no use any more.
         """
-        counts = records[:, k.K_COUNT]
+        counts = records[:, K_COUNT]
         events = int(counts.sum())
         names, state = self._names, self._state
         places: IntArray = np.empty((events, k.PLACE_FIELDS), np.int64)
@@ -129,7 +130,7 @@ class Slice:
         )
         if status != k.DONE:
             why = "it is malformed" if status == k.MALFORMED else "it names a metric that there is not"
-            raise MalformedError(why, int(records[state[k.S_RECORD], k.K_BODY]))
+            raise MalformedError(why, int(records[state[k.S_RECORD], K_BODY]))
         places = places[: state[k.S_PLACES]]
         entries = entries[: state[k.S_ENTRIES]]
         self._ids.append(self._strings(k.write_ids, data, places, int(state[k.S_ID_BYTES])))
@@ -166,7 +167,9 @@ class Slice:
         wide, narrow = self._wide[:, :rows], self._narrow[:, :rows]
         slots = wide[k.W_SLOT]
         order = sorted_rows(
-            names.ranks[slots].view(np.uint64), wide[k.W_ACCOUNT].view(np.uint64), wide[k.W_TIME].view(np.uint64)
+            names.ranks[slots].view(np.uint64),
+            wide[k.W_ACCOUNT].view(np.uint64),
+            wide[k.W_TIME].view(np.uint64),
         )
         slots = slots[order]
         codes = sorted(set(names.codes_of))
@@ -230,9 +233,7 @@ def _string_array(parts: list[_Text], is_valid: npt.NDArray[np.bool_] | None) ->
     return pa.Array.from_buffers(pa.string(), count, [bitmap, pa.py_buffer(offsets), pa.py_buffer(pool)])
 
 
-def _taken(
-    parts: list[_Text], is_valid: npt.NDArray[np.bool_], order: npt.NDArray[np.int32]
-) -> pa.Array:
+def _taken(parts: list[_Text], is_valid: npt.NDArray[np.bool_], order: npt.NDArray[np.int32]) -> pa.Array:
     if not is_valid.any():
         return pa.nulls(len(order), pa.string())
     return pc.take(_string_array(parts, is_valid), pa.array(order))
@@ -253,7 +254,9 @@ def _sets(parts: list[_Text], sets: IntArray) -> pa.DictionaryArray:
     if not parts:
         return _dictionary(np.zeros(len(sets), np.int32), [""], np.ones(len(sets), np.bool_))
     # Entry 0 is the set of events that have none.
-    encoded = _string_array([_Text(np.empty(0, np.uint8), np.zeros(1, np.int64)), *parts], None).dictionary_encode()
+    encoded = _string_array(
+        [_Text(np.empty(0, np.uint8), np.zeros(1, np.int64)), *parts], None
+    ).dictionary_encode()
     place_of_entry = encoded.indices.to_numpy()
     places = place_of_entry[sets]
     return _dictionary(places, encoded.dictionary, places == place_of_entry[0])

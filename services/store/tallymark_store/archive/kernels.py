@@ -102,8 +102,8 @@ WAYS = 4  # entries that are remembered per property set of a record
 
 _TIME_ABSENT = lay.TIME_ABSENT
 _TAG_TEXT = 1
-_TAG_BYTES = 2
 _TAG_UUID = 3
+_TAG_INT = 4
 _UUID_CHARS = 36
 _DIGITS = 11  # bits of a digit of `order_by`
 DIGIT_VALUES = 1 << _DIGITS
@@ -111,7 +111,9 @@ LIMBS = 72  # 32 bits each: an id's number has at most 255 bytes
 
 
 @nb.njit(nogil=True, cache=True)
-def find_code(pool: Any, codes: Any, versions: Any, index: Any, data: Any, start: Any, end: Any, base: Any) -> Any:
+def find_code(
+    pool: Any, codes: Any, versions: Any, index: Any, data: Any, start: Any, end: Any, base: Any
+) -> Any:
     """The slot that a code means at offset `base`; -1 if none."""
     mask = len(index) - 1
     place = np.int64(hash_bytes(data, start, end, np.uint64(0)) & np.uint64(mask))
@@ -316,7 +318,7 @@ def write_ids(data: Any, places: Any, pool: Any, ends: Any, limbs: Any) -> Any:
             if tag == _TAG_TEXT:
                 copy_bytes(pool, at, data, start, end - start)
                 at += end - start
-            elif tag == _TAG_BYTES or tag == _TAG_UUID:
+            elif tag != _TAG_INT:
                 for b in range(end - start):
                     if tag == _TAG_UUID and (b == 4 or b == 6 or b == 8 or b == 10):
                         pool[at] = 45
@@ -436,10 +438,12 @@ def write_sets(
 @nb.njit(nogil=True, cache=True)
 def is_ordered(key: Any) -> bool:
     """Whether a column (uint64) never falls."""
-    for i in range(1, len(key)):
-        if key[i] < key[i - 1]:
-            return False
-    return True
+    before = key[0]
+    ordered = True
+    for i in range(len(key)):
+        ordered = ordered and key[i] >= before
+        before = key[i]
+    return ordered
 
 
 @nb.njit(nogil=True, cache=True)
@@ -465,10 +469,10 @@ def order_by(key: Any, bits: Any, order: Any, spare: Any, counts: Any) -> bool:
             counts[d] = total
             total += count
         for j in range(n):
-            i = source[j]
-            d = np.int64((key[i] >> by) & mask)
-            target[counts[d]] = i
-            counts[d] += 1
+            row = source[j]
+            digit = np.int64((key[row] >> by) & mask)
+            target[counts[digit]] = row
+            counts[digit] += 1
         source, target = target, source
         swapped = not swapped
         shift += _DIGITS

@@ -77,7 +77,12 @@ def file_name(start_offset: int, end_offset: int) -> str:
 def encode(manifest: Manifest) -> bytes:
     """A manifest's bytes."""
     body = msgspec.json.encode(manifest)[:-1]
-    return body + (_CHECK % google_crc32c.value(body)).encode()
+    return body + _check_of(body)
+
+
+def _check_of(body: bytes) -> bytes:
+    text: str = _CHECK % google_crc32c.value(body)
+    return text.encode()
 
 
 def decode(data: bytes) -> Manifest:
@@ -87,7 +92,7 @@ def decode(data: bytes) -> Manifest:
         ArchiveError: they are damaged, or of a version that this software doesn't know.
     """
     body = data[:-_CHECK_BYTES]
-    if data[-_CHECK_BYTES:] != (_CHECK % google_crc32c.value(body)).encode():
+    if data[-_CHECK_BYTES:] != _check_of(body):
         raise ArchiveError("the archive's manifest is damaged: its checksum doesn't match")
     try:
         manifest = msgspec.json.decode(body + b"}", type=Manifest)

@@ -34,7 +34,7 @@ class _Input:
     @property
     def has_more(self) -> bool:
         """Whether there are groups that aren't held."""
-        return self._next_group < self._file.num_row_groups
+        return self._next_group < int(self._file.num_row_groups)
 
     @property
     def rows(self) -> int:
@@ -126,6 +126,7 @@ def merge(
         if writer is not None:
             writer.abandon()
         raise
+    assert writer is not None, "a file has rows"
     written = writer.close()
     if written.rows != sum(file.rows for file in files):
         raise ArchiveError(f"merging gave {written.rows} rows instead of {sum(file.rows for file in files)}")

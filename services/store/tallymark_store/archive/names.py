@@ -31,7 +31,9 @@ class MetricNames:
         self.uids = schemas.uids.copy()
         self.ranks: Ints = self.uids.argsort().argsort().astype(np.int64)
         self.codes_of = [schemas.record(slot).schema.code for slot in range(self.count)]
-        meanings: dict[str, list[tuple[int, int]]] = {}  # by code: (offset from which on, slot), in this order
+        meanings: dict[
+            str, list[tuple[int, int]]
+        ] = {}  # by code: (offset from which on, slot), in this order
         for slot, code in enumerate(self.codes_of):  # slots are in log order
             meanings.setdefault(code, []).append((schemas.offsets_of(slot)[0], slot))
         self.pool, bounds = _pooled([code.encode() for code in meanings])
