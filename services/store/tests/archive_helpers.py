@@ -137,8 +137,8 @@ def events_of(table: pa.Table) -> list[dict[str, Any]]:
     return sorted(events, key=lambda event: event["offset"])
 
 
-def _value(kind: str, value: int | None, text: str | None) -> Any:
-    if kind == "int64":
+def _value(kind: str | None, value: int | None, text: str | None) -> Any:
+    if kind is None:
         assert text is None
         return value
     assert value is None

@@ -35,7 +35,7 @@ SCHEMA: Final = pa.schema(
         pa.field("append_time_ns", pa.int64(), nullable=False),
         pa.field("value", pa.int64()),
         pa.field("value_text", pa.string()),
-        pa.field("value_kind", _WORD, nullable=False),
+        pa.field("value_kind", _WORD),
         pa.field("operation", _WORD, nullable=False),
         pa.field("id", pa.string()),
         pa.field("id_kind", _WORD),
@@ -47,8 +47,8 @@ SCHEMA: Final = pa.schema(
 )
 SORT_KEY: Final = ("metric_uid", "account", "time_ns", "offset")
 
-# Words by the number that the log has for them, less one where 0 stands for nothing.
-VALUE_KINDS: Final = ("int64", "text", "uint64")
+# Words by the number that the log has for them, less one where 0 stands for nothing, which is NULL here.
+VALUE_KINDS: Final = ("text", "uint64")
 OPERATIONS: Final = ("none", "add", "remove")
 ID_KINDS: Final = ("text", "bytes", "uuid", "int")
 
@@ -111,7 +111,7 @@ class Slice:
         places: IntArray = np.empty((events, k.PLACE_FIELDS), np.int64)
         entries: IntArray = np.empty((events, k.ENTRY_FIELDS), np.int64)
         memo: IntArray = np.full(k.WAYS * int(counts.max(initial=0)), -1, np.int64)
-        state[k.S_PLACES] = state[k.S_ENTRIES] = state[k.S_ID_BYTES] = state[k.S_TEXT_BYTES] = 0
+        state[k.S_PLACES] = state[k.S_ENTRIES] = 0
         status = k.decode_records(
             data,
             records,
@@ -166,35 +166,36 @@ class Slice:
         rows, names = self.rows, self._names
         wide, narrow = self._wide[:, :rows], self._narrow[:, :rows]
         slots = wide[k.W_SLOT]
-        order = sorted_rows(
+        found = sorted_rows(
             names.ranks[slots].view(np.uint64),
             wide[k.W_ACCOUNT].view(np.uint64),
             wide[k.W_TIME].view(np.uint64),
         )
-        slots = slots[order]
+        order = found.astype(np.intp)  # once, where numpy would do so for each column
+        slots = slots.take(order)
         codes = sorted(set(names.codes_of))
         place_of = {code: place for place, code in enumerate(codes)}
         code_places = np.array([place_of[code] for code in names.codes_of], np.int32)
-        kinds = narrow[k.B_TEXT_KIND][order]
-        id_kinds = narrow[k.B_ID_KIND][order]
-        sets = wide[k.W_SET][order]
+        kinds = narrow[k.B_TEXT_KIND].take(order)
+        id_kinds = narrow[k.B_ID_KIND].take(order)
+        sets = wide[k.W_SET].take(order)
         arrays = [
             _dictionary(code_places[slots], codes),
             pa.array(names.uids[slots]),
-            pa.array(wide[k.W_ACCOUNT][order].view(np.uint64)),
-            pa.array(wide[k.W_TIME][order]),
-            pa.array(narrow[k.B_TIME_GIVEN][order].view(np.bool_)),
-            pa.array(wide[k.W_APPEND][order]),
-            pa.array(wide[k.W_VALUE][order], mask=kinds != 0 if kinds.any() else None),
-            _taken(self._texts, narrow[k.B_TEXT_KIND] != 0, order),
-            _dictionary(kinds.view(np.int8), list(VALUE_KINDS)),
-            _dictionary(narrow[k.B_OPERATION][order].view(np.int8), list(OPERATIONS)),
-            _taken(self._ids, narrow[k.B_ID_KIND] != 0, order),
+            pa.array(wide[k.W_ACCOUNT].take(order).view(np.uint64)),
+            pa.array(wide[k.W_TIME].take(order)),
+            pa.array(narrow[k.B_TIME_GIVEN].take(order).view(np.bool_)),
+            pa.array(wide[k.W_APPEND].take(order)),
+            pa.array(wide[k.W_VALUE].take(order), mask=kinds != 0 if kinds.any() else None),
+            _taken(self._texts, narrow[k.B_TEXT_KIND] != 0, found),
+            _dictionary(kinds.view(np.int8) - np.int8(1), list(VALUE_KINDS), kinds == 0),
+            _dictionary(narrow[k.B_OPERATION].take(order).view(np.int8), list(OPERATIONS)),
+            _taken(self._ids, narrow[k.B_ID_KIND] != 0, found),
             _dictionary(id_kinds.view(np.int8) - np.int8(1), list(ID_KINDS), id_kinds == 0),
             _sets(self._declared, sets),
             _sets(self._other, sets),
             pa.array(np.full(rows, self._partition, np.uint16)),
-            pa.array(wide[k.W_OFFSET][order]),
+            pa.array(wide[k.W_OFFSET].take(order)),
         ]
         return pa.Table.from_arrays(arrays, schema=SCHEMA)
 

@@ -184,6 +184,11 @@ def decode_records(
 
     `memo` (int64[WAYS * the most events of a record], -1 in the beginning) and `slots` (int64[65,536]) are scratch.
     """
+    row = state[S_ROWS]
+    place = state[S_PLACES]
+    entry_base = 1 + state[S_ENTRY_BASE]
+    id_bytes = np.int64(0)
+    text_bytes = np.int64(0)
     for r in range(len(records)):
         base = records[r, K_BASE]
         append_ns = records[r, K_APPEND]
@@ -206,8 +211,6 @@ def decode_records(
             slot = slots[metric_at(data, columns, i)]
             if slot < 0:
                 return NO_METRIC
-            row = state[S_ROWS]
-            place = state[S_PLACES]
             wide[W_SLOT, row] = slot
             wide[W_ACCOUNT, row] = np.int64(account_at(data, columns, i))
             time = time_at(data, columns, i)
@@ -222,7 +225,7 @@ def decode_records(
                 k = properties_at(data, columns, i)
                 if k > 0:
                     e = _entry_of(data, columns, k - 1, slot, first, memo, entries, state)
-                    entry = 1 + state[S_ENTRY_BASE] + e
+                    entry = entry_base + e
             wide[W_SET, row] = entry
             narrow[B_ID_KIND, row] = 0
             places[place, P_ID_START] = 0
@@ -236,7 +239,7 @@ def decode_records(
                     places[place, P_ID_START] = start
                     places[place, P_ID_END] = end
                     # A byte of a number is 2.41 digits, and there is the sign.
-                    state[S_ID_BYTES] += _UUID_CHARS if tag == _TAG_UUID else 3 * (end - start) + 1
+                    id_bytes += _UUID_CHARS if tag == _TAG_UUID else 3 * (end - start) + 1
             narrow[B_TEXT_KIND, row] = 0
             places[place, P_TEXT_START] = 0
             places[place, P_TEXT_END] = 0
@@ -247,9 +250,13 @@ def decode_records(
                     narrow[B_TEXT_KIND, row] = load_u8(data, start)
                     places[place, P_TEXT_START] = start
                     places[place, P_TEXT_END] = end
-                    state[S_TEXT_BYTES] += 3 * (end - start)
-            state[S_ROWS] = row + 1
-            state[S_PLACES] = place + 1
+                    text_bytes += 3 * (end - start)
+            row += 1
+            place += 1
+    state[S_ROWS] = row
+    state[S_PLACES] = place
+    state[S_ID_BYTES] = id_bytes
+    state[S_TEXT_BYTES] = text_bytes
     return DONE
 
 
@@ -485,7 +492,7 @@ def warm_up() -> None:
     data.setflags(write=False)  # as mapped files are: another type to the compiler
     wide = np.zeros((WIDE_FIELDS, 1), np.int64)
     pool = np.zeros(64, np.uint8)
-    numbers = np.zeros(4, np.int64)
+    state = np.zeros(STATE_FIELDS, np.int64)
     limbs = np.zeros(LIMBS, np.int64)
     none = np.zeros(0, np.int64)
     index = np.full(16, -1, np.int32)
@@ -505,7 +512,7 @@ def warm_up() -> None:
         none,
         none,
         none,
-        numbers,
+        state,
     )
     places = np.zeros((0, PLACE_FIELDS), np.int64)
     write_ids(data, places, pool, none, limbs)
