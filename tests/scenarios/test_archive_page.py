@@ -11,6 +11,7 @@ from typing import Any
 
 import duckdb
 import pytest
+from numba.core.dispatcher import Dispatcher
 from prometheus_client.parser import text_string_to_metric_families
 
 from tallymark import (
@@ -26,7 +27,7 @@ from tallymark import (
 )
 from tallymark_node import dev
 from tallymark_node.config import Settings
-from tallymark_store.archive import policy
+from tallymark_store.archive import kernels, policy
 from tallymark_store.archive.archiver import Archive
 
 WAIT_S = 60.0
@@ -45,6 +46,15 @@ def figures(node: dev.Node) -> dict[str, float]:
         for sample in family.samples:
             found[sample.name] = found.get(sample.name, 0) + sample.value
     return found
+
+
+def compiled() -> dict[str, int]:
+    """How many forms of each of the archive's kernels there are."""
+    return {
+        name: len(kernel.signatures)
+        for name, kernel in vars(kernels).items()
+        if isinstance(kernel, Dispatcher)
+    }
 
 
 def archives(node: dev.Node) -> list[Archive]:
@@ -173,8 +183,10 @@ async def test_a_month_is_counted_from_the_files_alone(
     ]  # fmt: skip
     connection = duckdb.connect()
     sent = 0
+    before: dict[str, int] = {}
     for life in range(2):
         async with dev.running(settings) as node, AsyncClient([node.address]) as client:
+            before = before or compiled()
             for schema in schemas if life == 0 else []:
                 await client.metrics.create(schema)
             for _ in range(4):
@@ -201,6 +213,7 @@ async def test_a_month_is_counted_from_the_files_alone(
                     "SELECT metric_uid, count(*) FROM events WHERE metric = 'users' GROUP BY 1 ORDER BY 1"
                 ).fetchall()
                 assert [count for _, count in uids] == [20 * sent, 1]
+    assert compiled() == before, "nothing is compiled while serving"
     assert len(sizes(tmp_path)) < 2 * sent, "files were merged"
 
 

@@ -522,5 +522,8 @@ def warm_up() -> None:
     write_sets(data, entries, pool, pairs, pairs, pool, none, pool, none)
     key = np.zeros(1, np.uint64)
     is_ordered(key)
+    read = key.copy()
+    read.setflags(write=False)  # as columns of files are
+    is_ordered(read)
     order = np.zeros(1, np.int32)
     order_by(key, 1, order, order.copy(), np.zeros(DIGIT_VALUES, np.int64))

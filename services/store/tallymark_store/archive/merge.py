@@ -7,7 +7,7 @@ files are. Checksums of the files are verified before anything is read from them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -96,32 +96,28 @@ def merge(
         _verify(disk, file)
         check()
     inputs = [_Input(disk, file.name) for file in files]
-    waiting: list[pa.Table] = []
-    waiting_rows = 0
+    waiting: pa.Table | None = None  # the last rows in order: too few for a row group
     writer: FileWriter | None = None
     try:
         while True:
             for held in inputs:
                 held.fill()
             active = [held for held in inputs if held.rows]
-            # Beyond the least of these, a group that isn't held may have rows.
-            bounds = [held.last for held in active if held.has_more]
-            bound = min(bounds, default=None)
-            parts = [held.take(bound) for held in active]
-            if active:
-                waiting.append(_sorted([part for part in parts if part.num_rows]))
-                waiting_rows += waiting[-1].num_rows
-            if waiting_rows >= ROW_GROUP_ROWS or not active:
-                table = _joined(waiting)
-                whole = table.num_rows if not active else waiting_rows // ROW_GROUP_ROWS * ROW_GROUP_ROWS
-                if writer is None:
-                    writer = FileWriter(disk, name, table.slice(0, ROW_GROUP_ROWS), metadata)
-                writer.write(table.slice(0, whole))
-                waiting = [table.slice(whole)]
-                waiting_rows -= whole
             if not active:
                 break
-            check()
+            # Beyond the least of these, a group that isn't held may have rows.
+            bound = min([held.last for held in active if held.has_more], default=None)
+            parts = [held.take(bound) for held in active]
+            for piece in _sorted([part for part in parts if part.num_rows], waiting):
+                waiting = piece
+                if piece.num_rows == ROW_GROUP_ROWS:
+                    writer = writer or FileWriter(disk, name, piece, metadata)
+                    writer.write(piece)
+                    waiting = None
+                    check()
+        if waiting is not None:
+            writer = writer or FileWriter(disk, name, waiting, metadata)
+            writer.write(waiting)
     except BaseException:
         if writer is not None:
             writer.abandon()
@@ -146,10 +142,21 @@ def _joined(tables: list[pa.Table]) -> pa.Table:
     return tables[0] if len(tables) == 1 else pa.concat_tables(tables).unify_dictionaries().combine_chunks()
 
 
-def _sorted(parts: list[pa.Table]) -> pa.Table:
-    if len(parts) == 1:
-        return parts[0]
+def _sorted(parts: list[pa.Table], before: pa.Table | None) -> Iterator[pa.Table]:
+    """The rows of all parts in order, behind those of `before`: in row groups, the last one what is left.
+
+    In pieces, as one table of everything would be another copy, and one that no cache holds.
+    """
     table = _joined(parts)
-    # Files are in offset order and so are equal keys within each: a stable sort needs no offsets.
-    keys = [table.column(name).to_numpy().view(np.uint64) for name in SORT_KEY[:-1]]
-    return table.take(pa.array(sorted_rows(*keys)))
+    order: npt.NDArray[np.int32] | None = None
+    if len(parts) > 1:
+        # Files are in offset order and so are equal keys within each: a stable sort needs no offsets.
+        order = sorted_rows(*[table.column(name).to_numpy().view(np.uint64) for name in SORT_KEY[:-1]])
+    start = 0
+    while start < table.num_rows:
+        room = ROW_GROUP_ROWS if before is None else ROW_GROUP_ROWS - before.num_rows
+        end = min(start + room, table.num_rows)
+        piece = table.slice(start, end - start) if order is None else table.take(pa.array(order[start:end]))
+        yield piece if before is None else _joined([before, piece])
+        before = None
+        start = end
