@@ -15,6 +15,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -56,6 +57,9 @@ from tallymark_store.snapshots import Snapshots
 from tallymark_store.store import Offload, Store, ThreadsFactory
 from tallymark_store.wal import DamagedError, Wal, WalConfig, WalThreads
 
+if TYPE_CHECKING:
+    from tallymark_store.archive.archiver import Archiver
+
 _log = logging.getLogger(__name__)
 
 _START_S = 30.0  # how long a store that holds the only copies waits until it leads them
@@ -77,6 +81,9 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     wal: WalConfig = WalConfig()
     checkpoint_interval_s: float = 60.0
     checkpoint_events: int = 5_000_000
+    archive: str = ""  # "on", or "": no archive
+    archive_events: int = 500_000
+    archive_interval_s: float = 300.0
     dedup_window_ns: int = limits.DEDUP_WINDOW_NS
     lease_ttl_s: float = 2.0
     replication: ReplicaConfig | None = None  # None: as follows from the lease
@@ -138,6 +145,7 @@ class StoreNode:
         self.address = address
         self.catalog = MetricCatalog(coordinator)
         self.checkpointer: Checkpointer | None = None
+        self.archiver: Archiver | None = None  # where there is to be an archive
         self._config = config
         self._disk = disk
         self._coordinator = coordinator
@@ -241,8 +249,26 @@ class StoreNode:
             loop.create_task(self.checkpointer.run()),
             loop.create_task(self._copies.tidy()),
         ]
+        if config.archive:
+            self.archiver = self._make_archiver(store)
+            self._tasks.append(loop.create_task(self.archiver.run()))
         if config.replication_factor == 1:
             await self._wait_leading(store)
+
+    def _make_archiver(self, store: Store) -> Archiver:
+        from tallymark_store.archive.archiver import (
+            Archiver,
+        )  # and with it pyarrow: not for those without an archive
+
+        return Archiver(
+            store,
+            self._disk.at("archive"),
+            self._clock,
+            events=self._config.archive_events,
+            interval_s=self._config.archive_interval_s,
+            report=self._report,
+            offload=self._offload,
+        )
 
     async def _wait_for_namesake(self) -> None:
         """An empty data directory under a name that is registered: another process, or the last life of this one.

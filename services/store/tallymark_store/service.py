@@ -7,9 +7,11 @@ may host, and messages of other stores.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import random
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from tallymark_protocol.codec import encode
 from tallymark_protocol.errors import RemoteProtocolError, UnavailableError
@@ -33,6 +35,9 @@ from tallymark_store.checkpointer import Checkpointer
 from tallymark_store.node import StoreConfig, StoreNode
 from tallymark_store.peers import Peers
 from tallymark_store.store import Store
+
+if TYPE_CHECKING:
+    from tallymark_store.archive.archiver import Archiver
 
 __all__ = ["StoreConfig", "StoreService", "serve"]
 
@@ -95,6 +100,11 @@ class StoreService(HandlerBase):
         return self.node.checkpointer
 
     @property
+    def archiver(self) -> Archiver | None:
+        """Likewise; None also where there is no archive."""
+        return self.node.archiver
+
+    @property
     def peers(self) -> Peers:
         """The links to other stores, for telemetry."""
         return self._peers
@@ -111,7 +121,10 @@ class StoreService(HandlerBase):
 
     async def start(self) -> None:
         """Listen, then start the node."""
-        warmup.warm_up()  # before anything has a deadline: the first time it compiles for a minute
+        # Before anything has a deadline: the first time it compiles for a minute.
+        warmup.warm_up(archive=bool(self._config.archive))
+        if self._config.archive:
+            importlib.import_module("tallymark_store.archive.archiver")  # pyarrow alone takes half a second
         bound = await self._server.start(self._config.listen)
         self.address = self.node.address = self._config.advertise or bound
         await self._nodes.start()

@@ -6,7 +6,7 @@ otherwise. Where a store isn't running yet it tells nothing.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from tallymark_runtime.clock import Clock
 from tallymark_runtime.logs import LeadershipChange
@@ -18,6 +18,9 @@ from tallymark_store.replication.replica import Replica
 from tallymark_store.service import StoreService
 from tallymark_store.store import Store
 from tallymark_store.wal import Wal
+
+if TYPE_CHECKING:
+    from tallymark_store.archive.archiver import Archiver
 
 _PARTITION = ("partition",)
 CHANGES: Final[tuple[LeadershipChange, ...]] = ("gained", "lost", "failed")
@@ -63,6 +66,20 @@ SNAPSHOT_BYTES = Family(
     "counter",
     'Bytes of such checkpoints, "sent" or "received".',
     ("change",),
+)
+ARCHIVED_EVENTS = Family(
+    "tallymark_store_archived_events_total", "counter", "Events written to the archive, merges not counted."
+)
+ARCHIVE_MERGES = Family(
+    "tallymark_store_archive_merges_total", "counter", "Archive files that were made of smaller ones."
+)
+ARCHIVE_FAILURES = Family(
+    "tallymark_store_archive_failures_total",
+    "counter",
+    "Times that archiving was left for later, or given up for a copy.",
+)
+ARCHIVE_SECONDS = Family(
+    "tallymark_store_archive_seconds", "histogram", "Making an archive file, or a merged one.", scale=NS
 )
 LEASE_SECONDS = Family(
     "tallymark_store_lease_seconds",
@@ -147,6 +164,15 @@ FOLD_BYTES = Family(
     "tallymark_partition_totals_bytes", "gauge", "Memory of cells, sets and alerts.", _PARTITION
 )
 
+ARCHIVED = Family(
+    "tallymark_partition_archived",
+    "gauge",
+    "Everything below is in this copy's archive; absent where there is none.",
+    _PARTITION,
+)
+ARCHIVE_FILES = Family("tallymark_partition_archive_files", "gauge", "Files of the archive.", _PARTITION)
+ARCHIVE_BYTES = Family("tallymark_partition_archive_bytes", "gauge", "Size of those files.", _PARTITION)
+
 
 class StoreTelemetry:
     """Reads a store. Give it to `Telemetry.add`."""
@@ -182,6 +208,8 @@ class StoreTelemetry:
             scrape.add(SNAPSHOTS, snapshots.installed, "installed")
             scrape.add(SNAPSHOT_BYTES, snapshots.sending.sent_bytes, "sent")
             scrape.add(SNAPSHOT_BYTES, snapshots.received_bytes, "received")
+        if service.archiver is not None:
+            _add_archive(scrape, service.archiver)
         deadline_ns = service.node.lease_deadline_ns
         scrape.add(LEASE_SECONDS, deadline_ns - now_ns if deadline_ns else 0)
         scrape.add(LINK_DROPS, service.peers.dropped)
@@ -202,6 +230,17 @@ def _add_log(scrape: Scrape, wal: Wal) -> None:
     scrape.add(UNSYNCED_BYTES, wal.buffer_bytes)
     scrape.add(LOG_BYTES, wal.total_bytes)
     scrape.add(LOG_FULL, wal.full)
+
+
+def _add_archive(scrape: Scrape, archiver: Archiver) -> None:
+    scrape.add(ARCHIVED_EVENTS, archiver.events_archived)
+    scrape.add(ARCHIVE_MERGES, archiver.merges)
+    scrape.add(ARCHIVE_FAILURES, archiver.failures)
+    scrape.add_histogram(ARCHIVE_SECONDS, archiver.took_ns)
+    for number, archive in sorted(archiver.archives.items()):
+        scrape.add(ARCHIVED, archive.manifest.end_offset, str(number))
+        scrape.add(ARCHIVE_FILES, len(archive.manifest.files), str(number))
+        scrape.add(ARCHIVE_BYTES, archive.manifest.bytes, str(number))
 
 
 def _add_partition(scrape: Scrape, partition: Partition, replica: Replica | None) -> None:

@@ -75,6 +75,7 @@ def _figures(store, checkpointer=None, clock=None, *, lease_deadline_ns=0, unsen
         driver=store,
         checkpointer=checkpointer,
         node=SimpleNamespace(lease_deadline_ns=lease_deadline_ns, snapshots=snapshots),
+        archiver=None,
         peers=SimpleNamespace(dropped=5, unsent_bytes=lambda: unsent or {}),
     )
     telemetry = Telemetry(clock, node_id="n", version="v")

@@ -1,0 +1,412 @@
+"""When a store's events go into the archive, and files into larger ones.
+
+One partition at a time, and of it one slice at a time. What is archived of a partition is what is committed, folded
+and on this store's own disk, once enough has gathered. On the loop, a slice's records are chosen and pinned, which is
+short; decoding, sorting and writing happen in a thread, in kernels and in Arrow, which let go of the interpreter; the
+manifest is switched when the file is durable. A slice is bounded in events, bytes and records, and so is the memory it
+takes.
+
+Each copy archives for itself, from its own log. An archive carries the id of its copy: where a copy has begun anew, the
+archive of the one before is discarded, whenever that is noticed. The log stays whole beside it, so an archive that
+turns out damaged only costs time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
+
+import msgspec
+import numpy as np
+
+from tallymark_runtime.clock import Clock
+from tallymark_runtime.disk import Disk, DiskError
+from tallymark_runtime.instruments import Histogram
+from tallymark_store.archive import manifest as manifests
+from tallymark_store.archive import policy
+from tallymark_store.archive.columns import MalformedError, Slice
+from tallymark_store.archive.manifest import ArchiveError, ArchiveFile, Manifest
+from tallymark_store.archive.merge import merge
+from tallymark_store.archive.names import MetricNames
+from tallymark_store.archive.writer import Written, write_file
+from tallymark_store.checkpointer import folder
+from tallymark_store.partition import Partition
+from tallymark_store.replication.effects import Role
+from tallymark_store.scan.source import RecordCursor, RecordSource, WalSource, damaged
+from tallymark_store.store import Offload, Store
+from tallymark_store.wal import DamagedError
+
+_log = logging.getLogger(__name__)
+
+POLL_S: Final = 0.25  # how often it is looked whether anything is due
+RETRY_S: Final = 10.0  # after the disk refused
+SLICE_EVENTS: Final = 500_000  # offsets of a slice, but for a single event batch that is larger
+SLICE_BYTES: Final = 32 * 1024 * 1024  # of the log, likewise
+SLICE_RECORDS: Final = 32_768
+RUN_EVENTS: Final = 65_536  # decoded by one kernel call
+TOOK_BOUNDS_NS: Final = tuple(int(seconds * 1e9) for seconds in (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100))
+
+
+class Planned(NamedTuple):
+    """A slice of a log that is ready to be read in a thread."""
+
+    cursor: RecordCursor
+    events: int  # offsets that its event batches take
+    start_offset: int
+    end_offset: int
+
+
+class Stopped(Exception):
+    """The store closes: what was under way is left, and nothing lists it."""
+
+
+class Archive:
+    """The archive of one copy, as far as it is known in memory."""
+
+    def __init__(self, manifest: Manifest, disk: Disk, now_ns: int) -> None:
+        self.manifest = manifest
+        self.disk = disk
+        self.last_ns = now_ns  # when it was last brought up to date, or opened
+        self._names: MetricNames | None = None
+
+    def names(self, partition: Partition) -> MetricNames:
+        """The metrics of everything that is folded."""
+        schemas = partition.fold.schemas
+        if self._names is None or self._names.count != schemas.count:
+            self._names = MetricNames(schemas)
+        return self._names
+
+
+class Archiver:
+    """Archives the partitions of a store.
+
+    Args:
+        store: the driver.
+        disk: the folder that holds a folder for each partition.
+        clock: what intervals are measured by.
+        events: a partition is due when so many offsets have gathered.
+        interval_s: or after so long, if there are any.
+        report: told, in sentences, what needs attention.
+        offload: runs what takes long, or waits for the disk.
+
+    Attributes:
+        archives: by partition; those that were opened.
+        events_archived: since the start.
+        merges: files made of others, since the start.
+        failures: times that something had to be left for later, since the start.
+        took_ns: of slices and of merges, from the plan to the manifest's switch.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        disk: Disk,
+        clock: Clock,
+        *,
+        events: int,
+        interval_s: float,
+        report: Callable[[str], None],
+        offload: Offload = asyncio.to_thread,
+    ) -> None:
+        self.archives: dict[int, Archive] = {}
+        self.events_archived = 0
+        self.merges = 0
+        self.failures = 0
+        self.took_ns = Histogram(TOOK_BOUNDS_NS)
+        self._store = store
+        self._disk = disk
+        self._clock = clock
+        self._events = events
+        self._interval_ns = int(interval_s * 1e9)
+        self._report = report
+        self._offload = offload
+        self._lock = asyncio.Lock()
+        self._refused: dict[
+            int, str
+        ] = {}  # by partition, the copy whose archive is of no use and can't be made anew
+        self._stopping = False
+
+    async def run(self) -> None:
+        """Archive for ever, whatever is due."""
+        while True:
+            await asyncio.sleep(POLL_S)
+            try:
+                await self.take_due()
+            except DiskError as error:
+                self.failures += 1
+                _log.warning("nothing could be archived: %s", error)
+                await asyncio.sleep(RETRY_S)
+            except Exception:  # the log would grow and grow; never end it in silence
+                self.failures += 1
+                _log.exception("nothing could be archived")
+                await asyncio.sleep(RETRY_S)
+
+    async def take_due(self) -> None:
+        """Archive what is due, and merge what is to be merged.
+
+        Raises:
+            DiskError: the disk refused; what was archived stays.
+        """
+        await self._take(self._events, self._interval_ns)
+
+    async def take_all(self) -> None:
+        """Archive everything that is committed and folded now, due or not. Raises as `take_due`."""
+        await self._take(1, 0)
+
+    async def _take(self, events: int, interval_ns: int) -> None:
+        async with self._lock:
+            for number in sorted(self.archives.keys() - self._store.replicas.keys()):
+                await self._in_thread(
+                    manifests.discard, self.archives.pop(number).disk
+                )  # the copy was removed
+            for number in sorted(self._store.replicas):
+                try:
+                    await self._take_partition(number, events, interval_ns)
+                except ArchiveError as error:
+                    # Found while files were merged.
+                    self.archives.pop(number, None)
+                    await self._begin_anew(number, str(error))
+
+    # ------------------------------------------------------------ one partition
+
+    async def _take_partition(self, number: int, events: int, interval_ns: int) -> None:
+        archive = await self._opened(number)
+        target = self._target(number)
+        if archive is None or target is None:
+            return
+        now_ns = self._clock.monotonic_ns()
+        waiting = target - archive.manifest.end_offset
+        if waiting >= events or (waiting > 0 and now_ns - archive.last_ns >= interval_ns):
+            archive.last_ns = now_ns
+            while archive.manifest.end_offset < target:
+                if not await self._take_slice(number, archive, target):
+                    return
+        # A long one would hold up others: one, and then it is looked again who is due.
+        chosen = policy.next_merge(archive.manifest.files)
+        if chosen is not None and self._is_current(number, archive):
+            await self._merge(number, archive, *chosen)
+
+    def _target(self, number: int) -> int | None:
+        """Up to where a partition may be archived now; None: not at all."""
+        partition, replica = self._store.partitions.get(number), self._store.replicas.get(number)
+        if partition is None or partition.error is not None:
+            return None
+        if replica is None or replica.role is Role.DAMAGED or self._store.stopped.is_set():
+            return None
+        # Others may have been faster to sync: an archive must not know more than the log that it comes from.
+        return min(partition.applied, replica.durable_end)
+
+    def _is_current(self, number: int, archive: Archive) -> bool:
+        """Whether an archive still is of the copy that is here."""
+        replica = self._store.replicas.get(number)
+        return replica is not None and replica.copy_id == archive.manifest.copy_id
+
+    async def _opened(self, number: int) -> Archive | None:
+        """The archive of the copy that is here; None while there can be none."""
+        if self._target(number) is None:
+            return None
+        copy_id = self._store.replicas[number].copy_id
+        archive = self.archives.get(number)
+        if archive is not None and archive.manifest.copy_id == copy_id:
+            return archive
+        if self._refused.get(number) == copy_id:
+            return None
+        self.archives.pop(number, None)
+        disk = self._disk.at(folder(number))
+        try:
+            found: Manifest | None = await self._in_thread(manifests.load, disk)
+        except ArchiveError as error:
+            await self._begin_anew(number, str(error))
+            return None
+        if found is not None and (found.copy_id != copy_id or found.partition != number):
+            await self._in_thread(manifests.discard, disk)
+            found = None
+        if found is not None and found.end_offset > self._store.partitions[number].log_end:
+            self._refuse(
+                number,
+                f"it holds more than the log, which ends at offset {self._store.partitions[number].log_end}",
+            )
+            return None
+        fresh = Archive(found or Manifest(number, copy_id), disk, self._clock.monotonic_ns())
+        if self._is_current(number, fresh):  # it may have begun anew while the disk was asked
+            self.archives[number] = fresh
+            return fresh
+        return None
+
+    async def _begin_anew(self, number: int, why: str) -> None:
+        """An archive is damaged: the log has everything, if it begins where the partition does."""
+        if self._store.partitions[number].index.log_start > 0:
+            self._refuse(number, why)
+            return
+        self._report(f"partition {number}: archiving from the beginning: {why}")
+        await self._in_thread(manifests.discard, self._disk.at(folder(number)))
+
+    def _refuse(self, number: int, why: str) -> None:
+        """Leave an archive as it is: it can't be used, and what it holds may be nowhere else."""
+        self.failures += 1
+        replica = self._store.replicas.get(number)
+        self._refused[number] = "" if replica is None else replica.copy_id
+        self._report(f"partition {number}: its archive is left as it is, and nothing is added to it: {why}")
+
+    # ------------------------------------------------------------ slices and merges
+
+    async def _take_slice(self, number: int, archive: Archive, target: int) -> bool:
+        """Archive the next slice below `target`; False where that ended early."""
+        began_ns = self._clock.monotonic_ns()
+        partition = self._store.partitions[number]
+        if not self._is_current(number, archive):
+            return False
+        source = WalSource(self._store.wal, number)
+        planned = plan_slice(source, archive.manifest.end_offset, target)
+        if planned is None:
+            return False
+        try:
+            written: ArchiveFile | None = await self._in_thread(
+                write_slice, archive.disk, number, archive.names(partition), planned, self._check
+            )
+        except DamagedError as error:
+            if self._is_current(number, archive) and self._store.partitions.get(number) is partition:
+                self._store.refuse(partition, error)
+            return False
+        if not self._is_current(number, archive):
+            return False
+        files = archive.manifest.files if written is None else (*archive.manifest.files, written)
+        await self._publish(
+            number,
+            archive,
+            msgspec.structs.replace(archive.manifest, end_offset=planned.end_offset, files=files),
+        )
+        self.events_archived += 0 if written is None else written.rows
+        self.took_ns.observe(self._clock.monotonic_ns() - began_ns)
+        return True
+
+    async def _merge(self, number: int, archive: Archive, first: int, last: int) -> None:
+        began_ns = self._clock.monotonic_ns()
+        files = archive.manifest.files
+        merged = await self._in_thread(merge_files, archive.disk, number, files[first:last], self._check)
+        if not self._is_current(number, archive):
+            return
+        files = (*files[:first], merged, *files[last:])
+        await self._publish(number, archive, msgspec.structs.replace(archive.manifest, files=files))
+        self.merges += 1
+        self.took_ns.observe(self._clock.monotonic_ns() - began_ns)
+
+    async def _publish(self, number: int, archive: Archive, manifest: Manifest) -> None:
+        try:
+            await self._in_thread(manifests.publish, archive.disk, manifest)
+        except BaseException:
+            self.archives.pop(number, None)  # which one is in force is not known: it is read again
+            raise
+        archive.manifest = manifest
+
+    # ------------------------------------------------------------ threads
+
+    def _check(self) -> None:
+        """Called in the thread between pieces of work."""
+        if self._stopping:
+            raise Stopped
+
+    async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run what takes long; when this is cancelled, only after it has ended.
+
+        A thread that went on beyond the store's end would write into a folder that is another process's by then.
+        """
+        running = asyncio.ensure_future(self._offload(function, *args))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            self._stopping = True
+            while not running.done():
+                try:
+                    await asyncio.shield(running)
+                except asyncio.CancelledError:
+                    continue
+                except Exception as error:
+                    _log.debug("archiving ended: %r", error)
+            raise
+
+
+def plan_slice(source: RecordSource, start: int, target: int) -> Planned | None:
+    """Choose and pin the records of the next slice of [start, target); None where there is none.
+
+    To be called where the log's index may be read. Whoever has the plan may read it in any thread, once.
+    """
+    window_end = min(start + SLICE_EVENTS, target)
+    rows = source.rows(start, window_end)
+    ends = rows.base_offset + rows.event_count
+    fits = int((ends <= target).sum())  # ends rise
+    taken = min(fits, SLICE_RECORDS, max(int((rows.length.cumsum() <= SLICE_BYTES).sum()), 1))
+    end = int(rows.base_offset[taken]) if taken < len(ends) else max([window_end, *ends[-1:].tolist()])
+    if end <= start:
+        return None
+    kept = np.zeros(len(ends), np.bool_)
+    kept[:taken] = True
+    cursor = RecordCursor(source, rows.take(kept))
+    return Planned(cursor, int(rows.event_count[:taken].sum()), start, end)
+
+
+def write_slice(
+    disk: Disk,
+    partition: int,
+    names: MetricNames,
+    planned: Planned,
+    check: Callable[[], None] = lambda: None,
+) -> ArchiveFile | None:
+    """Write a planned slice to a file, durable in content; None where no event was accepted.
+
+    Raises:
+        DamagedError: a record of the log can't be read.
+        DiskError: the disk refused.
+    """
+    taken = Slice(partition, names, planned.events)
+    while (run := planned.cursor.next_run(RUN_EVENTS)) is not None:
+        check()
+        try:
+            taken.take(*run)
+        except MalformedError as error:
+            raise damaged(partition, planned.cursor.segment, error.body, str(error)) from error
+    if not taken.rows:
+        return None
+    table = taken.table()
+    check()
+    name = manifests.file_name(planned.start_offset, planned.end_offset)
+    metadata = _metadata(partition, planned.start_offset, planned.end_offset)
+    written = write_file(disk, name, table, metadata)
+    times = table.column("time_ns").to_numpy()
+    return _listed(
+        name, planned.start_offset, planned.end_offset, written, int(times.min()), int(times.max())
+    )
+
+
+def merge_files(
+    disk: Disk, partition: int, files: tuple[ArchiveFile, ...], check: Callable[[], None] = lambda: None
+) -> ArchiveFile:
+    """Write one file of several, durable in content. Raises as `merge.merge`."""
+    start, end = files[0].start_offset, files[-1].end_offset
+    name = manifests.file_name(start, end)
+    written = merge(disk, files, name, _metadata(partition, start, end), check)
+    low, high = min(file.min_time_ns for file in files), max(file.max_time_ns for file in files)
+    return _listed(name, start, end, written, low, high)
+
+
+def _metadata(partition: int, start: int, end: int) -> dict[str, str]:
+    return {
+        "tallymark.partition": str(partition),
+        "tallymark.start_offset": str(start),
+        "tallymark.end_offset": str(end),
+    }
+
+
+def _listed(name: str, start: int, end: int, written: Written, low: int, high: int) -> ArchiveFile:
+    return ArchiveFile(
+        name=name,
+        start_offset=start,
+        end_offset=end,
+        rows=written.rows,
+        bytes=written.size,
+        crc32c=written.crc32c,
+        min_time_ns=low,
+        max_time_ns=high,
+    )

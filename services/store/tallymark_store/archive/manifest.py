@@ -1,0 +1,185 @@
+"""Which files an archive consists of: one small file of JSON, switched atomically.
+
+A partition's archive folder holds::
+
+    MANIFEST.json                        the archive: files, and up to which offset they hold everything
+    events-<from>-<to>.parquet           accepted events at offsets of [from, to)
+
+Files are written and synced, then the folder is, then the manifest is written under another name, synced, renamed,
+and the folder synced again; only then are files removed that the new manifest doesn't list. So a crash at any step
+leaves the old archive whole or the new one, and files that are not listed are of no meaning: `load` removes them.
+
+The manifest is JSON so that anyone can read it, on one line that ends with the CRC-32C of what stands before it.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import google_crc32c
+import msgspec
+
+from tallymark_runtime.disk import Disk, FileMissingError
+
+FORMAT_VERSION = 1
+NAME = "MANIFEST.json"
+_NEW = NAME + ".new"
+_CHECK = ',"crc32c":"%08x"}\n'  # stands in place of the closing brace
+_CHECK_BYTES = len(_CHECK % 0)
+
+
+class ArchiveFile(msgspec.Struct, frozen=True):
+    """One file of an archive."""
+
+    name: str
+    start_offset: int
+    end_offset: int  # exclusive
+    rows: int
+    bytes: int
+    crc32c: int  # of the whole file
+    min_time_ns: int  # event times in it, inclusive
+    max_time_ns: int
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """An archive of one copy of a partition.
+
+    Its files are in the order of their offsets and have none in common. Where there is room between two of them, or
+    behind the last one, no event was accepted.
+    """
+
+    partition: int
+    copy_id: str  # of the copy whose log it comes from: another one begins anew
+    end_offset: int = 0  # exclusive; every accepted event below is in one of the files
+    files: tuple[ArchiveFile, ...] = ()
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
+        return sum(file.bytes for file in self.files)
+
+    @property
+    def rows(self) -> int:
+        """Events in all files."""
+        return sum(file.rows for file in self.files)
+
+
+class ArchiveError(Exception):
+    """An archive is damaged, or not this copy's; the message says how."""
+
+
+def file_name(start_offset: int, end_offset: int) -> str:
+    """The name of the file of a range: names sort as offsets do."""
+    return f"events-{start_offset:020d}-{end_offset:020d}.parquet"
+
+
+def encode(manifest: Manifest) -> bytes:
+    """A manifest's bytes."""
+    body = msgspec.json.encode(manifest)[:-1]
+    return body + _check_of(body)
+
+
+def _check_of(body: bytes) -> bytes:
+    text: str = _CHECK % google_crc32c.value(body)
+    return text.encode()
+
+
+def decode(data: bytes) -> Manifest:
+    """The manifest of its bytes.
+
+    Raises:
+        ArchiveError: they are damaged, or of a version that this software doesn't know.
+    """
+    body = data[:-_CHECK_BYTES]
+    if data[-_CHECK_BYTES:] != _check_of(body):
+        raise ArchiveError("the archive's manifest is damaged: its checksum doesn't match")
+    try:
+        manifest = msgspec.json.decode(body + b"}", type=Manifest)
+    except msgspec.DecodeError as error:
+        raise ArchiveError(f"the archive's manifest can't be read: {error}") from None
+    if manifest.format_version != FORMAT_VERSION:
+        raise ArchiveError(
+            f"the archive has format version {manifest.format_version}; "
+            f"this software reads version {FORMAT_VERSION}"
+        )
+    problem = _problem(manifest)
+    if problem:
+        raise ArchiveError(f"the archive's manifest makes no sense: {problem}")
+    return manifest
+
+
+def _problem(manifest: Manifest) -> str:
+    edges = [(0, 0), *((f.start_offset, f.end_offset) for f in manifest.files), (manifest.end_offset,) * 2]
+    for (_, before), (start, _) in itertools.pairwise(edges):
+        if before > start:
+            return f"offset {start} comes after {before}"
+    for file in manifest.files:
+        if not 0 < file.rows <= file.end_offset - file.start_offset:
+            return f"{file.name} has {file.rows} rows"
+        if file.name != file_name(file.start_offset, file.end_offset):
+            return f"{file.name!r} is no name of its range"
+    return ""
+
+
+def load(disk: Disk) -> Manifest | None:
+    """The archive in a folder, once what it doesn't list is removed; None where there is none.
+
+    Raises:
+        ArchiveError: it is damaged, or a file is missing or cut short.
+        DiskError: the disk can't be read.
+    """
+    if NAME not in disk.list():
+        _remove_others(disk, {NAME})
+        return None
+    file = disk.open(NAME)
+    try:
+        manifest = decode(file.read(0, file.size()).tobytes())
+    finally:
+        file.close()
+    _remove_others(disk, {NAME, *(listed.name for listed in manifest.files)})
+    for listed in manifest.files:
+        try:
+            found = disk.open(listed.name)
+        except FileMissingError:
+            raise ArchiveError(f"the archive's file {listed.name} is missing") from None
+        try:
+            size = found.size()
+        finally:
+            found.close()
+        if size != listed.bytes:
+            raise ArchiveError(f"the archive's file {listed.name} has {size} bytes instead of {listed.bytes}")
+    return manifest
+
+
+def publish(disk: Disk, manifest: Manifest) -> None:
+    """Make a manifest, whose files are written and synced, the one in force, durably; then remove what it doesn't list.
+
+    Raises:
+        DiskError: the disk refused. Which manifest is in force is not known: `load` it again.
+    """
+    disk.sync_dir()  # names of new files
+    file = disk.create(_NEW)
+    try:
+        file.write(0, [encode(manifest)])
+        file.sync()
+    finally:
+        file.close()
+    disk.rename(_NEW, NAME)
+    disk.sync_dir()
+    _remove_others(disk, {NAME, *(listed.name for listed in manifest.files)})
+
+
+def discard(disk: Disk) -> None:
+    """Remove an archive: its manifest first, so that no step leaves one that lists what is gone."""
+    if NAME in disk.list():
+        disk.remove(NAME)
+        disk.sync_dir()
+    _remove_others(disk, set())
+    disk.sync_dir()
+
+
+def _remove_others(disk: Disk, kept: set[str]) -> None:
+    for name in disk.list():
+        if name not in kept:
+            disk.remove(name)
