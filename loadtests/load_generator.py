@@ -90,8 +90,10 @@ class Generator:
 
     async def _repeat(self, caller: Caller, kind: str) -> None:
         assert kind in KINDS
-        while not self._stopping.is_set():
+        while True:  # however short the load is: each kind of call is made
             _, error = await caller.make(kind)
+            if self._stopping.is_set():
+                return
             if error is not None:
                 await self._pause(PAUSE_SECONDS)
 

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import gevent
 import msgspec
 from gevent import subprocess
+from gevent.hub import Waiter
 from locust import User, between, events
 from locust.stats import StatsEntry
 
@@ -67,6 +68,8 @@ class Bridge:
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine there; the calling greenlet waits, others go on."""
         waker = self._hub.loop.async_()  # its `send` is the one thing of gevent that any thread may call
+        ended = Waiter(self._hub)
+        waker.start(ended.switch, None)  # before the work begins: until then what is sent is lost
         tasks: list[asyncio.Task[T]] = []
 
         def start() -> None:
@@ -78,10 +81,10 @@ class Bridge:
 
         self._loop.call_soon_threadsafe(start)
         try:
-            self._hub.wait(waker)
-        except (
-            BaseException
-        ):  # the greenlet is killed; its waker stays open for the call that will still use it
+            ended.get()
+        except BaseException:
+            # The greenlet is killed; its waker stays open for the call that will still use it.
+            waker.stop()
             self._loop.call_soon_threadsafe(cancel)
             raise
         waker.close()

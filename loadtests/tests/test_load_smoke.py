@@ -63,3 +63,39 @@ async def test_a_generator_says_when_nobody_answers(tmp_path: Path) -> None:
     assert status == 1
     assert output.startswith("no gateway could be reached")
     assert len(output.splitlines()) == 1
+
+
+async def test_work_that_ends_before_the_greenlet_waits() -> None:
+    """A call that is answered while its greenlet is held up wakes it all the same."""
+    script = f"""
+import sys
+sys.path.insert(0, {str(FOLDER)!r})
+import locustfile
+from gevent import monkey
+
+bridge = locustfile.Bridge()
+ended, over = (monkey.get_original("threading", "Event")() for _ in range(2))
+
+class Held:  # the loop, as a thread sees it that is not given the processor for a while
+    def __init__(self, loop):
+        self.create_task = loop.create_task
+        self._loop = loop
+
+    def call_soon_threadsafe(self, callback):
+        self._loop.call_soon_threadsafe(callback)
+        assert ended.wait(60)
+        # What the work's end calls comes before what is queued from here on, one turn later.
+        self._loop.call_soon_threadsafe(lambda: self._loop.call_soon(over.set))
+        assert over.wait(60)
+
+async def work():
+    ended.set()
+    return "woken"
+
+loop, bridge._loop = bridge._loop, Held(bridge._loop)
+print(bridge.run(work()))
+bridge._loop = loop
+bridge.close()
+"""
+    async with asyncio.timeout(60):
+        assert await run("-c", script) == (0, "woken\n")
