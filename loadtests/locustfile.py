@@ -66,7 +66,10 @@ class Bridge:
         self._thread = self._hub.threadpool.spawn(self._loop.run_forever)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine there; the calling greenlet waits, others go on."""
+        """Run a coroutine there; the calling greenlet waits, others go on.
+
+        It is run to its end, also where the greenlet is killed meanwhile: what it stores is to be counted.
+        """
         waker = self._hub.loop.async_()  # its `send` is the one thing of gevent that any thread may call
         ended = Waiter(self._hub)
         waker.start(ended.switch, None)  # before the work begins: until then what is sent is lost
@@ -76,16 +79,11 @@ class Bridge:
             tasks.append(self._loop.create_task(work))
             tasks[0].add_done_callback(lambda _: waker.send())
 
-        def cancel() -> None:
-            tasks[0].cancel()
-
         self._loop.call_soon_threadsafe(start)
         try:
             ended.get()
         except BaseException:
-            # The greenlet is killed; its waker stays open for the call that will still use it.
-            waker.stop()
-            self._loop.call_soon_threadsafe(cancel)
+            waker.stop()  # but it stays open for the call that will still use it
             raise
         waker.close()
         return tasks[0].result()
@@ -244,6 +242,7 @@ class Application(User):
             return client
 
         self._client = load.bridge.run(connect())
+        self._calling = asyncio.Lock()
         self._caller = Caller(
             self._client,
             load.users_figures,
@@ -254,12 +253,22 @@ class Application(User):
         )
 
     def on_stop(self) -> None:
-        """Disconnect."""
-        self._load.bridge.run(self._client.close())
+        """Disconnect, once the call is answered in which locust may have stopped this user."""
+
+        async def leave() -> None:
+            async with self._calling:
+                await self._client.close()
+
+        self._load.bridge.run(leave())
 
     def make(self, kind: str) -> None:
         """Make one call and report it to locust."""
-        seconds, error = self._load.bridge.run(self._caller.make(kind))
+
+        async def call() -> tuple[float, BaseException | None]:
+            async with self._calling:
+                return await self._caller.make(kind)
+
+        seconds, error = self._load.bridge.run(call())
         self.environment.events.request.fire(
             request_type="sdk",
             name=kind,
