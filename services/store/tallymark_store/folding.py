@@ -26,6 +26,7 @@ from tallymark_store.runs import RUN_BODY_BYTES_MAX, RUN_BYTES_MAX, RUN_RECORDS_
 from tallymark_store.wal import DamagedError, RecordKind, RecordMeta, Wal
 
 FOLD_SLICE_NS = 15_000_000  # of the loop's time at once
+OTHERS_SLICE_NS = 2_000_000  # likewise, where somebody waits for what the slice has found before
 CATCH_UP_NS = 2_000_000  # likewise, for a read that would else have to wait
 FOLD_DELAY_S = 0.1  # what is committed meanwhile is folded together
 AWAITED_DELAY_S = 0.001  # likewise, where somebody waits for what the fold finds
@@ -46,6 +47,7 @@ class Folding:
         on_damage: called when a record that is to be folded, or judged, cannot be read.
         on_failed: called when the fold itself fails: totals that lack a record must not be told to anybody.
         on_folded: called with a partition after each of its records that was folded.
+        is_awaited: whether somebody waits for what the fold of a partition finds: it comes before the others.
 
     Attributes:
         events_folded: since the start; checkpoints are due by it.
@@ -62,6 +64,7 @@ class Folding:
         on_damage: Callable[[Partition, DamagedError], None],
         on_failed: Callable[[BaseException], None],
         on_folded: Callable[[Partition], None] = lambda _: None,
+        is_awaited: Callable[[Partition], bool] = lambda _: False,
     ) -> None:
         self.events_folded = 0
         self.backlog_bytes = 0
@@ -72,6 +75,7 @@ class Folding:
         self._on_damage = on_damage
         self._on_failed = on_failed
         self._on_folded = on_folded
+        self._is_awaited = is_awaited
         self._loop = asyncio.get_running_loop()
         self._due = False
         self._timer: asyncio.TimerHandle | None = None  # of the next slice
@@ -119,17 +123,28 @@ class Folding:
         deadline = self._clock.monotonic_ns() + FOLD_SLICE_NS
         # Who is about to lead comes first: its clients wait.
         behind = bool(self._promoting) and self._promote(deadline)
-        for partition in list(self._partitions.values()):
-            if partition.error is not None:
-                continue
-            while partition.fold_behind and self._clock.monotonic_ns() < deadline:
-                if not self.fold_some(partition):
-                    break
-            else:
-                behind = behind or partition.fold_behind
+        waiting = [p for p in self._partitions.values() if p.error is None and p.fold_behind]
+        awaited = [partition for partition in waiting if self._is_awaited(partition)]
+        for partition in awaited:
+            behind = self._fold_until(partition, deadline) or behind
+        if awaited:
+            waiting = [partition for partition in waiting if partition not in awaited]
+            # Those who wait are told in the next turn of the loop.
+            deadline = min(deadline, self._clock.monotonic_ns() + OTHERS_SLICE_NS)
+        for partition in waiting:
+            behind = self._fold_until(partition, deadline) or behind
         if behind:
             self.soon()
         self._check_backlog()
+
+    def _fold_until(self, partition: Partition, deadline: int) -> bool:
+        """Fold what is committed, for as long as there is time; whether something is left that can be folded."""
+        while partition.fold_behind:
+            if self._clock.monotonic_ns() >= deadline:
+                return True
+            if not self.fold_some(partition):
+                return False
+        return False
 
     def _check_backlog(self) -> None:
         if self.backlog_bytes > BACKLOG_HIGH_BYTES and not self._paused:

@@ -152,6 +152,7 @@ class Store:
             on_damage=self.refuse,
             on_failed=self.log_failed,
             on_folded=self.tail.folded,
+            is_awaited=self.tail.awaits,
         )
         self.appends = Appends(self)
         catalog.on_change = self._on_metric_change

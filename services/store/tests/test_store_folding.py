@@ -1,0 +1,83 @@
+"""In which order a slice of the loop's time is spent."""
+
+import asyncio
+
+from tallymark_store import folding
+from tallymark_store.folding import Folding
+
+MS = 1_000_000
+
+
+class Clock:
+    """Time passes where it is spent."""
+
+    def __init__(self):
+        self.now = 0
+
+    def monotonic_ns(self):
+        """The time."""
+        return self.now
+
+
+class Pieces:
+    """A partition that has so many records to fold, a millisecond each."""
+
+    folds_from_log = False
+    error = None
+
+    def __init__(self, name, clock, order, left=30):
+        self.name, self.clock, self.order, self.left = name, clock, order, left
+
+    @property
+    def fold_behind(self):
+        """Whether one is left."""
+        return self.left > 0
+
+    def fold_steps(self):
+        """Fold one."""
+        self.left -= 1
+        self.clock.now += MS
+        self.order.append(self.name)
+        return 1, 0
+
+
+def folding_of(partitions, clock, awaited=()):
+    """The driver's folding, of stand-ins."""
+    return Folding(
+        None,
+        dict(enumerate(partitions)),
+        clock,
+        pause_reading=lambda _: None,
+        on_damage=lambda *_: None,
+        on_failed=lambda _: None,
+        is_awaited=lambda partition: partition.name in awaited,
+    )
+
+
+async def test_what_is_waited_for_comes_first():
+    """What somebody waits for is folded before the rest, of which little is done before the loop goes on."""
+    clock, order, told = Clock(), [], []
+    partitions = [Pieces(name, clock, order) for name in "abc"]
+    made = folding_of(partitions, clock, awaited="b")
+    made.soon()
+    await asyncio.sleep(0)
+    told.append("".join(order))
+    while any(partition.fold_behind for partition in partitions):
+        await asyncio.sleep(0)
+    slice_, others = folding.FOLD_SLICE_NS // MS, folding.OTHERS_SLICE_NS // MS
+    assert told == ["b" * slice_]
+    assert "".join(order).startswith("b" * 30 + "a" * others)
+    assert sorted(order) == sorted("abc" * 30)
+
+
+async def test_a_slice_goes_around():
+    """Without anybody who waits a slice is as long as it may be, and everything is folded in the end."""
+    clock, order = Clock(), []
+    partitions = [Pieces(name, clock, order, left=10) for name in "abc"]
+    made = folding_of(partitions, clock)
+    made.soon()
+    await asyncio.sleep(0)
+    assert "".join(order) == "a" * 10 + "b" * 5
+    while any(partition.fold_behind for partition in partitions):
+        await asyncio.sleep(0)
+    assert sorted(order) == sorted("abc" * 10)
