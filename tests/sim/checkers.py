@@ -22,8 +22,9 @@ from tallymark_store.replication.replica import Replica
 from tallymark_store.wal import DamagedError, PartitionIndex, Position, RecordKind, RecordMeta, Wal
 
 from .alerts import Crossings
+from .archives import check_archive
 from .clients import Ledger, Part
-from .logbook import Model, parse_batch
+from .logbook import ACCEPTED, LoggedEvent, Model, parse_batch
 from .loop import SECOND, SimulationError, World
 from .process import Process
 from .trace import Trace
@@ -104,6 +105,7 @@ class Checkers:
         self.ends = [0] * partitions  # of what is known to be committed; exclusive
         self.models = [Model(number) for number in range(partitions)]
         self.crossings = [Crossings(number) for number in range(partitions)]
+        self.accepted: list[list[LoggedEvent]] = [[] for _ in range(partitions)]  # of `committed`, by offset
         self.commits = 0
         self.leaderships: list[dict[int, tuple[str, int]]] = [{} for _ in range(partitions)]  # epoch -> who
         self.digests_compared = 0
@@ -301,6 +303,7 @@ class Checkers:
         if record.kind == RecordKind.EVENTS:
             logged = parse_batch(record.base, payload)
             self.models[number].take(logged)
+            self.accepted[number] += [event for event in logged.events if event.verdict == ACCEPTED]
         self.crossings[number].take(record.kind, payload, record.append_ns, logged)
 
     def _check_commit(self, process: Process, number: int, end: int) -> None:
@@ -418,6 +421,7 @@ class Checkers:
                     raise SimulationError(f"LOG-2: {process} partition {number} holds {found}, not {record}")
             if index.log_end < self.ends[number]:
                 raise SimulationError(f"LOG-1: {process} partition {number} ends at {index.log_end}")
+            check_archive(process, number, self.accepted[number])
             if number not in recounted and not process.is_tainted:
                 recounted.add(number)
                 book = CommittedLog(number, self.committed[number], self._payloads[number])

@@ -13,6 +13,7 @@ from unittest import mock
 import msgspec
 
 from tallymark_store import checkpointer, snapshots
+from tallymark_store.archive import archiver, incoming
 from tallymark_store.copies import Copies
 from tallymark_store.node import StoreNode
 from tallymark_store.outcomes import Outcomes
@@ -417,6 +418,54 @@ def forget_ids_with_the_log() -> list[Patch]:
 )
 def forget_outcomes_with_the_log() -> list[Patch]:
     return [(Outcomes, "note", lambda self, base, append_ns, verdicts, originals: None)]
+
+
+# ---------------------------------------------------------------- archives
+
+
+@_mutation("the log is dropped past what the archive holds", "kill", "power", "checkpoint", recycle=True)
+def recycle_past_the_archive() -> list[Patch]:
+    def covered(self: Any, number: int) -> int:
+        return self._manifests[number].offset if number in self._manifests else 0
+
+    return [(checkpointer.Checkpointer, "_covered", covered)]
+
+
+@_mutation("a merged file lacks one of those that it replaces", "kill", "power", recycle=True)
+def merge_without_the_last() -> list[Patch]:
+    merge = archiver.merge
+
+    def lossy(disk: Any, files: Any, *args: Any) -> Any:
+        return merge(disk, files[:-1] if len(files) > 2 else files, *args)
+
+    return [(archiver, "merge", lossy)]
+
+
+@_mutation("a merge leaves one of its files listed under the range of all", "kill", "power", recycle=True)
+def merge_doubles_a_range() -> list[Patch]:
+    merge = archiver.merge
+
+    def doubled(disk: Any, files: Any, *args: Any) -> Any:
+        return merge(disk, (files[0], *files), *args)
+
+    return [(archiver, "merge", doubled)]
+
+
+@_mutation(
+    "a snapshot is installed without all of its archive's files",
+    "wipe",
+    "freeze",
+    "kill",
+    mean_ms=150,
+    recycle=True,
+)
+def install_without_archived_files() -> list[Patch]:
+    owned = incoming.owned
+
+    def fewer(manifest: Any, copy_id: str, offset: int, files: Any) -> Any:
+        return owned(manifest, copy_id, offset, files[1:])
+
+    return [(incoming, "owned", fewer)]
 
 
 # ---------------------------------------------------------------- reads

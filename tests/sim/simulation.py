@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import msgspec
 
@@ -23,6 +24,7 @@ from tallymark_protocol.schema import encode_record, make_record
 from tallymark_runtime.assignments import Assignment, Copy, assignment_key, copy_key
 from tallymark_runtime.catalog import Leader, leader_key, metric_key
 from tallymark_runtime.coordinator import Put
+from tallymark_store.archive import policy
 from tallymark_store.node import StoreConfig
 from tallymark_store.replication.effects import Role
 from tallymark_store.replication.ports import Member
@@ -72,6 +74,8 @@ class Result(msgspec.Struct, frozen=True):
     live_ms: int  # from healing to the last of the first new writes
     recycled_bytes: int = 0  # of log that was dropped
     installed: int = 0  # snapshots
+    archived: int = 0  # events, by all copies
+    merges: int = 0  # of archived files
 
 
 class Failure(SimulationError):
@@ -129,6 +133,9 @@ class Simulation:
                 recycle=True,
                 wal=WalConfig(segment_bytes=recycle_rng.choice((4, 8, 16)) * 1024),
                 checkpoint_interval_s=recycle_rng.choice((0.2, 0.5, 1.5)),
+                archive="on",
+                archive_events=recycle_rng.choice((20, 100, 400)),
+                archive_interval_s=recycle_rng.choice((0.3, 1.0)),
             )
         for name in names:
             clock = SimClock(
@@ -148,6 +155,7 @@ class Simulation:
                 on_turn=self._turn,
                 on_recovered=self.checkers.recovered,
                 on_defect=self._defect,
+                archive_rng=random.Random(recycle_rng.getrandbits(64)) if does_recycle else None,
             )
         for process in self.processes.values():
             process.peers = self.processes
@@ -271,7 +279,9 @@ class Simulation:
             Failure: something must not be.
         """
         try:
-            self._run()
+            # Files of a few events, so that they are merged over and over, and some are full.
+            with mock.patch.multiple(policy, FAN_IN=3, BASE_ROWS=40, ROWS_MAX=360):
+                self._run()
         except BaseException as error:
             cause = self.defect or error
             if isinstance(cause, KeyboardInterrupt):
@@ -294,6 +304,8 @@ class Simulation:
             self.live_ms,
             sum(process.recycled_bytes for process in self.processes.values()),
             sum(process.installed for process in self.processes.values()),
+            sum(process.archived for process in self.processes.values()),
+            sum(process.merges for process in self.processes.values()),
         )
 
     def _run(self) -> None:
@@ -393,6 +405,9 @@ class Simulation:
                         f"{process} partition {number} has applied {partition.applied}, committed "
                         f"{replica.high_watermark}, written {replica.log.log_end} of {end}; it is {replica.role.value}"
                     )
+                archiver = None if process.node is None else process.node.archiver
+                if archiver is not None and number in archiver._awaited:
+                    return f"{process} has a snapshot of partition {number} whose archive is not in force yet"
                 leaders += replica.role is Role.LEADER
             if leaders != 1:
                 return f"partition {number} has {leaders} leaders"

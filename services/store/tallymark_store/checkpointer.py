@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,9 @@ from tallymark_store.partition import Partition
 from tallymark_store.recycling import Holds, recycle_floor
 from tallymark_store.replication.ports import Membership
 from tallymark_store.store import Offload, Store
+
+if TYPE_CHECKING:
+    from tallymark_store.archive.archiver import Archiver
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +50,7 @@ class Checkpointer:
         holds: who keeps more of log and files than the newest checkpoints do.
         expire_holds: called before the log is dropped: who has kept something for too long lets go.
         recycle: whether the log below the checkpoints is dropped.
+        archiver: where there is an archive: then only what it holds, too, is dropped.
 
     Attributes:
         lock: held while a checkpoint is taken; whoever else changes checkpoints takes it.
@@ -65,6 +69,7 @@ class Checkpointer:
         holds: Holds,
         expire_holds: Callable[[], None] = lambda: None,
         recycle: bool = False,
+        archiver: Archiver | None = None,
         offload: Offload = asyncio.to_thread,
     ) -> None:
         self._store = store
@@ -79,6 +84,7 @@ class Checkpointer:
         self._holds = holds
         self._expire_holds = expire_holds
         self._recycle = recycle
+        self._archiver = archiver
         self.lock = asyncio.Lock()
         self.recycled_bytes = 0
         self.count = 0  # taken since the start
@@ -131,11 +137,8 @@ class Checkpointer:
     def _trim(self) -> int:
         """Have the indexes forget what no partition needs any more; the lowest segment that is left."""
         self._expire_holds()
-        wal, manifests = self._store.wal, self._manifests
-        needed = {
-            number: self._holds.lowest(number, manifests[number].offset if number in manifests else 0)
-            for number in wal.partitions
-        }
+        wal = self._store.wal
+        needed = {number: self._holds.lowest(number, self._covered(number)) for number in wal.partitions}
         floor = recycle_floor(wal.partitions, needed, wal.synced_end.segment)
         for number, index in wal.partitions.items():
             rows = int(index.column("segment").searchsorted(floor, side="left"))
@@ -144,6 +147,13 @@ class Checkpointer:
                 self._store.partitions[number].times.drop(index, last.base_offset + last.count)
         wal.trim(floor)
         return floor
+
+    def _covered(self, number: int) -> int:
+        """Up to where a partition's log is of no use any more: the newest checkpoint has it, and the archive, if any."""
+        checkpointed = self._manifests[number].offset if number in self._manifests else 0
+        return (
+            checkpointed if self._archiver is None else min(checkpointed, self._archiver.end_offset(number))
+        )
 
     async def _try_partition(self, partition: Partition) -> None:
         try:
@@ -157,7 +167,9 @@ class Checkpointer:
     async def _take_partition(self, partition: Partition) -> None:
         disk = self._disk.at(folder(partition.partition))
         # Before anything is written: this checkpoint's files may have the names of the snapshot's.
-        await finish_incoming(self._store, self._manifests, disk, partition, self._offload)
+        await finish_incoming(
+            self._store, self._manifests, disk, partition, self._offload, archiver=self._archiver
+        )
         previous = self._manifests.get(partition.partition)
         offset = partition.applied
         if offset == (0 if previous is None else previous.offset):
@@ -223,6 +235,8 @@ async def finish_incoming(
     disk: Disk,
     partition: Partition,
     offload: Offload,
+    *,
+    archiver: Archiver | None = None,
 ) -> None:
     """Publish the snapshot that a copy began with, if that has failed before.
 
@@ -238,6 +252,8 @@ async def finish_incoming(
     if partition.error is not None or start == 0 or (manifest is not None and manifest.offset >= start):
         return
     await store.wait_durable(partition, start)
+    if archiver is not None:
+        await archiver.install(number, start)
     found: checkpoint.Manifest | None = await offload(incoming.finish, disk, number, start)
     if store.partitions.get(number) is not partition:
         checkpoint.discard(disk)

@@ -23,6 +23,7 @@ import msgspec
 from tallymark_protocol.errors import RemoteProtocolError
 from tallymark_runtime.disk import Disk, File, FileMissingError
 from tallymark_store import checkpoint
+from tallymark_store.archive.incoming import MANIFEST_BYTES_MAX as ARCHIVE_MANIFEST_BYTES_MAX
 from tallymark_store.replication.membership import MEMBERS_MAX
 from tallymark_store.replication.messages import Offer
 
@@ -55,6 +56,12 @@ def manifest_of(offer: Offer) -> checkpoint.Manifest:
         raise RemoteProtocolError("a snapshot is offered with members that cannot be")
     if any(not 0 < size <= FILE_BYTES_MAX or not 0 <= crc < 2**32 for _, size, crc in offer.files):
         raise RemoteProtocolError("a snapshot is offered with a file of a size or checksum that cannot be")
+    if offer.archive is not None:
+        size, crc = offer.archive
+        if not 0 < size <= ARCHIVE_MANIFEST_BYTES_MAX or not 0 <= crc < 2**32:
+            raise RemoteProtocolError(
+                "a snapshot is offered with an archive of a size or checksum that cannot be"
+            )
     (state, _, _), *others = offer.files
     if state != checkpoint.state_name(offer.offset):
         raise RemoteProtocolError(f"a snapshot of offset {offer.offset} is offered without its state")
@@ -147,6 +154,11 @@ def is_complete(disk: Disk, manifest: checkpoint.Manifest) -> bool:
     return _COMPLETE in names and all(
         f"{PREFIX}{place}" in names for place, _ in enumerate(_listed(manifest))
     )
+
+
+def is_noted(disk: Disk) -> bool:
+    """Whether a snapshot is here that was noted as complete."""
+    return _COMPLETE in disk.list()
 
 
 def _listed(manifest: checkpoint.Manifest) -> list[str]:

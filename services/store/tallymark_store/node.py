@@ -232,6 +232,8 @@ class StoreNode:
         store.start()
         await self._coordination.start()
         loop = asyncio.get_running_loop()
+        if config.archive:
+            self.archiver = self._make_archiver(store)
         self.checkpointer = Checkpointer(
             store,
             self._disk.at("checkpoints"),
@@ -242,15 +244,15 @@ class StoreNode:
             holds=self._holds,
             expire_holds=self._snapshots.sending.expire,
             recycle=config.recycle,
+            archiver=self.archiver,
             offload=self._offload,
         )
-        self._snapshots.start(self.checkpointer.lock)
+        self._snapshots.start(self.checkpointer.lock, self.archiver)
         self._tasks += [
             loop.create_task(self.checkpointer.run()),
             loop.create_task(self._copies.tidy()),
         ]
-        if config.archive:
-            self.archiver = self._make_archiver(store)
+        if self.archiver is not None:
             self._tasks.append(loop.create_task(self.archiver.run()))
         if config.replication_factor == 1:
             await self._wait_leading(store)

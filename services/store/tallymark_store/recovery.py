@@ -23,6 +23,8 @@ import numpy as np
 from tallymark_protocol.errors import ErrorCode, RemoteProtocolError, WireError
 from tallymark_runtime.disk import Disk, DiskError
 from tallymark_store import checkpoint, incoming
+from tallymark_store.archive import incoming as incoming_archive
+from tallymark_store.archive.manifest import ArchiveError
 from tallymark_store.checkpointer import folder
 from tallymark_store.dedup.producers import ENTRY_DTYPE as WINDOW_DTYPE
 from tallymark_store.fold import Fold
@@ -89,7 +91,7 @@ def recover(
         partitions[number] = partition
         try:
             partition, manifest = _load(
-                checkpoints, partition, report, wal, dedup_window_ns, salt, foreign=recovery.start_ignored
+                disk, partition, report, wal, dedup_window_ns, salt, foreign=recovery.start_ignored
             )
             partitions[number] = partition
             if manifest is not None:
@@ -127,7 +129,7 @@ def _damage_error(number: int, recovery: Recovery) -> WireError:
 
 
 def _load(
-    checkpoints: Disk,
+    root: Disk,
     partition: Partition,
     report: Callable[[str], None],
     wal: Wal,
@@ -137,10 +139,10 @@ def _load(
     foreign: bool,
 ) -> tuple[Partition, checkpoint.Manifest | None]:
     number = partition.partition
-    disk = checkpoints.at(folder(number))
+    disk = root.at("checkpoints").at(folder(number))
     start = partition.index.log_start
     try:
-        manifest = _newest(disk, number, start, report)
+        manifest = _newest(root, disk, number, start, report)
         if manifest is None:
             return partition, None
         if foreign:
@@ -173,7 +175,9 @@ def _load(
     return partition, manifest
 
 
-def _newest(disk: Disk, number: int, start: int, report: Callable[[str], None]) -> checkpoint.Manifest | None:
+def _newest(
+    root: Disk, disk: Disk, number: int, start: int, report: Callable[[str], None]
+) -> checkpoint.Manifest | None:
     """The manifest of the newest checkpoint, which reaches the log's start; of a snapshot that had come in, at last."""
     reason = "there is no checkpoint"
     try:
@@ -186,6 +190,8 @@ def _newest(disk: Disk, number: int, start: int, report: Callable[[str], None]) 
         reason = f"the checkpoint is of offset {manifest.offset}"
         manifest = None
     if start > 0 and manifest is None:
+        if incoming.is_noted(disk):
+            _finish_archive(root, number, start, reason)
         manifest = incoming.finish(disk, number, start)
         if manifest is None:
             raise DamagedError(
@@ -194,6 +200,16 @@ def _newest(disk: Disk, number: int, start: int, report: Callable[[str], None]) 
         report(f"partition {number}: the snapshot of offset {start} that had come in is in force now")
     incoming.clear(disk)
     return manifest
+
+
+def _finish_archive(root: Disk, number: int, start: int, reason: str) -> None:
+    """Put the archive in force that came in with a snapshot, if one did; before the checkpoint, which is the mark."""
+    try:
+        incoming_archive.finish(root.at("archive").at(folder(number)), number, start)
+    except ArchiveError as error:
+        raise DamagedError(
+            f"partition {number}: the log begins at offset {start}, and {reason}: {error}", partition=number
+        ) from error
 
 
 def restore(partition: Partition, disk: Disk, manifest: checkpoint.Manifest, salt: int) -> None:

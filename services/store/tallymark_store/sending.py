@@ -1,5 +1,8 @@
 """Sending snapshots: checkpoints that are kept while somebody asks for their files, piece by piece.
 
+An archive's files go along, if there is one: those of what lies below the checkpoint's offset, as they are at that
+moment; so what the checkpoint doesn't hold is archived first.
+
 Owns what is offered to whom, and for how long it is kept from being dropped (`Holds`): neither many snapshots at a
 time, nor for ever. It is the other side that asks, and that says how fast.
 """
@@ -8,17 +11,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 
+from tallymark_protocol.errors import UnavailableError
 from tallymark_runtime.clock import Clock
 from tallymark_runtime.disk import Disk, DiskError
 from tallymark_store import checkpoint, incoming
+from tallymark_store.archive import manifest as archives
 from tallymark_store.checkpointer import folder
 from tallymark_store.recycling import Holds
 from tallymark_store.replication.messages import Ask, Offer, Piece
 from tallymark_store.store import Offload, Store
+
+if TYPE_CHECKING:
+    from tallymark_store.archive.archiver import Archiver
 
 _log = logging.getLogger(__name__)
 
@@ -36,14 +44,37 @@ class _Held:
         self.name = name
         self.manifest = manifest
         self.files: list[tuple[str, int, int]] = []  # name, bytes, CRC-32C; empty while that is reckoned
+        self.archive: archives.Manifest | None = None  # of what lies below, where it comes along
+        self.archive_bytes = b""  # its manifest's
         self.is_reckoning = True
         self.asked_ns = now_ns  # when somebody last asked for a piece, or it became ready
+
+    @property
+    def archive_summary(self) -> tuple[int, int] | None:
+        """What an offer says of the archive's manifest."""
+        if self.archive is None:
+            return None
+        return len(self.archive_bytes), google_crc32c.value(self.archive_bytes)
+
+    def find(self, place: int) -> tuple[str, int] | None:
+        """Name and size of the file at a place of the offer, if there is one."""
+        if 0 <= place < len(self.files):
+            name, size, _ = self.files[place]
+            return name, size
+        place -= len(self.files)
+        if self.archive is None or not 0 <= place <= len(self.archive.files):
+            return None
+        if place == 0:
+            return archives.NAME, len(self.archive_bytes)
+        file = self.archive.files[place - 1]
+        return file.name, file.bytes
 
 
 class Sending:
     """The end of `snapshots.Snapshots` that has what others lack.
 
     Attributes:
+        archiver: whose files go along, where there is an archive.
         sent: snapshots of which a last piece was sent.
         sent_bytes: of pieces.
     """
@@ -60,6 +91,7 @@ class Sending:
         offload: Offload,
     ) -> None:
         self.sent = self.sent_bytes = 0
+        self.archiver: Archiver | None = None  # where there is an archive
         self._store = store
         self._disk = disk
         self._manifests = manifests
@@ -73,6 +105,12 @@ class Sending:
 
     def _folder(self, number: int) -> Disk:
         return self._disk.at(folder(number))
+
+    def _folder_of(self, held: _Held, place: int) -> Disk:
+        if place < len(held.files):
+            return self._folder(held.number)
+        assert self.archiver is not None, "only who has an archive offers one"
+        return self.archiver.folder(held.number)
 
     def offer(self, number: int, to: str, epoch: int) -> None:
         """Offer a node the newest checkpoint of a partition, or the one that it is getting. Never waits."""
@@ -99,6 +137,7 @@ class Sending:
             members,
             members_offset,
             held.files,
+            held.archive_summary,
         )
         self._store.replicating.send(number, to, offer)
 
@@ -123,17 +162,26 @@ class Sending:
             for name in names:
                 size = await self._offload(_size, disk, name)
                 files.append((name, size, await self._offload(incoming.checksum, disk, name, size)))
-        except (DiskError, checkpoint.CheckpointError) as error:
+            if self.archiver is not None:
+                held.archive = await self.archiver.lend(held, held.number, held.manifest.offset)
+                held.archive_bytes = b"" if held.archive is None else archives.encode(held.archive)
+        except (DiskError, UnavailableError, checkpoint.CheckpointError) as error:
             _log.warning("partition %d: its checkpoint cannot be sent: %s", held.number, error)
             self._release(held)
+            return
+        if self._held.get(held.name) is not held:
+            self._release(held)  # the copy has been discarded meanwhile
             return
         held.is_reckoning = False
         held.files = files
         held.asked_ns = self._clock.monotonic_ns()
 
     def _release(self, held: _Held) -> None:
-        self._held.pop(held.name, None)
+        if self._held.get(held.name) is held:
+            del self._held[held.name]
         self._holds.release(held)
+        if self.archiver is not None:
+            self.archiver.give_back(held)
         self._offered = {key: name for key, name in self._offered.items() if name != held.name}
 
     def expire(self) -> None:
@@ -149,9 +197,10 @@ class Sending:
         if held is None or held.number != message.partition or not held.files:
             return
         held.asked_ns = self._clock.monotonic_ns()
-        if not 0 <= message.file < len(held.files) or self._reads >= _READS_MAX:
+        found = held.find(message.file)
+        if found is None or self._reads >= _READS_MAX:
             return
-        name, size, _ = held.files[message.file]
+        name, size = found
         if message.position % PIECE_BYTES or message.position >= size:
             return
         self._reads += 1
@@ -160,7 +209,12 @@ class Sending:
     async def _send_piece(self, to: str, held: _Held, ask: Ask, name: str, size: int) -> None:
         try:
             length = min(PIECE_BYTES, size - ask.position)
-            data: bytes = await self._offload(_read, self._folder(held.number), name, ask.position, length)
+            data: bytes
+            if ask.file == len(held.files):
+                data = held.archive_bytes[ask.position : ask.position + length]
+            else:
+                disk = self._folder_of(held, ask.file)
+                data = await self._offload(_read, disk, name, ask.position, length)
         except DiskError as error:
             _log.warning("partition %d: its checkpoint cannot be sent: %s", held.number, error)
             self._release(held)

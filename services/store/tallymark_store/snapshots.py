@@ -4,14 +4,17 @@ The leader's core says whom to offer one (`offer`), and the other's core whether
 the bytes get across, by one-way messages as everything else. Who was offered a snapshot asks for its files piece by
 piece, a few at a time, at a bounded rate, and again for what doesn't come (`sending` has the other end).
 
-Installing, in this order (`incoming` draws what is on the disk in between):
+Where both sides have an archive, its files of what lies below come along, but for those that are here already.
+
+Installing, in this order (`incoming` and `archive.incoming` draw what is on the disk in between):
 
 1. all files are there, synced, their checksums right, and they decode as a checkpoint of this partition at the offset;
-   the state is loaded, beside the one in force. That they are whole is noted durably.
+   the state is loaded, beside the one in force. That they are whole is noted durably, of the archive and then of the
+   checkpoint.
 2. in one step, between two messages: the log is emptied to begin at the offset, the loaded state takes the place of
    the one before, and the replica is told. It follows, acknowledges and votes from here on; nothing of that counts
    before the emptied log is on disk, as nothing of any log does.
-3. once it is, the checkpoint is published. A process that ends before finds a log that begins where no checkpoint
+3. once it is, the archive is put in force, and then the checkpoint is published. A process that ends before finds a log that begins where no checkpoint
    reaches, and publishes at its start. One that ends before the emptied log is on disk finds the copy as it was.
 
 Nobody takes, publishes or removes a checkpoint meanwhile: the lock that checkpoints are taken under is held.
@@ -20,10 +23,11 @@ Nobody takes, publishes or removes a checkpoint meanwhile: the lock that checkpo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import defaultdict, deque
-from collections.abc import Coroutine, Iterator
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import google_crc32c
 
@@ -31,6 +35,8 @@ from tallymark_protocol.errors import BackpressureError, TallymarkError
 from tallymark_runtime.clock import Clock
 from tallymark_runtime.disk import Disk, DiskError, File
 from tallymark_store import checkpoint, incoming
+from tallymark_store.archive import incoming as incoming_archive
+from tallymark_store.archive import manifest as archives
 from tallymark_store.checkpointer import finish_incoming, folder
 from tallymark_store.copies import Copies
 from tallymark_store.partition import Partition
@@ -41,6 +47,9 @@ from tallymark_store.replication.ports import Member, Membership, ReplicaConfig
 from tallymark_store.sending import HOLD_NS, PIECE_BYTES, Sending
 from tallymark_store.store import Offload, Store
 
+if TYPE_CHECKING:
+    from tallymark_store.archive.archiver import Archiver
+
 _log = logging.getLogger(__name__)
 
 WINDOW = 4  # pieces that are asked for and have not come
@@ -50,6 +59,8 @@ _SILENCE_LEASES = 5  # lease times without a piece, after which a snapshot is gi
 BACK_OFF_NS = 1_000_000_000  # after the first snapshot that could not be installed; doubled each time
 BACK_OFF_NS_MAX = 60_000_000_000
 _BURST_NS = 250_000_000  # no longer than this an unused rate is saved up
+_SYNC_PIECES = 8  # of a file between two syncs, so that the log's own come in between
+_ARCHIVE_MANIFEST = incoming_archive.staged_name("offered")
 
 
 class _GivenUpError(Exception):
@@ -73,10 +84,9 @@ class _Transfer:
         self.leader = leader
         self.offer = offer
         self.manifest = manifest
-        self.places: Iterator[_Place] = _places(offer.files)  # not asked for yet
-        self.left = sum(
-            -(-size // PIECE_BYTES) for _, size, _ in offer.files
-        )  # pieces that are not written yet
+        self.sizes: dict[int, int] = {}  # of the files that are being fetched, by their places
+        self.places: Iterator[_Place] = iter(())  # not asked for yet
+        self.left = 0  # pieces that are not written yet
         self.asked: dict[_Place, int] = {}  # when; those that have not come
         self.arrived: deque[Piece] = deque()  # asked for, and not written yet
         self.heard_ns = now_ns  # when a piece came last
@@ -85,13 +95,24 @@ class _Transfer:
         self.is_here = False  # all of it: what is left is this store's own work
         self.allowance_bytes = 0
         self.allowance_ns = now_ns
+        self.expect({place: size for place, (_, size, _) in enumerate(offer.files)})
+
+    def expect(self, sizes: Mapping[int, int]) -> None:
+        """These files are to be fetched next: sizes by their places."""
+        self.sizes = dict(sizes)
+        self.places = _places(self.sizes)
+        self.left = sum(_pieces(size) for size in sizes.values())
 
     def piece_bytes(self, place: _Place) -> int:
-        return min(PIECE_BYTES, self.offer.files[place.file][1] - place.position)
+        return min(PIECE_BYTES, self.sizes[place.file] - place.position)
 
 
-def _places(files: list[tuple[str, int, int]]) -> Iterator[_Place]:
-    for number, (_, size, _) in enumerate(files):
+def _pieces(size: int) -> int:
+    return -(-size // PIECE_BYTES)
+
+
+def _places(sizes: Mapping[int, int]) -> Iterator[_Place]:
+    for number, size in sizes.items():
         for position in range(0, size, PIECE_BYTES):
             yield _Place(number, position)
 
@@ -149,11 +170,13 @@ class Snapshots:
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_closed = False
         self.sending = Sending(store, disk, manifests, clock, holds, spawn=self._spawn, offload=offload)
+        self._archiver: Archiver | None = None
         store.replicating.snapshots = self
 
-    def start(self, checkpoint_lock: asyncio.Lock) -> None:
+    def start(self, checkpoint_lock: asyncio.Lock, archiver: Archiver | None = None) -> None:
         """Take part; the lock is the one that checkpoints are taken under."""
         self._checkpoint_lock = checkpoint_lock
+        self._archiver = self.sending.archiver = archiver
 
     def halt(self) -> None:
         """Stop at once, as in a crash."""
@@ -223,6 +246,8 @@ class Snapshots:
         if transfer is not None:
             self._drop(transfer)
         self.sending.forget(number)
+        if self._archiver is not None:
+            self._archiver.forget(number)
 
     def _drop(self, transfer: _Transfer) -> None:
         transfer.is_dropped = True
@@ -262,10 +287,13 @@ class Snapshots:
             try:
                 await self._clear(transfer, disk)
                 await self._get(transfer, disk)
-                await self._install(transfer, disk)
+                async with self._taking_in(transfer):
+                    await self._get_archive(transfer)
+                    transfer.is_here = True
+                    await self._install(transfer, disk)
             except _GivenUpError as error:
                 _log.warning("partition %d: no snapshot was installed: %s", number, error)
-            except (DiskError, TallymarkError, checkpoint.CheckpointError) as error:
+            except (DiskError, TallymarkError, checkpoint.CheckpointError, archives.ArchiveError) as error:
                 _log.warning("partition %d: no snapshot was installed: %s", number, error)
                 self._back_off(transfer)
             except Exception:
@@ -290,17 +318,36 @@ class Snapshots:
         async with self._checkpoint_lock:
             self._check(transfer)
             partition = self._store.partitions[number]
-            await finish_incoming(self._store, self._manifests, disk, partition, self._offload)
+            await finish_incoming(
+                self._store, self._manifests, disk, partition, self._offload, archiver=self._archiver
+            )
             await self._offload(incoming.clear, disk)
 
     async def _get(self, transfer: _Transfer, disk: Disk) -> None:
-        """Have all files here, synced, and as they are on the other side."""
-        files: list[File] = []
+        """Have all files of the checkpoint here, synced."""
+        await self._fetch(
+            transfer,
+            disk,
+            {
+                place: (f"{incoming.PREFIX}{place}", size)
+                for place, (_, size, _) in enumerate(transfer.offer.files)
+            },
+        )
+
+    async def _fetch(self, transfer: _Transfer, disk: Disk, wanted: Mapping[int, tuple[str, int]]) -> None:
+        """Have files here, synced.
+
+        Args:
+            transfer: on which they come.
+            disk: the folder that they go into.
+            wanted: by place in the offer, the name that a file gets, and its size.
+        """
+        transfer.expect({place: size for place, (_, size) in wanted.items()})
+        left = {place: _pieces(size) for place, (_, size) in wanted.items()}  # of each file
+        files: dict[int, File] = {}  # of which some pieces are here; no more than are asked for
+        pause_s = self._config.resend_ns / 4e9
+        transfer.heard_ns = self._clock.monotonic_ns()  # nothing was asked for before
         try:
-            for place in range(len(transfer.offer.files)):
-                file: File = await self._offload(incoming.create, disk, place)
-                files.append(file)
-            pause_s = self._config.resend_ns / 4e9
             while transfer.left:
                 self._ask(transfer)
                 if not transfer.arrived:
@@ -313,15 +360,62 @@ class Snapshots:
                 self._check(transfer)
                 while transfer.arrived:
                     piece = transfer.arrived.popleft()
-                    await self._offload(files[piece.file].write, piece.position, [piece.data])
+                    if piece.file not in files:
+                        files[piece.file] = await self._offload(disk.create, wanted[piece.file][0])
+                    file = files[piece.file]
+                    await self._offload(file.write, piece.position, [piece.data])
                     transfer.left -= 1
-            for file in files:
-                await self._offload(file.sync)
+                    left[piece.file] -= 1
+                    if left[piece.file] % _SYNC_PIECES == 0:
+                        await self._offload(file.sync)
+                    if not left[piece.file]:
+                        files.pop(piece.file).close()
         finally:
-            for file in files:
+            for file in files.values():
                 file.close()
         await self._offload(disk.sync_dir)
-        transfer.is_here = True
+
+    @contextlib.asynccontextmanager
+    async def _taking_in(self, transfer: _Transfer) -> AsyncIterator[None]:
+        """From here on, where there is an archive: this copy archives nothing, the other side keeps what it offered."""
+        if self._archiver is None:
+            yield
+            return
+        keeping = asyncio.get_running_loop().create_task(self._keep(transfer))
+        try:
+            async with self._archiver.taking_in(transfer.number):
+                yield
+        finally:
+            keeping.cancel()
+
+    async def _get_archive(self, transfer: _Transfer) -> None:
+        """Have the archive's files here that belong to the snapshot, and none else; noted as whole.
+
+        Raises:
+            ArchiveError: it isn't what was offered.
+        """
+        archiver, offer, number = self._archiver, transfer.offer, transfer.number
+        if archiver is None or offer.archive is None:
+            return
+        disk = archiver.folder(number)
+        size, crc = offer.archive
+        first = len(offer.files)
+        await self._fetch(transfer, disk, {first: (_ARCHIVE_MANIFEST, size)})
+        manifest = await self._offload(_offered_archive, disk, size, crc, number, offer.offset)
+        missing = await archiver.missing(number, manifest, offer.offset)
+        self._check(transfer)
+        files = {place: manifest.files[place] for place in missing}
+        await self._fetch(
+            transfer,
+            disk,
+            {
+                first + 1 + place: (incoming_archive.staged_name(file.name), file.bytes)
+                for place, file in files.items()
+            },
+        )
+        self._check(transfer)
+        await archiver.take_in(number, manifest, offer.offset)
+        self._check(transfer)
 
     @staticmethod
     def _check(transfer: _Transfer) -> None:
@@ -443,6 +537,8 @@ class Snapshots:
         members = tuple(Member(*pair) for pair in offer.members)
         store.replicating.logs[number].reset(offer.offset, epoch=offer.last_epoch, append_ns=offer.append_ns)
         self._copies.replace_state(number, partition)
+        if self._archiver is not None:
+            self._archiver.replaced(number)
         store.replicating.call(
             number, replica.installed, offer.offset, Membership(members, offer.members_offset)
         )
@@ -453,6 +549,8 @@ class Snapshots:
         number, store = transfer.number, self._store
         await store.wait_durable(partition, transfer.offer.offset)
         try:
+            if self._archiver is not None:
+                await self._archiver.install(number, transfer.offer.offset)
             await self._offload(incoming.publish, disk, transfer.manifest)
         except (DiskError, checkpoint.CheckpointError) as error:
             # Whatever is done here next tries again; and a start before that finds what it needs.
@@ -467,3 +565,15 @@ class Snapshots:
             self._manifests[number] = transfer.manifest
         self._failed.pop(number, None)
         self.installed += 1
+
+
+def _offered_archive(disk: Disk, size: int, crc: int, number: int, offset: int) -> archives.Manifest:
+    """The manifest that has come in."""
+    file = disk.open(_ARCHIVE_MANIFEST)
+    try:
+        data = file.read(0, size).tobytes()
+    finally:
+        file.close()
+    if google_crc32c.value(data) != crc:
+        raise archives.ArchiveError("the archive's manifest is not what was offered")
+    return incoming_archive.offered(data, number, offset)

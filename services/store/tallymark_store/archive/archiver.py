@@ -7,28 +7,35 @@ manifest is switched when the file is durable. A slice is bounded in events, byt
 takes.
 
 Each copy archives for itself, from its own log. An archive carries the id of its copy: where a copy has begun anew, the
-archive of the one before is discarded, whenever that is noticed. The log stays whole beside it, so an archive that
-turns out damaged only costs time.
+archive of the one before is discarded, whenever that is noticed. As long as the log is whole, an archive that turns out
+damaged only costs time. Where the log begins later, the archive has to reach up to there: one that doesn't is left as
+it is, as what is added behind a gap would hide it.
+
+A copy that begins with a snapshot gets the archive below it from whoever sends that (`lend`, `take_in`): nothing is
+archived of a partition meanwhile, and what is lent stays, though it may be merged.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Final, NamedTuple
 
 import msgspec
 import numpy as np
 
+from tallymark_protocol.errors import UnavailableError
 from tallymark_runtime.clock import Clock
 from tallymark_runtime.disk import Disk, DiskError
 from tallymark_runtime.instruments import Histogram
+from tallymark_store.archive import incoming, policy
 from tallymark_store.archive import manifest as manifests
-from tallymark_store.archive import policy
 from tallymark_store.archive.columns import MalformedError, Slice
+from tallymark_store.archive.cut import cut
 from tallymark_store.archive.manifest import ArchiveError, ArchiveFile, Manifest
-from tallymark_store.archive.merge import merge
+from tallymark_store.archive.merge import merge, verify
 from tallymark_store.archive.names import MetricNames
 from tallymark_store.archive.writer import Written, write_file
 from tallymark_store.checkpointer import folder
@@ -126,6 +133,9 @@ class Archiver:
         self._refused: dict[
             int, str
         ] = {}  # by partition, the copy whose archive is of no use and can't be made anew
+        self._lent: dict[object, tuple[int, frozenset[str]]] = {}  # partition, names of files
+        self._taking_in: set[int] = set()  # partitions of which an archive is coming in
+        self._awaited: set[int] = set()  # the same, and the log begins behind what comes in: it is not in force yet
         self._stopping = False
 
     async def run(self) -> None:
@@ -172,6 +182,8 @@ class Archiver:
     # ------------------------------------------------------------ one partition
 
     async def _take_partition(self, number: int, events: int, interval_ns: int) -> None:
+        if number in self._taking_in:
+            return
         archive = await self._opened(number)
         target = self._target(number)
         if archive is None or target is None:
@@ -205,7 +217,7 @@ class Archiver:
 
     async def _opened(self, number: int) -> Archive | None:
         """The archive of the copy that is here; None while there can be none."""
-        if self._target(number) is None:
+        if self._target(number) is None or number in self._awaited:
             return None
         copy_id = self._store.replicas[number].copy_id
         archive = self.archives.get(number)
@@ -216,7 +228,7 @@ class Archiver:
         self.archives.pop(number, None)
         disk = self._disk.at(folder(number))
         try:
-            found: Manifest | None = await self._in_thread(manifests.load, disk)
+            found: Manifest | None = await self._in_thread(manifests.load, disk, self._kept(number))
         except ArchiveError as error:
             await self._begin_anew(number, str(error))
             return None
@@ -230,6 +242,13 @@ class Archiver:
             )
             return None
         fresh = Archive(found or Manifest(number, copy_id), disk, self._clock.monotonic_ns())
+        log_start = self._store.partitions[number].index.log_start
+        if fresh.manifest.end_offset < log_start and self._is_current(number, fresh):
+            self._refuse(
+                number, f"it ends at offset {fresh.manifest.end_offset}, and the log begins at {log_start}"
+            )
+            return None
+        await self._in_thread(incoming.clear, disk)  # of a snapshot that was not begun with
         if self._is_current(number, fresh):  # it may have begun anew while the disk was asked
             self.archives[number] = fresh
             return fresh
@@ -295,11 +314,118 @@ class Archiver:
 
     async def _publish(self, number: int, archive: Archive, manifest: Manifest) -> None:
         try:
-            await self._in_thread(manifests.publish, archive.disk, manifest)
+            await self._in_thread(manifests.publish, archive.disk, manifest, self._kept(number))
         except BaseException:
             self.archives.pop(number, None)  # which one is in force is not known: it is read again
             raise
         archive.manifest = manifest
+
+    # ------------------------------------------------------------ snapshots
+
+    def end_offset(self, number: int) -> int:
+        """Up to where a partition's log isn't needed for raw events: it is in the archive, durably. Exclusive."""
+        archive = self.archives.get(number)
+        return 0 if archive is None or not self._is_current(number, archive) else archive.manifest.end_offset
+
+    def _kept(self, number: int) -> frozenset[str]:
+        return frozenset().union(*(names for lent, names in self._lent.values() if lent == number))
+
+    async def lend(self, who: object, number: int, offset: int) -> Manifest | None:
+        """Have a partition archived up to a committed offset, and keep the files below until `give_back`.
+
+        They have been looked at. None where this copy has no archive that holds all of it.
+
+        Raises:
+            DiskError: the disk refused.
+            UnavailableError: not now.
+        """
+        async with self._lock:
+            archive = None if number in self._taking_in else await self._opened(number)
+            if archive is None:
+                replica = self._store.replicas.get(number)
+                if replica is not None and self._refused.get(number) == replica.copy_id:
+                    return None
+                raise UnavailableError(f"partition {number} has no archive at present")
+            target = self._target(number) or 0
+            while archive.manifest.end_offset < offset:
+                if target < offset or not await self._take_slice(number, archive, target):
+                    raise UnavailableError(f"partition {number} can't be archived up to offset {offset}")
+            files = [file for file in archive.manifest.files if file.start_offset < offset]
+            self._lent[who] = number, frozenset(file.name for file in files)
+            manifest = archive.manifest
+        try:
+            for file in files:
+                await self._in_thread(verify, archive.disk, file)
+        except ArchiveError as error:
+            self.give_back(who)
+            async with self._lock:
+                if self.archives.get(number) is archive:
+                    del self.archives[number]
+                    await self._begin_anew(number, str(error))
+            raise UnavailableError(f"partition {number}: {error}") from error
+        except BaseException:
+            self.give_back(who)
+            raise
+        return manifest
+
+    def give_back(self, who: object) -> None:
+        """What was lent is not needed any more; nothing where nothing is."""
+        self._lent.pop(who, None)
+
+    def folder(self, number: int) -> Disk:
+        """Where a partition's archive is."""
+        return self._disk.at(folder(number))
+
+    @contextlib.asynccontextmanager
+    async def taking_in(self, number: int) -> AsyncIterator[None]:
+        """Archive nothing of a partition for the time of a block, in which an archive comes in."""
+        async with self._lock:
+            self._taking_in.add(number)
+        try:
+            yield
+        finally:
+            self._taking_in.discard(number)
+
+    async def missing(self, number: int, manifest: Manifest, offset: int) -> list[int]:
+        """Which files of an archive that is offered are to be fetched: their places. Raises DiskError."""
+        return list(await self._in_thread(incoming.plan, self.folder(number), manifest, offset))
+
+    async def take_in(self, number: int, manifest: Manifest, offset: int) -> None:
+        """Make an archive of the files that have come in, for this copy, to be put in force by `install`.
+
+        Raises:
+            ArchiveError: they are not what was offered.
+            DiskError: the disk refused.
+        """
+        copy_id = self._store.replicas[number].copy_id
+        await self._in_thread(complete_incoming, self.folder(number), manifest, copy_id, offset, self._check)
+
+    def replaced(self, number: int) -> None:
+        """The log begins with a snapshot from now on: its archive is in force once `install` says so."""
+        self.archives.pop(number, None)
+        self._refused.pop(number, None)
+        self._awaited.add(number)
+
+    def forget(self, number: int) -> None:
+        """The copy has been discarded, and whatever came in for it is of no use."""
+        self._awaited.discard(number)
+
+    async def install(self, number: int, offset: int) -> None:
+        """Put the archive in force that came in with the snapshot that the log begins with, if there is one.
+
+        Raises:
+            DiskError: the disk refused; call it again.
+        """
+        async with self._lock:
+            if number not in self._awaited:
+                return
+            disk = self.folder(number)
+            try:
+                await self._in_thread(incoming.finish, disk, number, offset, self._kept(number))
+            except ArchiveError as error:
+                await self._in_thread(incoming.clear, disk)
+                self._refuse(number, str(error))
+            self._awaited.discard(number)
 
     # ------------------------------------------------------------ threads
 
@@ -389,6 +515,35 @@ def merge_files(
     written = merge(disk, files, name, _metadata(partition, start, end), check)
     low, high = min(file.min_time_ns for file in files), max(file.max_time_ns for file in files)
     return _listed(name, start, end, written, low, high)
+
+
+def complete_incoming(
+    disk: Disk, offered: Manifest, copy_id: str, offset: int, check: Callable[[], None] = lambda: None
+) -> None:
+    """Make an archive that ends at `offset` of offered files, which are here, and note durably that it is whole.
+
+    Raises:
+        ArchiveError: a file is not what was offered.
+        DiskError: the disk refused.
+    """
+    files = []
+    for file in offered.files:
+        if file.start_offset >= offset:
+            break
+        staged = incoming.staged_name(file.name)
+        if file.end_offset <= offset:
+            if not incoming.is_sound(disk, staged, file) and not incoming.is_sound(disk, file.name, file):
+                raise ArchiveError(f"the archive's file {file.name} is not what was offered")
+            files.append(file)
+            continue
+        if not incoming.is_sound(disk, staged, file):
+            raise ArchiveError(f"the archive's file {file.name} is not what was offered")
+        name = incoming.staged_name(manifests.file_name(file.start_offset, offset))
+        metadata = _metadata(offered.partition, file.start_offset, offset)
+        part = cut(disk, staged, file, offset, name, metadata, check)
+        files += [] if part is None else [part]
+        disk.remove(staged)
+    incoming.complete(disk, incoming.owned(offered, copy_id, offset, tuple(files)))
 
 
 def _metadata(partition: int, start: int, end: int) -> dict[str, str]:

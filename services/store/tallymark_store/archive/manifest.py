@@ -4,6 +4,7 @@ A partition's archive folder holds::
 
     MANIFEST.json                        the archive: files, and up to which offset they hold everything
     events-<from>-<to>.parquet           accepted events at offsets of [from, to)
+    in-...                               an archive that is coming in with a snapshot (`archive.incoming`)
 
 Files are written and synced, then the folder is, then the manifest is written under another name, synced, renamed,
 and the folder synced again; only then are files removed that the new manifest doesn't list. So a crash at any step
@@ -15,6 +16,7 @@ The manifest is JSON so that anyone can read it, on one line that ends with the 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 
 import google_crc32c
 import msgspec
@@ -23,6 +25,7 @@ from tallymark_runtime.disk import Disk, FileMissingError
 
 FORMAT_VERSION = 1
 NAME = "MANIFEST.json"
+INCOMING = "in-"  # what names of files begin with that are not to be touched here
 _NEW = NAME + ".new"
 _CHECK = ',"crc32c":"%08x"}\n'  # stands in place of the closing brace
 _CHECK_BYTES = len(_CHECK % 0)
@@ -122,22 +125,22 @@ def _problem(manifest: Manifest) -> str:
     return ""
 
 
-def load(disk: Disk) -> Manifest | None:
-    """The archive in a folder, once what it doesn't list is removed; None where there is none.
+def load(disk: Disk, kept: frozenset[str] = frozenset()) -> Manifest | None:
+    """The archive in a folder, once what neither it lists nor `kept` is removed; None where there is none.
 
     Raises:
         ArchiveError: it is damaged, or a file is missing or cut short.
         DiskError: the disk can't be read.
     """
     if NAME not in disk.list():
-        _remove_others(disk, {NAME})
+        _remove_others(disk, kept)
         return None
     file = disk.open(NAME)
     try:
         manifest = decode(file.read(0, file.size()).tobytes())
     finally:
         file.close()
-    _remove_others(disk, {NAME, *(listed.name for listed in manifest.files)})
+    _remove_others(disk, {NAME, *(listed.name for listed in manifest.files), *kept})
     for listed in manifest.files:
         try:
             found = disk.open(listed.name)
@@ -152,8 +155,10 @@ def load(disk: Disk) -> Manifest | None:
     return manifest
 
 
-def publish(disk: Disk, manifest: Manifest) -> None:
+def publish(disk: Disk, manifest: Manifest, kept: frozenset[str] = frozenset()) -> None:
     """Make a manifest, whose files are written and synced, the one in force, durably; then remove what it doesn't list.
+
+    Files that are `kept` stay: somebody else still reads them.
 
     Raises:
         DiskError: the disk refused. Which manifest is in force is not known: `load` it again.
@@ -167,11 +172,14 @@ def publish(disk: Disk, manifest: Manifest) -> None:
         file.close()
     disk.rename(_NEW, NAME)
     disk.sync_dir()
-    _remove_others(disk, {NAME, *(listed.name for listed in manifest.files)})
+    _remove_others(disk, {NAME, *(listed.name for listed in manifest.files), *kept})
 
 
 def discard(disk: Disk) -> None:
-    """Remove an archive: its manifest first, so that no step leaves one that lists what is gone."""
+    """Remove an archive, its manifest first, so that no step leaves one that lists what is gone.
+
+    What is coming in is for the copy that there is now, and stays.
+    """
     if NAME in disk.list():
         disk.remove(NAME)
         disk.sync_dir()
@@ -179,7 +187,7 @@ def discard(disk: Disk) -> None:
     disk.sync_dir()
 
 
-def _remove_others(disk: Disk, kept: set[str]) -> None:
+def _remove_others(disk: Disk, kept: Collection[str]) -> None:
     for name in disk.list():
-        if name not in kept:
+        if name not in kept and not name.startswith(INCOMING):
             disk.remove(name)

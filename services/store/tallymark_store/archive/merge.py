@@ -93,7 +93,7 @@ def merge(
     """
     assert len(files) >= 2, "there is something to merge"
     for file in files:
-        _verify(disk, file)
+        verify(disk, file)
         check()
     inputs = [_Input(disk, file.name) for file in files]
     waiting: pa.Table | None = None  # the last rows in order: too few for a row group
@@ -129,7 +129,13 @@ def merge(
     return written
 
 
-def _verify(disk: Disk, file: ArchiveFile) -> None:
+def verify(disk: Disk, file: ArchiveFile) -> None:
+    """Look at a file's bytes.
+
+    Raises:
+        ArchiveError: they are not as they were written.
+        DiskError: the disk can't be read.
+    """
     try:
         found = checksum(disk, file.name)
     except FileMissingError:
@@ -138,7 +144,8 @@ def _verify(disk: Disk, file: ArchiveFile) -> None:
         raise ArchiveError(f"the archive's file {file.name} is damaged: its checksum doesn't match")
 
 
-def _joined(tables: list[pa.Table]) -> pa.Table:
+def joined(tables: list[pa.Table]) -> pa.Table:
+    """One table of several, in one chunk, with one dictionary for each column that has any."""
     return tables[0] if len(tables) == 1 else pa.concat_tables(tables).unify_dictionaries().combine_chunks()
 
 
@@ -147,7 +154,7 @@ def _sorted(parts: list[pa.Table], before: pa.Table | None) -> Iterator[pa.Table
 
     In pieces, as one table of everything would be another copy, and one that no cache holds.
     """
-    table = _joined(parts)
+    table = joined(parts)
     order: npt.NDArray[np.int32] | None = None
     if len(parts) > 1:
         # Files are in offset order and so are equal keys within each: a stable sort needs no offsets.
@@ -157,6 +164,6 @@ def _sorted(parts: list[pa.Table], before: pa.Table | None) -> Iterator[pa.Table
         room = ROW_GROUP_ROWS if before is None else ROW_GROUP_ROWS - before.num_rows
         end = min(start + room, table.num_rows)
         piece = table.slice(start, end - start) if order is None else table.take(pa.array(order[start:end]))
-        yield piece if before is None else _joined([before, piece])
+        yield piece if before is None else joined([before, piece])
         before = None
         start = end

@@ -139,6 +139,9 @@ class Offer(Message, frozen=True, gc=False):
     members: list[tuple[str, str]]  # in force at `offset`: node ids and copy ids
     members_offset: int  # of the record that says so; -1: the founding members
     files: list[tuple[str, int, int]]  # name, length in bytes, CRC-32C
+    # Length and CRC-32C of the manifest of an archive of what lies below `offset`; None: no archive comes along. Its
+    # place is the one behind `files`, those of the files that it lists follow.
+    archive: tuple[int, int] | None = None
 
 
 class Ask(Message, frozen=True, gc=False):

@@ -1,0 +1,94 @@
+"""The part of an archive's file below an offset, as a file of its own.
+
+For copies that begin with a snapshot: the archive that they get may reach beyond it, in a file that can't be taken as it
+is. One row group is held at a time, and what is to be written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tallymark_runtime.disk import Disk
+from tallymark_store.archive.manifest import ArchiveError, ArchiveFile, file_name
+from tallymark_store.archive.merge import joined
+from tallymark_store.archive.writer import ROW_GROUP_ROWS, FileWriter, open_file
+
+
+def cut(
+    disk: Disk,
+    name: str,
+    file: ArchiveFile,
+    offset: int,
+    new_name: str,
+    metadata: Mapping[str, str],
+    check: Callable[[], None] = lambda: None,
+) -> ArchiveFile | None:
+    """Write what a file holds below `offset`, which lies in its range; None, and no file, where that is nothing.
+
+    Args:
+        disk: the folder.
+        name: which the file has at present; its bytes have been looked at.
+        file: what is listed of it.
+        offset: exclusive.
+        new_name: under which the part is written, durable in content.
+        metadata: of the new file.
+        check: called between pieces; what it raises ends it.
+
+    Raises:
+        ArchiveError: it can't be read.
+        DiskError: the disk refused.
+    """
+    assert file.start_offset < offset < file.end_offset, "there is something to cut"
+    writer: FileWriter | None = None
+    waiting: list[pa.Table] = []
+    low = high = 0
+    rows = 0
+    try:
+        for group in _groups(open_file(disk, name)):
+            check()
+            part = group.filter(pa.array(group.column("offset").to_numpy() < offset))
+            if not part.num_rows:
+                continue
+            times = part.column("time_ns").to_numpy()
+            low = min(low, int(times.min())) if rows else int(times.min())
+            high = max(high, int(times.max())) if rows else int(times.max())
+            rows += part.num_rows
+            waiting.append(part)
+            if sum(piece.num_rows for piece in waiting) >= ROW_GROUP_ROWS:
+                table = joined(waiting)
+                writer = writer or FileWriter(disk, new_name, table.slice(0, ROW_GROUP_ROWS), metadata)
+                writer.write(table.slice(0, ROW_GROUP_ROWS))
+                waiting = [table.slice(ROW_GROUP_ROWS)]
+        if waiting and (writer is None or waiting[0].num_rows):
+            table = joined(waiting)
+            writer = writer or FileWriter(disk, new_name, table, metadata)
+            writer.write(table)
+    except BaseException:
+        if writer is not None:
+            writer.abandon()
+        raise
+    if writer is None:
+        return None
+    written = writer.close()
+    return msgspec.structs.replace(
+        file,
+        name=file_name(file.start_offset, offset),
+        end_offset=offset,
+        rows=rows,
+        bytes=written.size,
+        crc32c=written.crc32c,
+        min_time_ns=low,
+        max_time_ns=high,
+    )
+
+
+def _groups(file: pq.ParquetFile) -> Iterator[pa.Table]:
+    for number in range(file.num_row_groups):
+        try:
+            yield file.read_row_group(number, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise ArchiveError(f"an archive's file cannot be read: {error}") from error
