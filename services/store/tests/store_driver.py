@@ -61,6 +61,7 @@ class Driver:
         self.partition_count = partition_count
         self.window_ns = window_ns
         self.budget = IdBudget(id_bytes)
+        self.spills_all = True  # where there is a budget; else what comes to be in files is left to chance
         self.reports: list[str] = []
         self.found: Recovered
         self.open()
@@ -178,6 +179,9 @@ class Driver:
         dedup = self.partitions[number].dedup
         counts = zip([end for _, _, end in id_files], checkpoint.id_counts(disk, id_files), strict=True)
         end = self.budget.spill_end(dedup, indexes, list(counts))
+        if end and not self.spills_all:
+            ends = [end for _, _, end in id_files if end >= dedup.spilled_end]
+            end = self.rng.choice([dedup.spilled_end, *ends])
         if end:
             listed = [entry for entry in id_files if entry[1] < end]
             dedup.spill(end, checkpoint.open_ids(disk, listed, dedup.files))
