@@ -29,6 +29,7 @@ from tallymark_protocol.messages import AppendHeader, FrameType
 from tallymark_protocol.payload import C_EVENTS, COLUMNS, OK, explain, validate_payload
 from tallymark_protocol.schema import MetricRecord, encode_record
 from tallymark_store import batch
+from tallymark_store.dedup import IdFileError
 from tallymark_store.partition import Partition
 from tallymark_store.prepared import Bytes, Ints, LoggedVerdicts
 from tallymark_store.replication.membership import encode_members
@@ -135,9 +136,15 @@ class Appends:
                     prepared.max_time_ns,
                 )
                 self._wal.append(meta, prepared.record)
-        except BaseException:
+        except BaseException as error:
             # Whatever it was, the log does not hold these events: their ids must not stand for anything.
             partition.back_out(base, columns)
+            if isinstance(error, IdFileError):
+                # Without it nobody can say which events are new: others have to, if there are others.
+                number = partition.partition
+                damage = DamagedError(f"partition {number}: {error}", partition=number)
+                self._store.refuse(partition, damage)
+                raise damage from error
             raise
         if prepared.record is not None:
             partition.appended(prepared)

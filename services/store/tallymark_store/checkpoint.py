@@ -4,11 +4,12 @@ A partition's folder holds::
 
     MANIFEST              which files make up the newest checkpoint (a container of one MessagePack part)
     state-<offset>        cells, sets, thresholds, alerts, schemas, producer windows, recent outcomes, times
-    ids-<from>-<to>       remembered event ids whose events lie in [from, to); written once, listed by many
+    ids-<from>-<to>       remembered event ids whose events lie in [from, to) (`dedup.id_file`); listed by many
     in-...                a snapshot of another copy that is coming in (`incoming`)
 
 Remembered ids are by far the largest part and never change once written, so each checkpoint adds only those
-since the one before; many small files are joined. The order is: files written and synced, folder synced,
+since the one before; small files are made one beside that (`id_merging`), and where there are too many all the same,
+a checkpoint does so itself. The order is: files written and synced, folder synced,
 manifest written under another name, synced, renamed, folder synced, and only then are files removed that the
 new manifest doesn't list. A crash at any step leaves the old manifest whole or the new one.
 
@@ -24,19 +25,22 @@ the members were, and the epoch and time of the last record.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from tallymark_runtime.disk import Disk, FileMissingError
+from tallymark_runtime.disk import Disk, DiskError, FileMissingError
 from tallymark_store import container
-from tallymark_store.dedup.index import ENTRY_DTYPE
+from tallymark_store.dedup import IdFile, IdFileError, IdMerge, open_id_file, write_id_file
 from tallymark_store.wal import WalStart
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 ID_FILES_MAX = 32  # more are joined into one
+ID_FILE_BYTES = 33  # of an id in a file, at least
 MEMBERSHIPS_MAX = 16  # in a manifest, the last ones
 INCOMING = "in-"  # what names of files begin with that are not to be touched here
 _MANIFEST = "MANIFEST"
@@ -133,15 +137,86 @@ def load_state(disk: Disk, manifest: Manifest) -> dict[str, container.Part]:
     return read_container(disk, manifest.state_file)
 
 
+def open_ids(
+    disk: Disk, id_files: Iterable[tuple[str, int, int]], known: Iterable[IdFile] = ()
+) -> list[IdFile]:
+    """Files of remembered ids, opened; of `known` those that cover the same.
+
+    Raises:
+        CheckpointError: one is missing, or what of it is read at once is damaged.
+    """
+    open_files = {(file.start, file.end): file for file in known}
+    try:
+        return [
+            open_files.get((start, end)) or open_id_file(disk, name, start, end)
+            for name, start, end in id_files
+        ]
+    except IdFileError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def id_counts(disk: Disk, id_files: Iterable[tuple[str, int, int]]) -> list[int]:
+    """About how many ids each of the files holds, by its length.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
+    counts = []
+    for name, _, _ in id_files:
+        try:
+            file = disk.open(name)
+        except FileMissingError:
+            raise CheckpointError(f"checkpoint file {name} is missing") from None
+        try:
+            counts.append(file.size() // ID_FILE_BYTES)
+        finally:
+            file.close()
+    return counts
+
+
 def load_ids(disk: Disk, manifest: Manifest) -> list[npt.NDArray[Any]]:
     """The remembered ids, one array a file, oldest first."""
-    arrays = []
-    for name, _, _ in manifest.id_files:
-        entries = read_container(disk, name).get("entries")
-        if not isinstance(entries, np.ndarray) or entries.dtype != ENTRY_DTYPE:
-            raise CheckpointError(f"checkpoint file {name} holds no event ids")
-        arrays.append(entries)
-    return arrays
+    return [read_ids(file) for file in open_ids(disk, manifest.id_files)]
+
+
+def read_ids(file: IdFile) -> npt.NDArray[Any]:
+    """All that a file of ids holds.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        return file.entries()
+    except IdFileError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def begin_merge(
+    disk: Disk, id_files: list[tuple[str, int, int]], id_floor: int
+) -> tuple[IdMerge, tuple[str, int, int]]:
+    """Begin to make one file of several neighbouring ones; returns the work, and what to list instead of them.
+
+    Ids of events below `id_floor` are left behind.
+
+    Raises:
+        CheckpointError: one of them is missing or damaged.
+    """
+    start, end = id_files[0][1], id_files[-1][2]
+    name = ids_name(start, end)
+    return IdMerge(disk, open_ids(disk, id_files), name, id_floor), (name, start, end)
+
+
+def merge_step(merge: IdMerge) -> bool:
+    """Do a part of the work of a merge; False when it is done.
+
+    Raises:
+        CheckpointError: one of the files is damaged.
+        DiskError: the disk refuses.
+    """
+    try:
+        return merge.step()
+    except IdFileError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def write(
@@ -172,25 +247,29 @@ def write(
             ids.
     """
     since = previous.offset if previous else 0
-    kept = [entry for entry in (previous.id_files if previous else []) if entry[2] > id_floor]
-    fresh = []
+    listed = [entry for entry in (previous.id_files if previous else []) if entry[2] > id_floor]
     if len(new_ids):
-        if len(kept) >= ID_FILES_MAX:
-            assert previous is not None
-            held = load_ids(disk, msgspec.structs.replace(previous, id_files=kept))
-            new_ids = np.concatenate([*held, new_ids])
-            # A joined file lists anew what it takes over, so what has expired must be left behind here.
-            new_ids = new_ids[new_ids["offset"] >= id_floor]
-            since = kept[0][1]
-            kept = []
-        fresh = [(ids_name(since, manifest.offset), since, manifest.offset)]
-        write_container(disk, fresh[0][0], {"entries": new_ids})
+        name = ids_name(since, manifest.offset)
+        write_id_file(disk, name, new_ids, since, manifest.offset)
+        listed.append((name, since, manifest.offset))
+        if len(listed) > ID_FILES_MAX:
+            listed = _merged(disk, listed, id_floor)
     state_file = state_name(manifest.offset)
     if previous is not None and previous.state_file == state_file:
         return previous
     write_container(disk, state_file, state)
     disk.sync_dir()
-    return msgspec.structs.replace(manifest, state_file=state_file, id_files=[*kept, *fresh])
+    return msgspec.structs.replace(manifest, state_file=state_file, id_files=listed)
+
+
+def _merged(disk: Disk, id_files: list[tuple[str, int, int]], id_floor: int) -> list[tuple[str, int, int]]:
+    merge, entry = begin_merge(disk, id_files, id_floor)
+    try:
+        while merge_step(merge):
+            pass
+    finally:
+        merge.close()
+    return [entry] if merge.count else []
 
 
 def publish(disk: Disk, manifest: Manifest, kept: frozenset[str] = frozenset()) -> None:
@@ -200,9 +279,11 @@ def publish(disk: Disk, manifest: Manifest, kept: frozenset[str] = frozenset()) 
     disk.rename(temporary, _MANIFEST)
     disk.sync_dir()
     listed = {_MANIFEST, manifest.state_file, *(name for name, _, _ in manifest.id_files), *kept}
-    for name in disk.list():
-        if name not in listed and not name.startswith(INCOMING):
-            disk.remove(name)
+    # The new one is in force: what can't be removed now must not look like a failure of that, and goes with the next.
+    with contextlib.suppress(DiskError):
+        for name in disk.list():
+            if name not in listed and not name.startswith(INCOMING):
+                disk.remove(name)
 
 
 def write_wal_start(disk: Disk, start: WalStart) -> None:

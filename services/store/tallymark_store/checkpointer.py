@@ -4,7 +4,8 @@ One partition at a time. At one offset, the applied one, the fold's arrays are c
 producer windows are listed; remembered ids, which never change once written, are then gathered shard by shard with
 the loop running in between. Files are written and synced in a thread. The manifest is switched once everything that
 the judge had seen by then is committed (what was gathered may have been shaped by it) and what it covers is on this
-store's own disk: others may have been faster.
+store's own disk: others may have been faster. After that, where ids take more memory than they may, the oldest are
+looked up in the checkpoint's files from then on, and leave it (`DedupIndex.spill`).
 
 With `recycle`, segments that no partition needs any more go after that, in this order: checkpoints of all partitions
 are durable; the indexes forget what lies in those segments; the log's state without it is durable; the files are
@@ -25,11 +26,14 @@ from tallymark_protocol.errors import UnavailableError
 from tallymark_runtime.clock import Clock
 from tallymark_runtime.disk import Disk, DiskError
 from tallymark_store import checkpoint, container, incoming
-from tallymark_store.dedup.index import SHARD_COUNT
+from tallymark_store.dedup.index import SHARD_COUNT, DedupIndex
+from tallymark_store.id_budget import IdBudget
+from tallymark_store.id_merging import IdMerger
 from tallymark_store.partition import Partition
 from tallymark_store.recycling import Holds, recycle_floor
 from tallymark_store.replication.ports import Membership
 from tallymark_store.store import Offload, Store
+from tallymark_store.wal import DamagedError
 
 if TYPE_CHECKING:
     from tallymark_store.archive.archiver import Archiver
@@ -51,8 +55,10 @@ class Checkpointer:
         expire_holds: called before the log is dropped: who has kept something for too long lets go.
         recycle: whether the log below the checkpoints is dropped.
         archiver: where there is an archive: then only what it holds, too, is dropped.
+        id_budget: how much memory remembered ids may take.
 
     Attributes:
+        merger: merges files of remembered ids; it runs beside this.
         lock: held while a checkpoint is taken; whoever else changes checkpoints takes it.
         recycled_bytes: of log files that were removed.
     """
@@ -70,6 +76,7 @@ class Checkpointer:
         expire_holds: Callable[[], None] = lambda: None,
         recycle: bool = False,
         archiver: Archiver | None = None,
+        id_budget: IdBudget | None = None,
         offload: Offload = asyncio.to_thread,
     ) -> None:
         self._store = store
@@ -85,7 +92,11 @@ class Checkpointer:
         self._expire_holds = expire_holds
         self._recycle = recycle
         self._archiver = archiver
+        self._id_budget = id_budget or IdBudget(None)
         self.lock = asyncio.Lock()
+        self.merger = IdMerger(
+            store, lambda number: disk.at(folder(number)), manifests, holds, self.lock, offload
+        )
         self.recycled_bytes = 0
         self.count = 0  # taken since the start
         self.finished_ns = clock.monotonic_ns()  # when the last was, or the start
@@ -97,7 +108,8 @@ class Checkpointer:
             await asyncio.sleep(POLL_S)
             events = self._store.events_folded - self._last_events
             waited = self._clock.monotonic_ns() - self._last_ns
-            if events >= self._events_max or (events > 0 and waited >= self._interval_ns):
+            is_due = events >= self._events_max or (events > 0 and waited >= self._interval_ns)
+            if is_due or (events > 0 and self._id_budget.is_full(self._indexes())):
                 try:
                     await self.take()
                 except DiskError as error:
@@ -133,6 +145,10 @@ class Checkpointer:
             self.count += 1
             self.finished_ns = self._clock.monotonic_ns()
             self.took_ns = self.finished_ns - began_ns
+        self.merger.wake()
+
+    def _indexes(self) -> list[DedupIndex]:
+        return [partition.dedup for partition in self._store.partitions.values()]
 
     def _trim(self) -> int:
         """Have the indexes forget what no partition needs any more; the lowest segment that is left."""
@@ -192,6 +208,12 @@ class Checkpointer:
                 id_floor=id_floor,
             )
         except checkpoint.CheckpointError as error:
+            if partition.dedup.spilled_end > id_floor:
+                damage = DamagedError(
+                    f"partition {partition.partition}: {error}", partition=partition.partition
+                )
+                self._store.refuse(partition, damage)
+                return
             # Found while files were joined; all that is still needed is in memory.
             _log.warning("writing all event ids of partition %d anew: %s", partition.partition, error)
             ids = await self._gather_ids(partition, id_floor, offset)
@@ -206,12 +228,30 @@ class Checkpointer:
             checkpoint.discard(disk, keeps_incoming=True)
             return
         self._manifests[partition.partition] = written
-        await self._sweep_ids(partition)
+        spilled_end = partition.dedup.spilled_end
+        await self._spill_ids(partition, disk, written)
+        await self._sweep_ids(partition, has_spilled=partition.dedup.spilled_end > spilled_end)
 
-    async def _sweep_ids(self, partition: Partition) -> None:
-        """Give back the memory of ids that have left the window."""
+    async def _spill_ids(self, partition: Partition, disk: Disk, manifest: checkpoint.Manifest) -> None:
+        """Look old ids up in the files of the checkpoint in force, if ids take more memory than they may."""
+        dedup = partition.dedup
+        end = dedup.spilled_end
+        if self._id_budget.is_exceeded(self._indexes()):
+            counts = await self._offload(checkpoint.id_counts, disk, manifest.id_files)
+            ends = [end for _, _, end in manifest.id_files]
+            end = self._id_budget.spill_end(dedup, self._indexes(), list(zip(ends, counts, strict=True)))
+        if end == 0:
+            return
+        # Also where no more is spilled: files that have left the window are let go.
+        listed = [entry for entry in manifest.id_files if entry[1] < end]
+        files = await self._offload(checkpoint.open_ids, disk, listed, dedup.files)
+        if self._store.partitions.get(partition.partition) is partition:
+            dedup.spill(end, files)
+
+    async def _sweep_ids(self, partition: Partition, *, has_spilled: bool) -> None:
+        """Give back the memory of ids that have left the window, or are in files only."""
         floor = partition.committed_floor()
-        if floor > partition.dedup.keep_offset:
+        if has_spilled or floor > partition.dedup.keep_offset:
             for _ in range(SHARD_COUNT):
                 partition.dedup.sweep(floor, 1)
                 await asyncio.sleep(0)

@@ -38,7 +38,7 @@ from tallymark_runtime.coordinator import Coordinator, Get
 from tallymark_runtime.disk import Disk
 from tallymark_runtime.epochs import read_base
 from tallymark_runtime.lease import LeaseKeeper, LeaseThread
-from tallymark_store import checkpoint, recovery
+from tallymark_store import checkpoint, id_budget, recovery
 from tallymark_store.appends import Requester
 from tallymark_store.belonging import check_cluster
 from tallymark_store.calls import Calls
@@ -85,6 +85,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     archive_events: int = 500_000
     archive_interval_s: float = 300.0
     dedup_window_ns: int = limits.DEDUP_WINDOW_NS
+    # Of memory, for what can also be on disk; 0: half of the machine's; negative: no bound.
+    memory_bytes: int = id_budget.UNBOUNDED
     lease_ttl_s: float = 2.0
     replication: ReplicaConfig | None = None  # None: as follows from the lease
     # Whether the log below the checkpoints is dropped. Raw events have no other home yet, so nothing sets it.
@@ -245,11 +247,13 @@ class StoreNode:
             expire_holds=self._snapshots.sending.expire,
             recycle=config.recycle,
             archiver=self.archiver,
+            id_budget=id_budget.IdBudget(id_budget.ids_of(config.memory_bytes)),
             offload=self._offload,
         )
         self._snapshots.start(self.checkpointer.lock, self.archiver)
         self._tasks += [
             loop.create_task(self.checkpointer.run()),
+            loop.create_task(self.checkpointer.merger.run()),
             loop.create_task(self._copies.tidy()),
         ]
         if self.archiver is not None:
@@ -303,6 +307,7 @@ class StoreNode:
                 f"{error}; restore it, or the data directory as a whole", retriable=False
             ) from error
         salt = self._rng.getrandbits(63)
+        id_bytes = id_budget.ids_of(config.memory_bytes)
 
         def committed_end(wal: Wal, number: int, manifest: checkpoint.Manifest | None) -> int:
             log = WalLog(wal, number)
@@ -324,6 +329,7 @@ class StoreNode:
             salt=salt,
             report=self._report,
             committed_end=committed_end,
+            id_bytes=id_bytes,
         )
         self._manifests = found.manifests
         file.use_log(found.wal.log_id)
@@ -387,6 +393,7 @@ class StoreNode:
             config=replica_config(config),
             salt=salt,
             dedup_window_ns=cluster.dedup_window_ns,
+            id_bytes=None if id_bytes is None else id_bytes // cluster.partition_count,
             offload=self._offload,
         )
         self._copies.on_forgotten = self._snapshots.forget

@@ -29,6 +29,7 @@ from tallymark_store.checkpointer import folder
 from tallymark_store.dedup.producers import ENTRY_DTYPE as WINDOW_DTYPE
 from tallymark_store.fold import Fold
 from tallymark_store.folding import replay
+from tallymark_store.id_budget import resident_from
 from tallymark_store.outcomes import Outcomes
 from tallymark_store.partition import Partition
 from tallymark_store.store import WAY_OUT
@@ -58,9 +59,11 @@ def recover(
     salt: int,
     report: Callable[[str], None],
     committed_end: Callable[[Wal, int, checkpoint.Manifest | None], int] | None = None,
+    id_bytes: int | None = None,
 ) -> Recovered:
     """Open a store's data directory.
 
+    `id_bytes` is how much memory the remembered ids of all partitions may take; None: as much as they need.
     `committed_end` says of each partition below which offset its log is known to be committed; None: all of it is.
 
     Raises:
@@ -80,6 +83,7 @@ def recover(
     partitions: dict[int, Partition] = {}
     manifests: dict[int, checkpoint.Manifest] = {}
     replayed = 0
+    share = None if id_bytes is None else id_bytes // partition_count
     for number in range(partition_count):
         partition = Partition(number, dedup_window_ns=dedup_window_ns, indexes=wal.partitions, salt=salt)
         if recovery.is_damaged(number):
@@ -91,7 +95,14 @@ def recover(
         partitions[number] = partition
         try:
             partition, manifest = _load(
-                disk, partition, report, wal, dedup_window_ns, salt, foreign=recovery.start_ignored
+                disk,
+                partition,
+                report,
+                wal,
+                dedup_window_ns,
+                salt,
+                foreign=recovery.start_ignored,
+                id_bytes=share,
             )
             partitions[number] = partition
             if manifest is not None:
@@ -137,6 +148,7 @@ def _load(
     salt: int,
     *,
     foreign: bool,
+    id_bytes: int | None,
 ) -> tuple[Partition, checkpoint.Manifest | None]:
     number = partition.partition
     disk = root.at("checkpoints").at(folder(number))
@@ -155,7 +167,7 @@ def _load(
                 f"it held everything below {manifest.offset}",
                 partition=number,
             )
-        restore(partition, disk, manifest, salt)
+        restore(partition, disk, manifest, salt, id_bytes)
     except (DamagedError, DiskError, MemoryError):
         raise
     except Exception as error:
@@ -212,8 +224,13 @@ def _finish_archive(root: Disk, number: int, start: int, reason: str) -> None:
         ) from error
 
 
-def restore(partition: Partition, disk: Disk, manifest: checkpoint.Manifest, salt: int) -> None:
+def restore(
+    partition: Partition, disk: Disk, manifest: checkpoint.Manifest, salt: int, id_bytes: int | None = None
+) -> None:
     """Load a checkpoint into a new partition.
+
+    Of remembered ids the newest are taken into memory, as far as they fit into `id_bytes` (None: all of them); the others
+    are looked up where they are.
 
     Raises:
         CheckpointError: its files are missing or damaged, or are none of this partition at that offset.
@@ -239,8 +256,23 @@ def restore(partition: Partition, disk: Disk, manifest: checkpoint.Manifest, sal
     if not isinstance(times, np.ndarray) or times.dtype != np.int64 or times.ndim != 2 or times.shape[1] != 2:
         raise checkpoint.CheckpointError("the state file holds no times")
     partition.times = WindowTimes(partition.dedup_window_ns, times)
-    for entries in checkpoint.load_ids(disk, manifest):
-        partition.dedup.reserve(len(entries))
-        partition.dedup.load(entries)
+    _restore_ids(partition, disk, manifest, id_bytes)
     partition.judged_end = manifest.offset
     partition.last_append_ns = manifest.last_append_ns
+
+
+def _restore_ids(
+    partition: Partition, disk: Disk, manifest: checkpoint.Manifest, id_bytes: int | None
+) -> None:
+    dedup, id_files = partition.dedup, manifest.id_files
+    resident = 0
+    if id_bytes is not None:
+        resident = resident_from(id_bytes, checkpoint.id_counts(disk, id_files))
+    if resident:
+        dedup.spill(id_files[resident - 1][2], checkpoint.open_ids(disk, id_files[:resident]))
+    # One at a time: each is held twice while it is taken in.
+    for entry in id_files[resident:]:
+        (file,) = checkpoint.open_ids(disk, [entry])
+        entries = checkpoint.read_ids(file)
+        dedup.reserve(len(entries))
+        dedup.load(entries)

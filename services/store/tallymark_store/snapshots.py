@@ -130,6 +130,7 @@ class Snapshots:
         config: of the replicas: times, and the rate at which copies are brought up.
         salt: of this process's tables.
         dedup_window_ns: of the partitions.
+        id_bytes: how much memory remembered ids of one partition may take when it begins; None: what they need.
         offload: runs what waits for the disk, or takes long.
 
     Attributes:
@@ -151,6 +152,7 @@ class Snapshots:
         salt: int,
         dedup_window_ns: int,
         offload: Offload,
+        id_bytes: int | None = None,
     ) -> None:
         self.installed = self.received_bytes = 0
         self._store = store
@@ -162,6 +164,7 @@ class Snapshots:
         self._salt = salt
         self._dedup_window_ns = dedup_window_ns
         self._offload = offload
+        self._id_bytes = id_bytes
         self._checkpoint_lock: asyncio.Lock | None = None  # None: not started yet
         self._transfers: dict[int, _Transfer] = {}
         self._coming: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)  # files of a partition
@@ -511,7 +514,7 @@ class Snapshots:
             indexes=self._store.wal.partitions,
             salt=self._salt,
         )
-        restore(partition, disk, incoming.staged(transfer.manifest), self._salt)
+        restore(partition, disk, incoming.staged(transfer.manifest), self._salt, self._id_bytes)
         partition.high_watermark = transfer.offer.offset
         return partition
 

@@ -7,6 +7,7 @@ import struct
 from typing import Any
 
 import google_crc32c
+import msgspec
 import numpy as np
 
 from tallymark_protocol import layout
@@ -18,6 +19,8 @@ from tallymark_store import batch, checkpoint
 from tallymark_store.checkpointer import folder, snapshot_parts
 from tallymark_store.dedup.index import SHARD_COUNT
 from tallymark_store.folding import replay
+from tallymark_store.id_budget import IdBudget
+from tallymark_store.id_merging import plan_merge
 from tallymark_store.partition import Partition
 from tallymark_store.prepared import LoggedVerdicts, Prepared
 from tallymark_store.recovery import Recovered, recover
@@ -50,11 +53,15 @@ def metric(uid: int, **fields: Any) -> MetricRecord:
 class Driver:
     """One life of the store after another, on one disk."""
 
-    def __init__(self, *, partition_count: int = 1, window_ns: int = WINDOW, seed: int = 1) -> None:
+    def __init__(
+        self, *, partition_count: int = 1, window_ns: int = WINDOW, seed: int = 1, id_bytes: int | None = None
+    ) -> None:
         self.disk = MemoryDisk()
         self.rng = random.Random(seed)
         self.partition_count = partition_count
         self.window_ns = window_ns
+        self.budget = IdBudget(id_bytes)
+        self.spills_all = True  # where there is a budget; else what comes to be in files is left to chance
         self.reports: list[str] = []
         self.found: Recovered
         self.open()
@@ -69,6 +76,7 @@ class Driver:
             new_log_id=LOG_ID,
             salt=self.rng.getrandbits(63),
             report=self.reports.append,
+            id_bytes=self.budget.limit_bytes,
         )
         self.wal = self.found.wal
         self.partitions = self.found.partitions
@@ -160,8 +168,46 @@ class Driver:
         self.sync()
         checkpoint.publish(self.checkpoints(number), written)
         self.manifests[number] = written
+        self.spill(number)
         partition = self.partitions[number]
         partition.dedup.sweep(partition.committed_floor(), SHARD_COUNT)
+
+    def spill(self, number: int) -> None:
+        """As the store does it after a checkpoint: forget in memory what is too much for it."""
+        id_files, disk = self.manifests[number].id_files, self.checkpoints(number)
+        indexes = [partition.dedup for partition in self.partitions.values()]
+        dedup = self.partitions[number].dedup
+        counts = zip([end for _, _, end in id_files], checkpoint.id_counts(disk, id_files), strict=True)
+        end = self.budget.spill_end(dedup, indexes, list(counts))
+        if end and not self.spills_all:
+            ends = [end for _, _, end in id_files if end >= dedup.spilled_end]
+            end = self.rng.choice([dedup.spilled_end, *ends])
+        if end:
+            listed = [entry for entry in id_files if entry[1] < end]
+            dedup.spill(end, checkpoint.open_ids(disk, listed, dedup.files))
+
+    def merge(self, number: int) -> bool:
+        """As the store does it beside checkpoints; whether there was something to be merged."""
+        manifest, disk, partition = self.manifests[number], self.checkpoints(number), self.partitions[number]
+        place = plan_merge(checkpoint.id_counts(disk, manifest.id_files))
+        if place < 0:
+            return False
+        listed = list(manifest.id_files)
+        floor = partition.dedup_floor(manifest.last_append_ns)
+        merge, entry = checkpoint.begin_merge(disk, listed[place : place + 4], floor)
+        while checkpoint.merge_step(merge):
+            pass
+        merge.close()
+        disk.sync_dir()
+        listed[place : place + 4] = [entry] if merge.count else []
+        merged = msgspec.structs.replace(manifest, id_files=listed)
+        checkpoint.publish(disk, merged)
+        self.manifests[number] = merged
+        end = partition.dedup.spilled_end
+        if end:
+            spilled = [entry for entry in listed if entry[1] < end]
+            partition.dedup.spill(end, checkpoint.open_ids(disk, spilled, partition.dedup.files))
+        return True
 
     def wal_start(self) -> None:
         start = self.wal.snapshot()

@@ -398,9 +398,11 @@ def test_exceptions_are_cut_out_of_a_verdict_column() -> None:
 class Model:
     """Random work on two partitions, each answer and each restart compared with the model's."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, id_bytes: int | None = None) -> None:
         self.rng = random.Random(seed)
-        self.driver = Driver(partition_count=2, seed=seed)
+        self.driver = Driver(partition_count=2, seed=seed, id_bytes=id_bytes)
+        self.merges = 0
+        self.spilled = 0  # partitions that had ids on disk only, at checks
         self.models = [PartitionModel(WINDOW), PartitionModel(WINDOW)]
         self.now = BASE
         self.uid = 100
@@ -481,6 +483,9 @@ class Model:
             else:
                 self.driver.sync()
                 self.driver.checkpoint(number)
+            if self.driver.budget.limit_bytes is not None:
+                while number in self.driver.manifests and self.driver.merge(number):
+                    self.merges += 1
             if self.rng.random() < 0.5:
                 self.driver.wal_start()
         except DiskError:
@@ -500,6 +505,7 @@ class Model:
         self.driver.sync()
         self.driver.check_digests()
         for number, partition in self.driver.partitions.items():
+            self.spilled += partition.dedup.spilled_end > 0
             fold = partition.fold
             for (account, uid, start), (count, total) in self.models[number].totals().items():
                 found, _, _ = fold.period_stats(account, fold.schemas.slot_of_uid(uid), start)
@@ -518,6 +524,8 @@ class Model:
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
+            if self.driver.budget.limit_bytes is not None and self.rng.random() < 0.4:
+                self.checkpoint()
             draw = self.rng.random()
             if draw < 0.60:
                 self.append()
@@ -540,6 +548,47 @@ class Model:
 def test_every_answer_is_the_models(seed: int) -> None:
     """Chunks, repeats, ids, conflicts, sealed periods, checkpoints that fail, crashes: DEDUP-1, FOLD-1, LOG-1."""
     Model(seed).run(150)
+
+
+@pytest.mark.parametrize("seed", range(10, 18))
+def test_every_answer_is_the_models_with_ids_on_disk(seed: int) -> None:
+    """The same with no memory for ids, or some: all of them, or the older ones, are in files, which are merged."""
+    model = Model(seed, id_bytes=0 if seed % 2 else 2_500)
+    model.driver.spills_all = bool(seed % 2)
+    model.run(250)
+    assert model.merges > 0
+    assert model.spilled > 5
+
+
+@pytest.mark.parametrize("spills", [True, False])
+def test_an_id_on_disk_is_remembered_to_the_windows_edge(spills: bool) -> None:
+    """Of a file that holds ids from before it and after it, and of a merged one; beside a twin in memory."""
+    driver = started(id_bytes=0 if spills else None)
+    step = WINDOW // STEPS
+    times = [BASE + i * step for i in range(12)]
+    for i, time in enumerate(times):
+        driver.append(0, [event(1, "sum", id=encode_event_id(i))], [(1, i, time, 1, 1)], time)
+        driver.sync()
+        driver.checkpoint(0)
+    while spills and driver.merge(0):
+        pass
+    assert (len(driver.manifests[0].id_files) < 8) == spills
+    sequence = 0
+    for i, time in enumerate(times):
+        end = (time // step + 1) * step - 1 + WINDOW
+        for now, stored in ((end, 0), (end + 1, 1), (end + 1, 0)):
+            again = driver.append(
+                0, [event(1, "sum", id=encode_event_id(i))], [(2, sequence, now, 1, 1)], now
+            )
+            assert again.stored == stored
+            sequence += 1
+        driver.sync()
+        driver.check_digests()
+        if i % 3 == 2:
+            driver.checkpoint(0)
+            driver.crash()
+            assert (driver.partitions[0].dedup.spilled_end > 0) == spills
+            driver.check_digests()
 
 
 def test_a_checkpoint_is_not_in_force_before_the_switch() -> None:

@@ -5,8 +5,11 @@ and append times alone. See `index` and `producers`.
 """
 
 import numpy as np
+import numpy.typing as npt
 
+from tallymark_runtime.disk import MemoryDisk
 from tallymark_store.dedup.arena import TableFullError
+from tallymark_store.dedup.id_file import IdFile, IdFileError, IdMerge, open_id_file, write_id_file
 from tallymark_store.dedup.index import DedupIndex
 from tallymark_store.dedup.index_kernels import CONFLICT, DUPLICATE, LOOK_UP_AND_REMEMBER, LOOK_UP_ONLY
 from tallymark_store.dedup.producer_kernels import NEW, REPEAT, REUSED, UNKNOWN
@@ -22,9 +25,14 @@ __all__ = [
     "REUSED",
     "UNKNOWN",
     "DedupIndex",
+    "IdFile",
+    "IdFileError",
+    "IdMerge",
     "ProducerWindows",
     "TableFullError",
+    "open_id_file",
     "warm_up",
+    "write_id_file",
 ]
 
 
@@ -42,6 +50,7 @@ def warm_up() -> None:
     index.digest(0, 2)
     index.truncate(1)
     index.sweep(1, 1)
+    _warm_up_files(words, flags, offsets)
 
     windows = ProducerWindows(slots_max=2**16)
     small = np.ones(2, dtype=np.uint32)
@@ -52,3 +61,20 @@ def warm_up() -> None:
     windows.load(windows.entries(1, 0))
     windows.digest(1, 0)
     windows.truncate(0)
+
+
+def _warm_up_files(
+    words: npt.NDArray[np.uint64], flags: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]
+) -> None:
+    disk = MemoryDisk()
+    index = DedupIndex(slots_max=2**16)
+    index.apply(words, words, words, offsets)
+    entries = np.concatenate([index.entries(shard, 0, 2) for shard in range(64)])
+    write_id_file(disk, "one", entries, 0, 2)
+    one = open_id_file(disk, "one", 0, 2)
+    merge = IdMerge(disk, [one], "merged", 0)
+    while merge.step():
+        pass
+    index.spill(2, [open_id_file(disk, "merged", 0, 2)])
+    index.judge(words, words, words, flags, 2, 0, np.zeros(2, dtype=np.uint8), np.zeros(2, dtype=np.int64))
+    index.digest(0, 2)

@@ -14,8 +14,13 @@ whose tables grew differently agree:
 Between the two lie entries that have left the window as of an uncommitted record. They stay, beside a newer
 entry of the same key if there is one: when that record is truncated, the floor falls back and they are live
 again. At most one entry of a key is live at a time.
+
+Entries below `spilled_end` are looked up in files (`id_file`) instead of the table, which has them no more, or as
+spent ones: the files hold every entry of [keep_offset, spilled_end). To no result does it matter where an entry is.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,10 +28,9 @@ import numpy.typing as npt
 
 from tallymark_store.dedup import index_kernels as kernels
 from tallymark_store.dedup.arena import ShardArena, TableFullError
+from tallymark_store.dedup.id_file import ENTRY_DTYPE, IdFile
 
 SHARD_COUNT = 64
-ENTRY_DTYPE = np.dtype([("lo", "<u8"), ("hi", "<u8"), ("fingerprint", "<u8"), ("offset", "<i8")])
-"""One remembered event id, as checkpoints carry it."""
 
 _LOAD_MAX = 0.82
 _GROWTH = 1.25
@@ -58,6 +62,8 @@ class DedupIndex:
         )
         self._salt = np.uint64(salt)
         self._keep_offset = 0
+        self._spilled_end = 0
+        self._files: tuple[IdFile, ...] = ()  # by what they cover, ascending
         self._scratch: U64 = np.empty(0, dtype=np.uint64)  # see `_scratch_for`
         self._sweep_next = 0  # the shard that the next sweep begins with
 
@@ -65,6 +71,32 @@ class DedupIndex:
     def keep_offset(self) -> int:
         """Entries below this offset are spent: they may be gone. It only rises."""
         return self._keep_offset
+
+    @property
+    def spilled_end(self) -> int:
+        """Entries below this offset are in `files` only; exclusive. It only rises."""
+        return self._spilled_end
+
+    @property
+    def files(self) -> tuple[IdFile, ...]:
+        """The files in which entries are looked up, by what they cover, ascending."""
+        return self._files
+
+    @property
+    def _table_low(self) -> int:
+        """Entries below this offset in the table count for nothing."""
+        return max(self._keep_offset, self._spilled_end)
+
+    def spill(self, end: int, files: Sequence[IdFile]) -> None:
+        """Look entries below `end` up in `files` from now on; `sweep` gives their memory back.
+
+        The files hold every entry of [keep_offset, end), all of them committed; they may hold entries from `end` on
+        as well. To exchange files for others that hold the same, call it with the end that there is.
+        """
+        assert end >= self._spilled_end, "what is in files only does not come back"
+        assert all(a.end <= b.start for a, b in itertools.pairwise(files)), "each id is in one file"
+        self._files = tuple(files)
+        self._spilled_end = end
 
     def judge(
         self,
@@ -91,6 +123,7 @@ class DedupIndex:
         Raises:
             TableFullError: the reserved range is exhausted; nothing of the batch is remembered, but
                 `verdict` and `original` may have been written.
+            IdFileError: a file is damaged; likewise.
         """
         assert floor_offset >= self._keep_offset, "a floor below what has been swept"
         assert base_offset >= floor_offset
@@ -99,6 +132,14 @@ class DedupIndex:
         wants = _plain(wants)
         assert len(keys_lo) == len(keys_hi) == len(fingerprints) == n
         assert len(verdict) == len(original) == n
+        table_low = self._table_low
+        if floor_offset < self._spilled_end and n:
+            # Of a key one entry is live at most, here or there: what is found in a file is no matter of the table.
+            wants = wants.copy()
+            chosen = np.empty(n, dtype=np.int64)
+            for file in self._files:
+                if file.end > floor_offset:
+                    file.judge(keys_lo, keys_hi, fingerprints, wants, floor_offset, verdict, original, chosen)
         arena = self._arena
         done = 0
         while True:
@@ -115,8 +156,8 @@ class DedupIndex:
                 wants,
                 done,
                 base_offset,
-                floor_offset,
-                self._keep_offset,
+                max(floor_offset, table_low),
+                table_low,
                 verdict,
                 original,
             )
@@ -155,7 +196,7 @@ class DedupIndex:
                 fingerprints,
                 offsets,
                 done,
-                self._keep_offset,
+                self._table_low,
             )
             if done == n:
                 return
@@ -171,6 +212,7 @@ class DedupIndex:
 
     def truncate(self, log_end: int) -> int:
         """Forget the entries with `offset >= log_end`; return how many. Reads the whole table."""
+        assert log_end >= self._spilled_end, "what is in files is committed"
         arena = self._arena
         lowest = np.uint64(max(log_end, 0) + kernels.MARK_BIAS)
         return sum(
@@ -179,7 +221,7 @@ class DedupIndex:
         )
 
     def sweep(self, floor_offset: int, max_shards: int) -> int:
-        """Drop spent entries from the next `max_shards` shards and give memory back; return how many.
+        """Drop spent and spilled entries from the next `max_shards` shards and give memory back; return how many.
 
         `floor_offset` becomes the new `keep_offset` if it is higher. It must be the floor as of a *committed*
         record: what has been dropped can't come back when an uncommitted one is truncated.
@@ -191,7 +233,7 @@ class DedupIndex:
             shard = self._sweep_next
             self._sweep_next = (shard + 1) % SHARD_COUNT
             used = int(arena.used[shard])
-            kept = self._count(shard, self._keep_offset, None)
+            kept = self._count(shard, self._table_low, None)
             if (used - kept) * _SWEEP_SPENT_MIN >= max(used, 1):
                 self._rebuild(shard)
                 dropped += used - kept
@@ -201,8 +243,10 @@ class DedupIndex:
         """The shard's entries with `min_offset <= offset < max_offset`, as `ENTRY_DTYPE`, in no fixed order.
 
         Entries never change, so reading shard by shard while ingest goes on yields exactly the entries as of
-        `max_offset`, as long as `keep_offset` does not pass `min_offset` meanwhile.
+        `max_offset`, as long as `keep_offset` does not pass `min_offset` meanwhile. What has been spilled is not
+        there to be read.
         """
+        assert min_offset >= self._spilled_end, "these entries are in files"
         arena = self._arena
         low = max(min_offset, self._keep_offset)
         count = self._count(shard, low, max_offset)
@@ -228,11 +272,19 @@ class DedupIndex:
         self.apply(entries["lo"], entries["hi"], entries["fingerprint"], entries["offset"])
 
     def digest(self, floor_offset: int, end_offset: int) -> int:
-        """A 128-bit digest of the entries with `floor_offset <= offset < end_offset`, whatever the layout."""
+        """A 128-bit digest of the entries with `floor_offset <= offset < end_offset`, wherever they are.
+
+        Raises:
+            IdFileError: a file is damaged.
+        """
         arena = self._arena
-        low = _mark(max(floor_offset, self._keep_offset))
+        low = _mark(max(floor_offset, self._table_low))
         past = _mark(max(end_offset, 0))
         a = b = 0
+        for file in self._files:
+            sums = file.digest(max(floor_offset, self._keep_offset), min(end_offset, self._spilled_end))
+            a += sums[0]
+            b += sums[1]
         for shard in range(SHARD_COUNT):
             sums = kernels.digest(arena.table, arena.base(shard), int(arena.capacity[shard]), low, past)
             a += int(sums[0])
@@ -241,8 +293,18 @@ class DedupIndex:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of memory in use, whole pages."""
-        return self._arena.memory_bytes + self._scratch.nbytes
+        """Bytes of memory in use, whole pages; what of files is mapped is not counted."""
+        return self._arena.memory_bytes + self._scratch.nbytes + self.file_memory_bytes
+
+    @property
+    def file_memory_bytes(self) -> int:
+        """Bytes of memory that the files take."""
+        return sum(file.memory_bytes for file in self._files)
+
+    @property
+    def spilled_count(self) -> int:
+        """How many entries the files hold, such as have left the window and such as are in the table included."""
+        return sum(file.count for file in self._files)
 
     def __len__(self) -> int:
         """How many entries the table holds, spent ones that have not been swept included."""
@@ -268,7 +330,7 @@ class DedupIndex:
                 arena.table,
                 first,
                 int(arena.capacity[shard]),
-                _mark(self._keep_offset),
+                _mark(self._table_low),
                 np.uint64(2**64 - 1),
                 kept,
             )
