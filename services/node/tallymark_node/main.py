@@ -17,6 +17,7 @@ from tallymark_node.cli.ingest import ingest
 from tallymark_node.cli.metrics import metrics
 from tallymark_node.cli.serve import bench, demo, dev, run
 from tallymark_node.cli.usage import top, usage
+from tallymark_node.cli.verify import verify
 from tallymark_node.cli.webhooks import webhooks
 
 
@@ -37,7 +38,21 @@ def cli(context: click.Context, server: str, as_json: bool, timeout: float | Non
     )
 
 
-for command in (dev, run, demo, bench, metrics, ingest, usage, top, events, alerts, webhooks, cluster):
+for command in (
+    dev,
+    run,
+    demo,
+    bench,
+    metrics,
+    ingest,
+    usage,
+    top,
+    events,
+    alerts,
+    webhooks,
+    cluster,
+    verify,
+):
     cli.add_command(command)
 
 

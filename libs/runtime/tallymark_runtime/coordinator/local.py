@@ -369,6 +369,26 @@ class _NotStoredError(Exception):
     """There is no room; the state on disk is the one before."""
 
 
+def read_image(folder: Path) -> Image | None:
+    """The state in a folder that no coordinator has open, as it is: nothing is changed. None where there is none.
+
+    Raises:
+        DamagedStateError: the file isn't what was written.
+        UnavailableError: someone has the folder open.
+        OSError: the folder can't be read.
+    """
+    if not (folder / _LOCK_NAME).exists():
+        return _load(folder)
+    lock = os.open(folder / _LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return _load(folder)
+    except BlockingIOError:
+        raise UnavailableError(f"another process has {folder} open", retriable=False) from None
+    finally:
+        os.close(lock)
+
+
 def _store(folder: Path, image: Image) -> None:
     """Write an image durably. OSError leaves open which of the two states is on disk."""
     body = encode(image)

@@ -1,0 +1,100 @@
+"""What differs between two states of a partition at one offset: named as people know it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tallymark_store.fold import Fold
+from tallymark_store.fold import cells as c
+from tallymark_store.fold.dimensions import C_CODES, V_END, V_START, VALUES, WIDTH
+from tallymark_store.fold.kernel import N_CELLS
+from tallymark_store.partition import Partition
+from tallymark_store.verify.findings import Report
+from tallymark_store.verify.totals import compare, running_totals
+
+NAMED_MAX = 20  # of one kind
+
+
+def report_differences(running: Partition, recounted: Partition, folder: str, report: Report) -> None:
+    """Say which totals differ, and what else does. Both are at one applied offset, and their digests differ.
+
+    Args:
+        running: as the checkpoint has it.
+        recounted: folded from the log's first record.
+        folder: of the checkpoint, in the data directory.
+        report: takes the findings.
+    """
+    number = running.partition
+    before = report.count
+    found = compare(recounted.fold.schemas, running_totals(running.fold), running_totals(recounted.fold))
+    for total in found[:NAMED_MAX]:
+        report.find(
+            f"the running total of account {total.account}, metric {total.code!r}, in the period from "
+            f"{total.start_ns} ns is not what its events say",
+            file=folder,
+            partition=number,
+            expected=total.recounted,
+            found=total.running,
+        )
+    if len(found) > NAMED_MAX:
+        report.find(f"{len(found) - NAMED_MAX} further totals differ", file=folder, partition=number)
+    _report_days(running.fold, recounted.fold, folder, number, report)
+    parts = ("totals, sets, thresholds or alerts", "event ids", "producers' windows", "outcomes")
+    for part, one, other in zip(
+        parts, running.digest().split("-"), recounted.digest().split("-"), strict=True
+    ):
+        if one != other and not (part == parts[0] and report.count > before):
+            report.find(
+                f"the digest of {part} in the checkpoint is not that of a recount",
+                file=folder,
+                partition=number,
+                expected=other,
+                found=one,
+            )
+
+
+def _report_days(running: Fold, recounted: Fold, folder: str, number: int, report: Report) -> None:
+    one, other = _days(running), _days(recounted)
+    keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+    for account, slot, start, combination in sorted(keys)[:NAMED_MAX]:
+        key = account, slot, start, combination
+        report.find(
+            f"the total of account {account}, metric {recounted.schemas.record(slot).schema.code!r}, on the day from "
+            f"{start} ns, dimensions {list(combination)}, is not what its events say",
+            file=folder,
+            partition=number,
+            expected=other.get(key, "none"),
+            found=one.get(key, "none"),
+        )
+    if len(keys) > NAMED_MAX:
+        report.find(f"{len(keys) - NAMED_MAX} further totals of days differ", file=folder, partition=number)
+
+
+_Key = tuple[int, int, int, tuple[str, ...]]
+
+
+def _days(fold: Fold) -> dict[_Key, list[int]]:
+    """Day cells that are not the same by bytes on both sides would be many where a state is rotten: all are told."""
+    state, dims = fold._state, fold.dimensions.arrays  # read-only, and as bulky as it is
+    cells: npt.NDArray[Any] = state.cells[: int(state.counters[N_CELLS])]
+    cells = cells[(cells[:, c.W_KEY] >> 32) & 0xFFFFFFFF != c.PERIOD]
+    texts: dict[int, tuple[str, ...]] = {}
+    found: dict[_Key, list[int]] = {}
+    for row in cells.tolist():
+        combination = (row[c.W_KEY] >> 32) & 0xFFFFFFFF
+        if combination not in texts:
+            codes = dims.combos[combination, C_CODES : C_CODES + WIDTH].tolist()
+            texts[combination] = tuple(_value(dims, int(code)) for code in codes)
+        key = row[c.W_ACCOUNT] % 2**64, row[c.W_KEY] & 0xFFFFFFFF, row[c.W_START], texts[combination]
+        found[key] = row[c.W_COUNT : c.W_LINKS]
+    return found
+
+
+def _value(dims: Any, code: int) -> str:
+    if code < VALUES:
+        return "-" if code == 0 else "other"
+    start, end = dims.values[code - VALUES, [V_START, V_END]].tolist()
+    return bytes(np.asarray(dims.pool[start:end])).decode(errors="replace")
