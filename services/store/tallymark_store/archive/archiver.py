@@ -135,7 +135,9 @@ class Archiver:
         ] = {}  # by partition, the copy whose archive is of no use and can't be made anew
         self._lent: dict[object, tuple[int, frozenset[str]]] = {}  # partition, names of files
         self._taking_in: set[int] = set()  # partitions of which an archive is coming in
-        self._awaited: set[int] = set()  # the same, and the log begins behind what comes in: it is not in force yet
+        self._awaited: set[int] = (
+            set()
+        )  # the same, and the log begins behind what comes in: it is not in force yet
         self._stopping = False
 
     async def run(self) -> None:
