@@ -146,6 +146,12 @@ class Checkers:
             ):
                 continue  # all that is looked at below is as it was when it was found to be right
             if (seen.life, seen.copy_id) != (process.life, replica.copy_id):
+                if seen.life == process.life and seen.copy_id not in ("", replica.copy_id):
+                    # A damaged copy begins anew. What it had on disk when it said so may be counted a moment longer,
+                    # as that of a disk that was lost; nobody elects a leader with it.
+                    before = process.lost_ends.get(number, 0)
+                    process.lost_ends[number] = max(process.durable_ends.get(number, 0), before)
+                    process.lost_ns = self._world.now_ns
                 seen.damaged = seen.damaged if seen.life == process.life else ""
                 seen.life, seen.copy_id = process.life, replica.copy_id
                 seen.high_watermark = seen.applied = seen.log_end = 0

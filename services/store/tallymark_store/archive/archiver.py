@@ -246,9 +246,7 @@ class Archiver:
         fresh = Archive(found or Manifest(number, copy_id), disk, self._clock.monotonic_ns())
         log_start = self._store.partitions[number].index.log_start
         if fresh.manifest.end_offset < log_start and self._is_current(number, fresh):
-            self._refuse(
-                number, f"it ends at offset {fresh.manifest.end_offset}, and the log begins at {log_start}"
-            )
+            self._refuse(number, _gap(fresh.manifest.end_offset, log_start))
             return None
         await self._in_thread(incoming.clear, disk)  # of a snapshot that was not begun with
         if self._is_current(number, fresh):  # it may have begun anew while the disk was asked
@@ -278,6 +276,10 @@ class Archiver:
         began_ns = self._clock.monotonic_ns()
         partition = self._store.partitions[number]
         if not self._is_current(number, archive):
+            return False
+        if archive.manifest.end_offset < partition.index.log_start:
+            self.archives.pop(number, None)
+            self._refuse(number, _gap(archive.manifest.end_offset, partition.index.log_start))
             return False
         source = WalSource(self._store.wal, number)
         planned = plan_slice(source, archive.manifest.end_offset, target)
@@ -454,6 +456,10 @@ class Archiver:
                 except Exception as error:
                     _log.debug("archiving ended: %r", error)
             raise
+
+
+def _gap(end_offset: int, log_start: int) -> str:
+    return f"it ends at offset {end_offset}, and the log begins at {log_start}"
 
 
 def plan_slice(source: RecordSource, start: int, target: int) -> Planned | None:
