@@ -36,12 +36,16 @@ def main() -> int:
     parser.add_argument(
         "--recycle", choices=("on", "off"), default=None, help="drop logs; drawn where not given"
     )
+    parser.add_argument(
+        "--spills", choices=("on", "off"), default=None, help="no memory for ids; drawn where not given"
+    )
     parser.add_argument("--keep-going", action="store_true")
     parser.add_argument("--lines", type=int, default=400, help="of a failing seed's trace")
     args = parser.parse_args()
     kinds = None if args.kinds is None else tuple(kind for kind in args.kinds.split(",") if kind)
     recycle = None if args.recycle is None else args.recycle == "on"
-    options = Options(kinds=kinds, is_destructive=args.destructive, recycle=recycle)
+    spills = None if args.spills is None else args.spills == "on"
+    options = Options(kinds=kinds, is_destructive=args.destructive, recycle=recycle, spills=spills)
     size = 1 if args.keep_going else 10
     tasks = [
         (start, min(start + size, args.start + args.seeds), options)

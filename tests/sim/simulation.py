@@ -60,6 +60,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     reads: int = 18
     mean_ms: int = 0  # between faults; 0: drawn
     recycle: bool | None = None  # whether stores drop their log below checkpoints; None: drawn
+    spills: bool | None = None  # whether stores have no memory for what can also be on disk; None: drawn
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -137,6 +138,11 @@ class Simulation:
                 archive_events=recycle_rng.choice((20, 100, 400)),
                 archive_interval_s=recycle_rng.choice((0.3, 1.0)),
             )
+        spill_rng = random.Random(seed ^ 0xD15C)
+        does_spill = spill_rng.random() < 0.4 if options.spills is None else options.spills
+        if does_spill:
+            interval_s = spill_rng.choice((0.2, 0.5, 1.5))
+            config = msgspec.structs.replace(config, memory_bytes=1, checkpoint_interval_s=interval_s)
         for name in names:
             clock = SimClock(
                 self.world,

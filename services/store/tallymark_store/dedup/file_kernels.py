@@ -82,10 +82,48 @@ def pass_filter(bits: Any, keys_lo: Any, keys_hi: Any, wants: Any, chosen: Any) 
 
 
 @nb.njit(nogil=True, cache=True)
+def locate(fences: Any, keys_lo: Any, chosen: Any, many: Any, blocks: Any) -> None:
+    """Write for each of `chosen[:many]` the first block in which its key can be to `blocks`.
+
+    Keys are spread evenly, mostly: the search begins where a key should be, and doubles its steps from there.
+    """
+    n = len(fences)
+    for c in range(many):
+        lo = keys_lo[chosen[c]]
+        guess = np.int64(((lo >> _W32) * np.uint64(n)) >> _W32)
+        pace = 1
+        if fences[guess] < lo:
+            low = guess + 1
+            high = low
+            while high < n and fences[high] < lo:
+                low = high + 1
+                high += pace
+                pace += pace
+            high = min(high, n)
+        else:
+            high = guess
+            low = high - 1
+            while low >= 0 and fences[low] >= lo:
+                high = low
+                low -= pace
+                pace += pace
+            low = max(low + 1, 0)
+        # The first block that begins at or above the key; the key may begin in the one before.
+        while low < high:
+            middle = (low + high) >> 1
+            if fences[middle] < lo:
+                low = middle + 1
+            else:
+                high = middle
+        blocks[c] = max(low - 1, 0)
+
+
+@nb.njit(nogil=True, cache=True)
 def judge_found(
     entries: Any,
     count: Any,
     fences: Any,
+    blocks: Any,
     verified: Any,
     keys_lo: Any,
     keys_hi: Any,
@@ -102,22 +140,13 @@ def judge_found(
 
     Returns (how far it got, -1), or (where it goes on, the block that has to be verified first).
     """
-    blocks = len(fences)
+    past = len(fences)
     floor = np.uint64(floor_offset)
     for c in range(begin, many):
         i = chosen[c]
         lo = keys_lo[i]
         hi = keys_hi[i]
-        # The first block that begins at or above the key; the key may begin in the one before.
-        low = 0
-        high = blocks
-        while low < high:
-            middle = (low + high) >> 1
-            if fences[middle] < lo:
-                low = middle + 1
-            else:
-                high = middle
-        block = max(low - 1, 0)
+        block = blocks[c]
         if not verified[block]:
             return c, block
         at = block * BLOCK_ENTRIES
@@ -132,7 +161,7 @@ def judge_found(
         while True:
             if at == end:
                 block += 1
-                if block == blocks or fences[block] != lo:
+                if block == past or fences[block] != lo:
                     break
                 if not verified[block]:
                     return c, block

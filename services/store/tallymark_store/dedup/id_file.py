@@ -39,7 +39,7 @@ ENTRY_DTYPE = np.dtype([("lo", "<u8"), ("hi", "<u8"), ("fingerprint", "<u8"), ("
 """One remembered event id, as checkpoints carry it."""
 
 PAGE_BYTES = 4_096
-BITS_PER_ID = 12
+BITS_PER_ID = 16
 MERGE_BLOCKS = 4_096  # of entries, that a step of a merge takes in
 _ENTRY_BYTES = ENTRY_DTYPE.itemsize
 _MAGIC = b"TMKIDS01"
@@ -71,6 +71,7 @@ class IdFile:
 
     def __init__(
         self,
+        disk: Disk,
         name: str,
         *,
         start: int,
@@ -81,6 +82,7 @@ class IdFile:
         checksums: U32,
         bits: U64,
     ) -> None:
+        self._disk = disk
         self.name = name
         self.start = start
         self.end = end
@@ -120,12 +122,19 @@ class IdFile:
             IdFileError: a block is damaged; some of the events may have been judged.
         """
         many = int(kernels.pass_filter(self._bits, keys_lo, keys_hi, wants, chosen))
+        if not many:
+            return
+        blocks = np.empty(many, dtype=np.int64)
+        kernels.locate(self._fences, keys_lo, chosen, many, blocks)
+        for block in np.unique(blocks[self._verified[blocks] == 0]).tolist():
+            self.verify(block, block + 1)
         done = 0
         while done < many:
             done, block = kernels.judge_found(
                 self._entries,
                 self.count,
                 self._fences,
+                blocks,
                 self._verified,
                 keys_lo,
                 keys_hi,
@@ -138,7 +147,7 @@ class IdFile:
                 verdict,
                 original,
             )
-            if block >= 0:
+            if block >= 0:  # rare: keys that share their first half go on in the next
                 self.verify(block, block + 1)
 
     def verify(self, first: int, end: int) -> None:
@@ -167,25 +176,40 @@ class IdFile:
         out.view(np.uint64)[:] = self._entries[: self.count * kernels.ENTRY_WORDS]
         return out
 
-    def between(self, low: int, past: int) -> U64:
-        """The words of the entries with `low <= key lo < past`, verified.
+    def reader(self) -> File:
+        """The file itself, to be closed by the caller.
+
+        Raises:
+            IdFileError: it is gone.
+        """
+        try:
+            return self._disk.open(self.name)
+        except FileMissingError:
+            raise IdFileError(f"checkpoint file {self.name} is missing") from None
+
+    def between(self, reader: File, low: int, past: int) -> U64:
+        """The words of the entries with `low <= key lo < past`, read and verified.
 
         Raises:
             IdFileError: one of their blocks is damaged.
         """
+        # Not by the mapping: that takes a fault for every page, and waits for the disk with the interpreter's lock.
         first = max(int(self._fences.searchsorted(np.uint64(low), side="left")) - 1, 0)
         end = len(self._fences)
         if past <= 2**64 - 1:
-            end = int(self._fences.searchsorted(np.uint64(past), side="left"))
-        end = max(end, first)
-        self.verify(first, end)
-        begin = first * kernels.BLOCK_ENTRIES
-        keys = self._entries[begin * kernels.ENTRY_WORDS :: kernels.ENTRY_WORDS][
-            : min(end * kernels.BLOCK_ENTRIES, self.count) - begin
-        ]
-        at = begin + int(keys.searchsorted(np.uint64(low), side="left"))
-        to = begin + (len(keys) if past > 2**64 - 1 else int(keys.searchsorted(np.uint64(past), side="left")))
-        return self._entries[at * kernels.ENTRY_WORDS : to * kernels.ENTRY_WORDS]
+            end = max(int(self._fences.searchsorted(np.uint64(past), side="left")), first)
+        raw = reader.read(PAGE_BYTES * (1 + first), PAGE_BYTES * (end - first))
+        for block in range(first, end):
+            part = raw[(block - first) * PAGE_BYTES : (block - first + 1) * PAGE_BYTES]
+            if google_crc32c.value(part) != self._checksums[block]:
+                raise IdFileError(f"checkpoint file {self.name}: block {block} of its event ids is damaged")
+        words = raw.view(np.uint64)
+        keys = words[:: kernels.ENTRY_WORDS][: self.count - first * kernels.BLOCK_ENTRIES]
+        at = int(keys.searchsorted(np.uint64(low), side="left"))
+        to = len(keys)
+        if past <= 2**64 - 1:
+            to = int(keys.searchsorted(np.uint64(past), side="left"))
+        return words[at * kernels.ENTRY_WORDS : to * kernels.ENTRY_WORDS]
 
     def digest(self, low: int, past: int) -> tuple[int, int]:
         """The sums that an index's digest is made of, of the entries with `low <= offset < past`.
@@ -240,6 +264,7 @@ def open_id_file(disk: Disk, name: str, start: int, end: int) -> IdFile:
     bits = _zeroed(words)
     bits.view(np.uint8)[:] = raw[12 * blocks :]
     return IdFile(
+        disk,
         name,
         start=start,
         end=end,
@@ -331,12 +356,13 @@ def write_id_file(disk: Disk, name: str, entries: npt.NDArray[Any], start: int, 
     Raises:
         DiskError: the disk refuses.
     """
-    order = np.argsort(entries["lo"])
+    rows = np.ascontiguousarray(entries).view(np.uint64).reshape(-1, kernels.ENTRY_WORDS)
+    order = np.argsort(rows[:, 0].copy())
     writer = _Writer(disk, name, start=start, end=end, capacity=len(entries))
     try:
         piece = MERGE_BLOCKS * kernels.BLOCK_ENTRIES
         for at in range(0, len(order), piece):
-            writer.add(entries[order[at : at + piece]].view(np.uint64))
+            writer.add(rows.take(order[at : at + piece], axis=0).reshape(-1))
         writer.finish()
     finally:
         writer.close()
@@ -361,6 +387,8 @@ class IdMerge:
         self._lows = np.unique(fences[::MERGE_BLOCKS])
         self._lows[0] = 0
         self._next = 0
+        self._out: U64 = np.zeros(0, dtype=np.uint64)  # kept: touching fresh pages takes longer than merging
+        self._readers = [file.reader() for file in files]
         self._writer = _Writer(
             disk,
             name,
@@ -383,18 +411,23 @@ class IdMerge:
         low = int(self._lows[self._next])
         self._next += 1
         past = 2**64 if self._next == len(self._lows) else int(self._lows[self._next])
-        parts = [file.between(low, past) for file in self._files]
+        parts = [
+            file.between(reader, low, past) for file, reader in zip(self._files, self._readers, strict=True)
+        ]
         ends = np.cumsum([len(part) for part in parts]) // kernels.ENTRY_WORDS
         heads = np.concatenate([[0], ends[:-1]]).astype(np.int64)
         source = np.concatenate(parts)
-        out = np.empty_like(source)
-        count = int(kernels.merge(source, heads, ends.astype(np.int64), self._floor, out))
-        self._writer.add(out[: count * kernels.ENTRY_WORDS])
+        if len(self._out) < len(source):
+            self._out = np.empty(len(source) + len(source) // 8, dtype=np.uint64)
+        count = int(kernels.merge(source, heads, ends.astype(np.int64), self._floor, self._out))
+        self._writer.add(self._out[: count * kernels.ENTRY_WORDS])
         return True
 
     def close(self) -> None:
-        """Give the descriptor back."""
+        """Give the descriptors back."""
         self._writer.close()
+        for reader in self._readers:
+            reader.close()
 
 
 def _zeroed(words: int) -> U64:
