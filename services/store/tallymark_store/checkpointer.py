@@ -7,7 +7,7 @@ the judge had seen by then is committed (what was gathered may have been shaped 
 store's own disk: others may have been faster.
 
 With `recycle`, segments that no partition needs any more go after that, in this order: checkpoints of all partitions
-are durable; the indexes forget what lies in those segments; the log's state without it is durable; the files are
+are durable, and so are the archives, where raw events are to be kept; the indexes forget what lies in those segments; the log's state without it is durable; the files are
 removed, in a thread. A crash at any point leaves a log from which everything follows that a checkpoint doesn't hold.
 """
 
@@ -45,6 +45,8 @@ class Checkpointer:
         interval_s: a checkpoint is due so long after the last, if anything was folded since.
         events_max: or after so many folded events.
         holds: who keeps more of log and files than the newest checkpoints do.
+        archive_end: by partition, the offset below which its raw events are durable elsewhere, too: the log is dropped
+            no further. None: they have no other home, and nobody asks for them.
         expire_holds: called before the log is dropped: who has kept something for too long lets go.
         recycle: whether the log below the checkpoints is dropped.
 
@@ -65,6 +67,7 @@ class Checkpointer:
         holds: Holds,
         expire_holds: Callable[[], None] = lambda: None,
         recycle: bool = False,
+        archive_end: Callable[[int], int] | None = None,
         offload: Offload = asyncio.to_thread,
     ) -> None:
         self._store = store
@@ -79,6 +82,7 @@ class Checkpointer:
         self._holds = holds
         self._expire_holds = expire_holds
         self._recycle = recycle
+        self._archive_end = archive_end
         self.lock = asyncio.Lock()
         self.recycled_bytes = 0
         self.count = 0  # taken since the start
@@ -131,11 +135,8 @@ class Checkpointer:
     def _trim(self) -> int:
         """Have the indexes forget what no partition needs any more; the lowest segment that is left."""
         self._expire_holds()
-        wal, manifests = self._store.wal, self._manifests
-        needed = {
-            number: self._holds.lowest(number, manifests[number].offset if number in manifests else 0)
-            for number in wal.partitions
-        }
+        wal = self._store.wal
+        needed = {number: self._holds.lowest(number, self._needed(number)) for number in wal.partitions}
         floor = recycle_floor(wal.partitions, needed, wal.synced_end.segment)
         for number, index in wal.partitions.items():
             rows = int(index.column("segment").searchsorted(floor, side="left"))
@@ -144,6 +145,12 @@ class Checkpointer:
                 self._store.partitions[number].times.drop(index, last.base_offset + last.count)
         wal.trim(floor)
         return floor
+
+    def _needed(self, number: int) -> int:
+        """The lowest offset of a partition that is in its log only."""
+        manifest = self._manifests.get(number)
+        offset = 0 if manifest is None else manifest.offset
+        return offset if self._archive_end is None else min(offset, self._archive_end(number))
 
     async def _try_partition(self, partition: Partition) -> None:
         try:

@@ -87,7 +87,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     dedup_window_ns: int = limits.DEDUP_WINDOW_NS
     lease_ttl_s: float = 2.0
     replication: ReplicaConfig | None = None  # None: as follows from the lease
-    # Whether the log below the checkpoints is dropped. Raw events have no other home yet, so nothing sets it.
+    # Whether the log below the checkpoints is dropped: as far as the archive has its events, if there is one. Without
+    # one raw events have no other home.
     recycle: bool = False
 
 
@@ -229,6 +230,13 @@ class StoreNode:
         assert self._coordination is not None
         assert self._copies is not None
         assert self._snapshots is not None
+        if config.archive:
+            # Before anything is answered: it may be the only place that has old raw events.
+            self.archiver = self._make_archiver(store)
+            assert self._calls is not None
+            self._calls.archive_view = self.archiver.view
+            self._calls.archive_damaged = self.archiver.damaged
+            await self.archiver.open_all()
         store.start()
         await self._coordination.start()
         loop = asyncio.get_running_loop()
@@ -242,6 +250,7 @@ class StoreNode:
             holds=self._holds,
             expire_holds=self._snapshots.sending.expire,
             recycle=config.recycle,
+            archive_end=None if self.archiver is None else self.archiver.end_offset,
             offload=self._offload,
         )
         self._snapshots.start(self.checkpointer.lock)
@@ -249,8 +258,7 @@ class StoreNode:
             loop.create_task(self.checkpointer.run()),
             loop.create_task(self._copies.tidy()),
         ]
-        if config.archive:
-            self.archiver = self._make_archiver(store)
+        if self.archiver is not None:
             self._tasks.append(loop.create_task(self.archiver.run()))
         if config.replication_factor == 1:
             await self._wait_leading(store)
