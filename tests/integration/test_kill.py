@@ -93,6 +93,31 @@ async def test_kill_while_files_are_written(server):
             await trial.die(functools.partial(server.die_writing, pattern, steps), riding=False)
 
 
+async def test_kill_while_archiving(server):
+    """Killed at each step of archiving, merging and dropping the log: raw events are read from what is left."""
+    server.environment |= {
+        "TALLYMARK_ARCHIVE": "on",
+        "TALLYMARK_ARCHIVE_EVENTS": "20",
+        "TALLYMARK_ARCHIVE_INTERVAL_SECONDS": "0.05",
+    }
+    files = [
+        "archive/p-*/events-*",
+        "archive/p-*/MANIFEST.json.new",
+        "archive/p-*/MANIFEST.json.new",
+        "checkpoints/wal-start.new",
+        "checkpoints/wal-start.new",
+        "wal/*.tmp",
+    ]
+    async with Trial(server, 7).running() as trial:
+        for round_, name in enumerate(files):
+            pattern = f"{server.data}/store/{name}"
+            steps = 3 * round_ + trial.rng.randrange(3)
+            await trial.die(functools.partial(server.die_writing, pattern, steps), riding=False)
+        for _ in range(3):
+            await trial.die(trial.after_acknowledgements, riding=False)
+        assert server.recycled, "some log was dropped"
+
+
 async def test_kill_while_starting(server):
     """Killed while it starts, over and over, then started: recovery can be interrupted anywhere."""
     async with Trial(server, 4).running() as trial:

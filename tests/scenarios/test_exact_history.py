@@ -7,6 +7,7 @@ import asyncio
 import functools
 import random
 
+import msgspec
 import pytest
 from chaos_proxy import ChaosProxy
 from metering import Check, Meter, cut, twice
@@ -103,23 +104,32 @@ def history_facts():
 class Scene:
     """A server in a folder behind a proxy that loses connections; it can be restarted."""
 
-    def __init__(self, folder, seed, partition_count):
+    def __init__(self, folder, seed, partition_count, *, archive="off"):
         self.proxy = ChaosProxy(seed)
         self._folder = folder
         self._partition_count = partition_count
+        self._archive = archive
 
     def running(self):
         """Start the server on a free port; it tells clients the proxy's address as its own."""
-        return dev.running(
-            Settings(
-                port=0,
-                advertise=self.proxy.address,
-                data_dir=str(self._folder),
-                partition_count=self._partition_count,
-                wal_segment_bytes=4 * 1024 * 1024,
-                checkpoint_interval_seconds=3600.0,
-            )
+        settings = Settings(
+            port=0,
+            advertise=self.proxy.address,
+            data_dir=str(self._folder),
+            partition_count=self._partition_count,
+            wal_segment_bytes=4 * 1024 * 1024,
+            checkpoint_interval_seconds=3600.0,
         )
+        if self._archive == "on":  # all the time, and nothing is left in the log for long
+            settings = msgspec.structs.replace(
+                settings,
+                archive="on",
+                archive_events=500,
+                archive_interval_seconds=0.05,
+                wal_segment_bytes=128 * 1024,
+                checkpoint_interval_seconds=0.2,
+            )
+        return dev.running(settings)
 
 
 async def run(scene, schemas, facts, numbers, sizes, rng, *, questions, numeric):
@@ -171,12 +181,13 @@ async def run(scene, schemas, facts, numbers, sizes, rng, *, questions, numeric)
             scene.proxy.target = node.address
             check = Check(client, oracle, schemas, facts, rng)
             n_compared += await compare_all(check, meter, questions // 2)
+            starts = [partition.index.log_start for partition in node._store.driver.partitions.values()]
             await assert_differences_are_noticed(client, meter, oracle, schemas, facts, rng)
             await client.close()
     finally:
         await scene.proxy.close()
         oracle.close()
-    return meter, n_compared
+    return meter, n_compared, starts
 
 
 async def assert_differences_are_noticed(client, meter, oracle, schemas, facts, rng):
@@ -202,10 +213,15 @@ async def compare_all(check, meter, questions):
 
 
 @pytest.mark.parametrize(
-    ("order", "sizes", "partition_count"),
-    [("shuffled", "large", 4), ("backwards", "mixed", 1), ("blocks", "small", 7)],
+    ("order", "sizes", "partition_count", "archive"),
+    [
+        ("shuffled", "large", 4, "off"),
+        ("backwards", "mixed", 1, "off"),
+        ("blocks", "small", 7, "off"),
+        ("blocks", "mixed", 3, "on"),
+    ],
 )
-async def test_history_is_counted_exactly(tmp_path, order, sizes, partition_count):
+async def test_history_is_counted_exactly(tmp_path, order, sizes, partition_count, archive):
     """Every answer over the history equals the oracle's, in every order and batching, with repeats and cuts."""
     rng = random.Random(f"{order} {sizes}")
     facts = history_facts()
@@ -219,14 +235,15 @@ async def test_history_is_counted_exactly(tmp_path, order, sizes, partition_coun
         blocks = [numbers[at : at + 3_000] for at in range(0, len(numbers), 6_000)]
         rng.shuffle(blocks)
         numbers = [number for block in blocks for number in block]
-    scene = Scene(tmp_path, seed=partition_count, partition_count=partition_count)
-    meter, n_compared = await run(
+    scene = Scene(tmp_path, seed=partition_count, partition_count=partition_count, archive=archive)
+    meter, n_compared, log_starts = await run(
         scene, HISTORY_METRICS, facts, numbers, sizes, rng, questions=40, numeric=frozenset({"files_touched"})
     )
     assert meter.n_duplicates >= len(numbers) // 5
     assert scene.proxy.n_cuts >= 10
     assert meter.n_retried > 0
     assert n_compared > 400
+    assert (min(log_starts) > 0) == (archive == "on")
 
 
 def zone_metrics():
@@ -294,7 +311,8 @@ def zone_facts(schemas, rng):
     return facts
 
 
-async def test_zones_and_periods_are_counted_exactly(tmp_path):
+@pytest.mark.parametrize("archive", ["off", "on"])
+async def test_zones_and_periods_are_counted_exactly(tmp_path, archive):
     """Every answer equals the oracle's for every period type in zones with and without changes of the clock."""
     rng = random.Random("zones")
     schemas = zone_metrics()
@@ -306,15 +324,17 @@ async def test_zones_and_periods_are_counted_exactly(tmp_path):
         for schema in schemas
         if schema.agg_type is AggType.COUNT_UNIQUE and schema.unique_type is not UniqueType.STRING
     )
-    scene = Scene(tmp_path, seed=99, partition_count=3)
-    meter, n_compared = await run(
+    scene = Scene(tmp_path, seed=99, partition_count=3, archive=archive)
+    meter, n_compared, log_starts = await run(
         scene, schemas, facts, numbers, "mixed", rng, questions=150, numeric=numeric
     )
     assert meter.n_duplicates >= len(facts) // 5
     assert n_compared > 1_000
+    assert (min(log_starts) > 0) == (archive == "on")
 
 
-async def test_days_of_very_many_combinations_are_counted_exactly(tmp_path):
+@pytest.mark.parametrize("archive", ["off", "on"])
+async def test_days_of_very_many_combinations_are_counted_exactly(tmp_path, archive):
     """A day of more dimension values than cells are kept for is as exact, beside days that aren't, and restarted."""
     rng = random.Random("combinations")
     schemas = [HISTORY_METRICS[1], HISTORY_METRICS[4]]
@@ -340,8 +360,8 @@ async def test_days_of_very_many_combinations_are_counted_exactly(tmp_path):
         ]
     numbers = list(range(len(facts)))
     rng.shuffle(numbers)
-    scene = Scene(tmp_path, seed=5, partition_count=2)
-    meter, _ = await run(
+    scene = Scene(tmp_path, seed=5, partition_count=2, archive=archive)
+    meter, _, _ = await run(
         scene, schemas, facts, numbers, "mixed", rng, questions=12, numeric=frozenset({"files_touched"})
     )
     assert meter.n_duplicates >= len(facts) // 5

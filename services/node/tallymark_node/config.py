@@ -54,7 +54,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_bytes_max: int = 0  # 0: as much as the disk holds
     checkpoint_interval_seconds: float = 60.0
     checkpoint_events: int = 5_000_000  # a checkpoint is also due after so many events
-    archive: str = ""  # "on": events are also kept as Parquet files, in the data directory; empty: not
+    # "on": events are kept as Parquet files in the data directory, and the log is dropped below what they and the
+    # checkpoints hold; "off", or empty: the log is kept whole.
+    archive: str = ""
     archive_events: int = 500_000  # a partition is archived when so many have gathered
     archive_interval_seconds: float = 300.0  # or after so long
     # For what can also be on disk, today remembered event ids; 0: half of the machine's; -1: no bound.
@@ -174,8 +176,8 @@ def _check_texts(settings: Settings) -> None:
         )
     if len(settings.zone.encode()) > _NAME_BYTES_MAX:
         raise InvalidRequestError(f"zone must be text of at most {_NAME_BYTES_MAX} bytes")
-    if settings.archive not in {"", "on"}:
-        raise InvalidRequestError(f'archive must be "on", or empty for none, not {settings.archive!r}')
+    if settings.archive not in {"", "off", "on"}:
+        raise InvalidRequestError(f'archive must be "on" or "off", not {settings.archive!r}')
     for name in ("telemetry", "grpc"):
         address = getattr(settings, name)
         try:

@@ -76,7 +76,7 @@ def test_the_later_source_wins(write: Any) -> None:
         (f'zone = "{"x" * 129}"', "zone must be"),
         ('telemetry = "9100"', "telemetry must be .*'9100' is no address"),
         ('grpc = "host:port"', "grpc must be"),
-        ('archive = "s3://bucket"', 'archive must be "on", or empty'),
+        ('archive = "s3://bucket"', 'archive must be "on" or "off"'),
         ("archive_events = 0", "archive_events must be 1"),
         ("archive_interval_seconds = 0.0", "archive_interval_seconds must be"),
     ],
@@ -131,8 +131,11 @@ def test_settings_reach_the_store_and_the_gateway() -> None:
     assert (store.listen, store.advertise, store.partition_count) == ("l:0", "a:1", 3)
     limited = dev.store_config(Settings(log_bytes_max=2**30), "l:0")
     assert limited.wal.log_bytes_max == 2**30
-    assert (store.archive, limited.archive) == ("", "")
+    assert (store.archive, limited.archive, store.recycle) == ("", "", False)
+    off = dev.store_config(Settings(archive="off"), "l:0")
+    assert (off.archive, off.recycle) == ("", False)
     archived = dev.store_config(Settings(archive="on", archive_events=5, archive_interval_seconds=7.5), "l:0")
+    assert archived.recycle
     assert (archived.archive, archived.archive_events, archived.archive_interval_s) == ("on", 5, 7.5)
     gateway = dev.gateway_config(settings, 7, "l:0")
     assert gateway.core.coalesce_ns_max == 1_500_000

@@ -42,6 +42,7 @@ from tallymark_store.folding import replay
 from tallymark_store.partition import Partition
 from tallymark_store.reads import EventsRead, Reads, TotalsRead, empty_stats
 from tallymark_store.replication.effects import Role
+from tallymark_store.scan.archived import Archived, ArchiveDamagedError
 from tallymark_store.scan.source import WalSource
 from tallymark_store.store import Offload, Store
 from tallymark_store.wal import DamagedError
@@ -75,6 +76,9 @@ class Calls:
         self.checkpoint_count: Callable[[], int] = lambda: 0
         # Keeps a partition's log from an offset on while it is counted again.
         self.hold_log: Callable[[int, int], AbstractContextManager[None]] = lambda _, __: nullcontext()
+        # The archive of a partition as it is now, and what becomes of one that is damaged.
+        self.archive_view: Callable[[int], Archived | None] = lambda _: None
+        self.archive_damaged: Callable[[int, str], None] = lambda _, __: None
         self._store = store
         self._catalog = catalog
         self._clock = clock
@@ -138,7 +142,7 @@ class Calls:
                 await store.wait_applied(partition)
                 answer = await self._compute(partition, call)
         except DamagedError as error:
-            store.refuse(partition, error)
+            self._found_damage(partition, error)
             raise
         # Computed: was this store still the leader, by its own deadline, when it was?
         store.serving(call.partition)
@@ -167,11 +171,20 @@ class Calls:
         try:
             answer = await self._compute(partition, call)
         except DamagedError as error:
-            store.refuse(partition, error)
+            self._found_damage(partition, error)
             raise
         store.folding.check_kept(partition)
         assert isinstance(answer, TotalsResult | RealtimeResult | EventsResult | AlertsResult)
         return msgspec.structs.replace(answer, lag=lag, silence_ms=silence_ms)
+
+    def _found_damage(self, partition: Partition, error: DamagedError) -> None:
+        """A read has found damage: this copy is to be made anew from others, if there are any."""
+        replica = self._store.replicas.get(partition.partition)
+        if isinstance(error, ArchiveDamagedError) and (
+            replica is None or len(replica.membership.members) == 1
+        ):
+            return  # nobody else has what is lost, and totals are as right as before
+        self._store.refuse(partition, error)
 
     def _silence_ms(self, number: int) -> int:
         heard_ns = self._store.replicating.heard_ns.get(number)
@@ -203,7 +216,9 @@ class Calls:
     def _reads_of(self, partition: Partition) -> Reads:
         found = self._reads.get(partition.partition)
         if found is None or found[0] is not partition:
-            reads = Reads(partition.fold, WalSource(self._store.wal, partition.partition))
+            number = partition.partition
+            source = WalSource(self._store.wal, number)
+            reads = Reads(partition.fold, source, archive=lambda: self.archive_view(number))
             found = self._reads[partition.partition] = (partition, reads)
         return found[1]
 
@@ -215,16 +230,26 @@ class Calls:
             case StoreRealtime():
                 return reads.realtime(call, self._clock.now_ns())
             case StoreTotals():
-                return await self._stepped(partition, reads.plan_totals(call))
+                return await self._stepped(partition, lambda: reads.plan_totals(call))
             case StoreEvents():
-                return await self._stepped(partition, reads.plan_events(call))
+                return await self._stepped(partition, lambda: reads.plan_events(call))
             case StoreAlerts():
                 as_of = partition.applied
                 return msgspec.structs.replace(reads.alerts(call), as_of=as_of)
 
-    async def _stepped(self, partition: Partition, read: TotalsRead | EventsRead) -> Message:
-        """Do a read's scan in steps, with the loop running in between."""
-        while not read.step():
+    async def _stepped(self, partition: Partition, plan: Callable[[], TotalsRead | EventsRead]) -> Message:
+        try:
+            return await self._in_steps(partition, plan())
+        except ArchiveDamagedError as error:
+            self._store.folding.check_kept(partition)  # else it was another copy's, and is gone
+            self.archive_damaged(partition.partition, error.message)
+            if partition.index.log_start > 0:
+                raise
+            return await self._in_steps(partition, plan())  # the log has everything
+
+    async def _in_steps(self, partition: Partition, read: TotalsRead | EventsRead) -> Message:
+        """Do a read's scan in steps, with the loop running in between; those that read files in a thread."""
+        while not (await self._offload(read.step) if read.reads_files else read.step()):
             await asyncio.sleep(0)
             self._store.folding.check_kept(partition)
         return read.result()

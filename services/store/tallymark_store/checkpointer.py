@@ -8,7 +8,7 @@ store's own disk: others may have been faster. After that, where ids take more m
 looked up in the checkpoint's files from then on, and leave it (`DedupIndex.spill`).
 
 With `recycle`, segments that no partition needs any more go after that, in this order: checkpoints of all partitions
-are durable; the indexes forget what lies in those segments; the log's state without it is durable; the files are
+are durable, and so are the archives, where raw events are to be kept; the indexes forget what lies in those segments; the log's state without it is durable; the files are
 removed, in a thread. A crash at any point leaves a log from which everything follows that a checkpoint doesn't hold.
 """
 
@@ -52,9 +52,9 @@ class Checkpointer:
         interval_s: a checkpoint is due so long after the last, if anything was folded since.
         events_max: or after so many folded events.
         holds: who keeps more of log and files than the newest checkpoints do.
+        archiver: where raw events have another home: then only what it has durably is dropped, too.
         expire_holds: called before the log is dropped: who has kept something for too long lets go.
         recycle: whether the log below the checkpoints is dropped.
-        archiver: where there is an archive: then only what it holds, too, is dropped.
         id_budget: how much memory remembered ids may take.
 
     Attributes:
@@ -75,8 +75,8 @@ class Checkpointer:
         holds: Holds,
         expire_holds: Callable[[], None] = lambda: None,
         recycle: bool = False,
-        archiver: Archiver | None = None,
         id_budget: IdBudget | None = None,
+        archiver: Archiver | None = None,
         offload: Offload = asyncio.to_thread,
     ) -> None:
         self._store = store
@@ -91,8 +91,8 @@ class Checkpointer:
         self._holds = holds
         self._expire_holds = expire_holds
         self._recycle = recycle
-        self._archiver = archiver
         self._id_budget = id_budget or IdBudget(None)
+        self._archiver = archiver
         self.lock = asyncio.Lock()
         self.merger = IdMerger(
             store, lambda number: disk.at(folder(number)), manifests, holds, self.lock, offload
@@ -154,7 +154,7 @@ class Checkpointer:
         """Have the indexes forget what no partition needs any more; the lowest segment that is left."""
         self._expire_holds()
         wal = self._store.wal
-        needed = {number: self._holds.lowest(number, self._covered(number)) for number in wal.partitions}
+        needed = {number: self._holds.lowest(number, self._needed(number)) for number in wal.partitions}
         floor = recycle_floor(wal.partitions, needed, wal.synced_end.segment)
         for number, index in wal.partitions.items():
             rows = int(index.column("segment").searchsorted(floor, side="left"))
@@ -164,12 +164,11 @@ class Checkpointer:
         wal.trim(floor)
         return floor
 
-    def _covered(self, number: int) -> int:
-        """Up to where a partition's log is of no use any more: the newest checkpoint has it, and the archive, if any."""
-        checkpointed = self._manifests[number].offset if number in self._manifests else 0
-        return (
-            checkpointed if self._archiver is None else min(checkpointed, self._archiver.end_offset(number))
-        )
+    def _needed(self, number: int) -> int:
+        """The lowest offset of a partition that is in its log only."""
+        manifest = self._manifests.get(number)
+        offset = 0 if manifest is None else manifest.offset
+        return offset if self._archiver is None else min(offset, self._archiver.end_offset(number))
 
     async def _try_partition(self, partition: Partition) -> None:
         try:

@@ -89,7 +89,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int = id_budget.UNBOUNDED
     lease_ttl_s: float = 2.0
     replication: ReplicaConfig | None = None  # None: as follows from the lease
-    # Whether the log below the checkpoints is dropped. Raw events have no other home yet, so nothing sets it.
+    # Whether the log below the checkpoints is dropped: as far as the archive has its events, if there is one. Without
+    # one raw events have no other home.
     recycle: bool = False
 
 
@@ -231,11 +232,16 @@ class StoreNode:
         assert self._coordination is not None
         assert self._copies is not None
         assert self._snapshots is not None
+        if config.archive:
+            # Before anything is answered: it may be the only place that has old raw events.
+            self.archiver = self._make_archiver(store)
+            assert self._calls is not None
+            self._calls.archive_view = self.archiver.view
+            self._calls.archive_damaged = self.archiver.damaged
+            await self.archiver.open_all()
         store.start()
         await self._coordination.start()
         loop = asyncio.get_running_loop()
-        if config.archive:
-            self.archiver = self._make_archiver(store)
         self.checkpointer = Checkpointer(
             store,
             self._disk.at("checkpoints"),
@@ -246,8 +252,8 @@ class StoreNode:
             holds=self._holds,
             expire_holds=self._snapshots.sending.expire,
             recycle=config.recycle,
-            archiver=self.archiver,
             id_budget=id_budget.IdBudget(id_budget.ids_of(config.memory_bytes)),
+            archiver=self.archiver,
             offload=self._offload,
         )
         self._snapshots.start(self.checkpointer.lock, self.archiver)

@@ -13,12 +13,14 @@ How a bucket `[start, end)` is answered, for exactly the events timed in it:
     a day with too many combinations           raw events
     COUNT_UNIQUE, other than a period          raw events: operations netted within the bucket
 
+Raw events are those of the archive below its end, where there is one, and those of the log from there on.
+
 Reads know no clock: what depends on the present takes `now_ns`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -53,10 +55,18 @@ from tallymark_store.fold.schemas import DAY_NS
 from tallymark_store.scan import kernels as k
 from tallymark_store.scan import plan as p
 from tallymark_store.scan import ranking
+from tallymark_store.scan.archived import Archived, usable
 from tallymark_store.scan.events import EventsScan
 from tallymark_store.scan.metric import GroupKey, ScanDimension, ScanMetric
-from tallymark_store.scan.source import MemorySource, RecordRows, RecordSource
-from tallymark_store.scan.totals import RUN_EVENTS, UNIQUES_MAX, Interval, TotalsScan, too_many_rows
+from tallymark_store.scan.source import MemorySource, RecordRows, RecordSource, rows_between
+from tallymark_store.scan.totals import (
+    RUN_EVENTS,
+    UNIQUES_MAX,
+    Interval,
+    TotalsScan,
+    offsets_in_log,
+    too_many_rows,
+)
 
 IntArray = npt.NDArray[np.int64]
 
@@ -165,6 +175,11 @@ class TotalsRead:
         """Do a piece of the work; return whether it is done. Raises what `TotalsScan.step` raises."""
         return self._scan is None or self._scan.step(events_max)
 
+    @property
+    def reads_files(self) -> bool:
+        """Whether the next step may read the archive: that is for a thread."""
+        return self._scan is not None and self._scan.reads_files
+
     def run(self) -> TotalsResult:
         """Do what is left, all at once."""
         while not self.step(RUN_EVENTS):
@@ -251,6 +266,11 @@ class EventsRead:
         """Do a piece of the work; return whether it is done. Raises what `EventsScan.step` raises."""
         return self._scan.step(events_max)
 
+    @property
+    def reads_files(self) -> bool:
+        """Whether the next step may read the archive: that is for a thread."""
+        return self._scan.reads_files
+
     def run(self) -> EventsResult:
         """Do what is left, all at once."""
         self._scan.run()
@@ -265,11 +285,19 @@ class EventsRead:
 class Reads:
     """The queries of one partition. Cheap to make; it keeps no state of its own."""
 
-    def __init__(self, fold: Fold, source: RecordSource, *, uniques_max: int = UNIQUES_MAX) -> None:
-        """Read from a fold and the log that it was folded from."""
+    def __init__(
+        self,
+        fold: Fold,
+        source: RecordSource,
+        *,
+        uniques_max: int = UNIQUES_MAX,
+        archive: Callable[[], Archived | None] = lambda: None,
+    ) -> None:
+        """Read from a fold, the log that it was folded from, and the archive of that log as it is when asked for."""
         self._fold = fold
         self._source = source
         self._uniques_max = uniques_max
+        self._archive = archive
 
     # ------------------------------------------------------------ totals
 
@@ -303,8 +331,10 @@ class Reads:
             raise InvalidRequestError("a dimension is grouped by twice")
         filters = [(metric.dimension(item.key), frozenset(item.values)) for item in request.filters]
 
-        rows = self._source.rows(metric.first_offset, min(metric.end_offset, self._fold.applied))
-        low, high = self._time_bounds(metric, rows)
+        # Once, and all of this in one turn of the loop: a part of the log is in the one or in the other.
+        archived = usable(self._archive(), self._source.log_start)
+        rows = rows_between(self._source, *offsets_in_log(metric, archived, self._fold.applied))
+        low, high = self._time_bounds(metric, rows, archived)
         plan = np.zeros((len(starts), p.PLAN_FIELDS), np.int64)
         p.plan_buckets(
             self._fold.schemas.arrays,
@@ -318,7 +348,7 @@ class Reads:
             plan,
         )
         if request.account_id is None:
-            return self._plan_ranking(request, slot, metric, rows, plan[0], selection, filters)
+            return self._plan_ranking(request, slot, metric, rows, plan[0], selection, filters, archived)
 
         cells: dict[tuple[int, GroupKey], _Totals] = {}
         # A long series of hours is raw events throughout: no Python for each of its buckets.
@@ -351,18 +381,29 @@ class Reads:
             filters=filters,
             group_by=group_by,
             uniques_max=self._uniques_max,
+            archived=archived,
         )
         read = TotalsRead(metric, request, self._fold.applied, scan)
         read.cells = cells
         return read
 
-    def _time_bounds(self, metric: ScanMetric, rows: RecordRows) -> tuple[int, int]:
+    def _time_bounds(
+        self, metric: ScanMetric, rows: RecordRows, archived: Archived | None
+    ) -> tuple[int, int]:
         """The half-open range outside which the metric has no event."""
-        if metric.first_offset < self._source.log_start:
+        start = self._source.log_start if archived is None else archived.start_offset
+        if metric.first_offset < start:
             return 0, TIME_END_NS
-        if not len(rows.base_offset):
+        bounds = []
+        if archived is not None:
+            last = min(metric.end_offset, self._fold.applied)
+            found = archived.time_bounds(metric.first_offset, last)
+            bounds += [] if found is None else [found]
+        if len(rows.base_offset):
+            bounds.append((int(rows.min_time_ns.min()), int(rows.max_time_ns.max()) + 1))
+        if not bounds:
             return 0, 0
-        return max(int(rows.min_time_ns.min()), 0), int(rows.max_time_ns.max()) + 1
+        return max(min(low for low, _ in bounds), 0), max(high for _, high in bounds)
 
     def _add_period(
         self,
@@ -460,6 +501,7 @@ class Reads:
         part: IntArray,
         selection: IntArray,
         filters: Sequence[tuple[int, frozenset[str]]],
+        archived: Archived | None,
     ) -> TotalsRead:
         plan = part.tolist()
         if plan[p.P_PERIOD]:
@@ -487,6 +529,7 @@ class Reads:
             rows=rows,
             filters=filters,
             uniques_max=self._uniques_max,
+            archived=archived,
         )
         if len(found):
             scan.add_cells(self._fold._state.cells, found, overflowed)
@@ -553,6 +596,7 @@ class Reads:
             applied=self._fold.applied,
             from_offset=request.from_offset,
             limit=request.limit,
+            archived=self._archive(),
         )
         return EventsRead(scan, self._fold.applied)
 

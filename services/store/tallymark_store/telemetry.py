@@ -44,6 +44,11 @@ SYNC_SECONDS = Family(
 SYNCED_BYTES = Family("tallymark_store_synced_bytes_total", "counter", "Bytes written to the log and synced.")
 UNSYNCED_BYTES = Family("tallymark_store_unsynced_bytes", "gauge", "Taken into the log and not synced yet.")
 LOG_BYTES = Family("tallymark_store_log_bytes", "gauge", "Size of all log files.")
+RECYCLED_BYTES = Family(
+    "tallymark_store_recycled_bytes_total",
+    "counter",
+    "Log files removed: archive and checkpoints hold what was in them.",
+)
 LOG_FULL = Family("tallymark_store_log_full", "gauge", "1 while there is no room for more log.")
 CHECKPOINTS = Family("tallymark_store_checkpoints_total", "counter", "Checkpoints taken.")
 CHECKPOINT_AGE = Family(
@@ -107,6 +112,9 @@ CLOCK_DIFFERENCE = Family(
 )
 LOG_END = Family(
     "tallymark_partition_log_end", "gauge", "Next offset to be written, at this copy.", _PARTITION
+)
+LOG_START = Family(
+    "tallymark_partition_log_start", "gauge", "Nothing below is in this copy's log.", _PARTITION
 )
 HIGH_WATERMARK = Family(
     "tallymark_partition_high_watermark",
@@ -199,6 +207,7 @@ class StoreTelemetry:
                 scrape.add(LEADERSHIP, changes, str(number), change)
         checkpointer = service.checkpointer
         if checkpointer is not None:
+            scrape.add(RECYCLED_BYTES, checkpointer.recycled_bytes)
             scrape.add(CHECKPOINTS, checkpointer.count)
             scrape.add(CHECKPOINT_AGE, now_ns - checkpointer.finished_ns)
             scrape.add(CHECKPOINT_SECONDS, checkpointer.took_ns)
@@ -246,6 +255,7 @@ def _add_archive(scrape: Scrape, archiver: Archiver) -> None:
 def _add_partition(scrape: Scrape, partition: Partition, replica: Replica | None) -> None:
     label = str(partition.partition)
     log_end = partition.log_end
+    scrape.add(LOG_START, partition.index.log_start, label)
     scrape.add(LOG_END, log_end, label)
     scrape.add(HIGH_WATERMARK, partition.high_watermark, label)
     scrape.add(APPLIED, partition.applied, label)

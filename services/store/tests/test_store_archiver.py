@@ -476,3 +476,118 @@ async def test_metrics_that_are_made_again_keep_their_events_apart() -> None:
     table = open_file(world.folder(), file.name).read()
     assert table.column("metric_uid").to_pylist() == [5] * 4 + [9] * 4
     assert set(table.column("metric").to_pylist()) == {"sum"}
+
+
+# ------------------------------------------------------------ what reads and the log rely on
+
+
+async def test_the_log_is_needed_up_to_what_is_published() -> None:
+    """Not what is being written, nor what was: only what a manifest on the disk lists, of the copy that is here."""
+    world = World()
+    assert (world.archiver.end_offset(0), world.archiver.view(0)) == (0, None)
+    world.send(12)
+    await world.archiver.take_all()
+    first = world.end
+    assert world.archiver.end_offset(0) == first
+    world.send(5)
+    world.folder().fail_next("rename")
+    with pytest.raises(DiskError):
+        await world.archiver.take_all()
+    assert world.archiver.end_offset(0) == first  # and reads still have what was there before
+    view = world.archiver.view(0)
+    assert view is not None
+    assert view.end_offset == first
+    await world.archiver.take_all()
+    assert world.archiver.end_offset(0) == world.end
+    world.store.replicas[0].copy_id = "second"
+    assert (world.archiver.end_offset(0), world.archiver.view(0)) == (0, None)
+
+
+async def test_archives_are_open_from_the_start() -> None:
+    """Before anything is due, reads find what was archived in earlier lives."""
+    world = World()
+    world.send(12)
+    await world.archiver.take_all()
+    world.start()
+    assert world.archiver.view(0) is None
+    await world.archiver.open_all()
+    assert world.archiver.end_offset(0) == world.end
+
+
+async def test_damage_that_a_read_finds_holds_the_log() -> None:
+    """The archive is made anew from a whole log; else it is left alone, and the log is dropped no further."""
+    world = World()
+    world.send(12)
+    await world.archiver.take_all()
+    world.archiver.damaged(0, "a read has found it")
+    assert (world.archiver.end_offset(0), world.archiver.view(0)) == (0, None)
+    await world.archiver.take_all()
+    await world.archiver.take_all()
+    assert world.archiver.end_offset(0) == world.end
+    assert "archiving from the beginning: a read has found it" in world.reports[0]
+    world.driver.partitions[0].index.log_start = 1
+    before = world.folder().list()
+    world.archiver.damaged(0, "again")
+    for _ in range(2):
+        world.send(12)
+        await world.archiver.take_all()
+    assert (world.archiver.end_offset(0), world.folder().list()) == (0, before)
+    assert "left as it is" in world.reports[1]
+
+
+async def test_a_copy_that_began_with_a_snapshot_says_from_where_on_it_has_events() -> None:
+    """Its archive begins where its log does; one that ends before that is never gone on with."""
+    world = World()
+    world.send(12)
+    world.driver.partitions[0].index.log_start = 4
+    await world.archiver.take_all()
+    manifest = world.manifest()
+    assert manifest is not None
+    assert (manifest.start_offset, manifest.end_offset) == (4, world.end)
+    world.driver.partitions[0].index.log_start = world.end + 3
+    world.send(12)
+    await world.archiver.take_all()
+    assert world.manifest() == manifest
+    assert (world.archiver.end_offset(0), world.archiver.view(0)) == (0, None)
+    assert "it ends at offset" in world.reports[0]
+    world.start()
+    await world.archiver.take_all()
+    assert world.manifest() == manifest
+    assert world.archiver.archives == {}
+
+
+async def test_what_is_merged_away_is_kept_for_views(small: None) -> None:
+    """A view that is taken while the manifest is switched reads the files that are removed by then."""
+    world = World()
+    found: list[tuple[int, Any]] = []
+
+    def look() -> None:
+        view = world.archiver.view(0)
+        if view is not None:
+            end = view.end_offset
+            cursor = view.events(
+                uid=5, account=None, start_ns=0, end_ns=2**62, first=0, last=end, count=1_000
+            )
+            found.append((end, cursor))
+
+    async def offload(function: Any, *args: Any) -> Any:
+        look()
+        result = function(*args)
+        look()
+        return result
+
+    world.others["offload"] = offload
+    world.start()
+    for _ in range(12):
+        world.send(9)
+        await world.archiver.take_all()
+    assert world.archiver.merges > 3
+    everything = world.in_archive()
+    sizes = set()
+    for end, cursor in found:
+        events = []
+        while cursor.advance():
+            events += [(e.offset, e.account_id, e.value) for _, e in cursor.found]
+        assert events == [row for row in everything if row[0] < end]
+        sizes.add(len(events))
+    assert max(sizes) >= 81

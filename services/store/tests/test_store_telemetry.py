@@ -38,6 +38,7 @@ def _partition(number, *, log_end=10, high_watermark=8, applied=6, epoch=0, erro
     sized = SimpleNamespace(memory_bytes=100)
     return SimpleNamespace(
         partition=number,
+        index=SimpleNamespace(log_start=4),
         log_end=log_end,
         high_watermark=high_watermark,
         applied=applied,
@@ -154,7 +155,7 @@ def test_positions_roles_and_lag_are_told_by_partition():
 def test_the_log_and_checkpoints_are_told():
     """Syncs as a histogram in seconds; the last checkpoint's age grows with time."""
     clock = ManualClock(monotonic_ns=100 * S)
-    checkpointer = SimpleNamespace(count=3, finished_ns=40 * S, took_ns=S // 2)
+    checkpointer = SimpleNamespace(count=3, finished_ns=40 * S, took_ns=S // 2, recycled_bytes=2**20)
     found = _figures(_store([], []), checkpointer, clock)
     assert found["tallymark_store_sync_seconds_count", ()] == 1
     assert found["tallymark_store_sync_seconds_bucket", (("le", "0.0001"),)] == 0
@@ -163,6 +164,7 @@ def test_the_log_and_checkpoints_are_told():
     assert found["tallymark_store_synced_bytes_total", ()] == 4096
     assert found["tallymark_store_unsynced_bytes", ()] == 10
     assert found["tallymark_store_log_bytes", ()] == 2**26
+    assert found["tallymark_store_recycled_bytes_total", ()] == 2**20
     assert found["tallymark_store_log_full", ()] == 0
     assert found["tallymark_store_backlog_bytes", ()] == 77
     assert found["tallymark_store_held_tails", ()] == 2

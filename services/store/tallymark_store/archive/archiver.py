@@ -7,9 +7,10 @@ manifest is switched when the file is durable. A slice is bounded in events, byt
 takes.
 
 Each copy archives for itself, from its own log. An archive carries the id of its copy: where a copy has begun anew, the
-archive of the one before is discarded, whenever that is noticed. As long as the log is whole, an archive that turns out
-damaged only costs time. Where the log begins later, the archive has to reach up to there: one that doesn't is left as
-it is, as what is added behind a gap would hide it.
+archive of the one before is discarded, whenever that is noticed. An archive that turns out damaged only costs time while
+the log is whole beside it. Where the log is dropped below the archive's end (`end_offset` tells how far that may go), it
+is the only place that has these events: a damaged one is left as it is then, nothing is added to it, and the log is
+dropped no further. So is one that ends before the log begins, as what is added behind a gap would hide it.
 
 A copy that begins with a snapshot gets the archive below it from whoever sends that (`lend`, `take_in`): nothing is
 archived of a partition meanwhile, and what is lent stays, though it may be merged.
@@ -37,10 +38,12 @@ from tallymark_store.archive.cut import cut
 from tallymark_store.archive.manifest import ArchiveError, ArchiveFile, Manifest
 from tallymark_store.archive.merge import merge, verify
 from tallymark_store.archive.names import MetricNames
+from tallymark_store.archive.reading import ArchiveReader, ArchiveView
 from tallymark_store.archive.writer import Written, write_file
 from tallymark_store.checkpointer import folder
 from tallymark_store.partition import Partition
 from tallymark_store.replication.effects import Role
+from tallymark_store.scan.archived import ArchiveDamagedError
 from tallymark_store.scan.source import RecordCursor, RecordSource, WalSource, damaged
 from tallymark_store.store import Offload, Store
 from tallymark_store.wal import DamagedError
@@ -75,6 +78,10 @@ class Archive:
     def __init__(self, manifest: Manifest, disk: Disk, now_ns: int) -> None:
         self.manifest = manifest
         self.disk = disk
+        self.reader = ArchiveReader(disk, manifest.partition)
+        # False: which manifest is in force on the disk is not known, and it has to be read again. Reads can rely on the
+        # one before all the same: the files that the other one would have removed are kept.
+        self.is_certain = True
         self.last_ns = now_ns  # when it was last brought up to date, or opened
         self._names: MetricNames | None = None
 
@@ -135,9 +142,9 @@ class Archiver:
         ] = {}  # by partition, the copy whose archive is of no use and can't be made anew
         self._lent: dict[object, tuple[int, frozenset[str]]] = {}  # partition, names of files
         self._taking_in: set[int] = set()  # partitions of which an archive is coming in
-        self._awaited: set[int] = (
-            set()
-        )  # the same, and the log begins behind what comes in: it is not in force yet
+        # The same, and the log begins behind what comes in: it is not in force yet.
+        self._awaited: set[int] = set()
+        self._damaged: dict[int, str] = {}  # by partition, what a read has found
         self._stopping = False
 
     async def run(self) -> None:
@@ -166,6 +173,41 @@ class Archiver:
     async def take_all(self) -> None:
         """Archive everything that is committed and folded now, due or not. Raises as `take_due`."""
         await self._take(1, 0)
+
+    async def open_all(self) -> None:
+        """Open the archives of all copies, so that reads find them; nothing is archived."""
+        async with self._lock:
+            for number in sorted(self._store.replicas):
+                try:
+                    await self._opened(number)
+                except DiskError as error:
+                    self.failures += 1
+                    self._report(f"partition {number}: its archive can't be opened yet: {error}")
+
+    def view(self, number: int) -> ArchiveView | None:
+        """The archive of a partition as it is now, to read from; None where there is none."""
+        archive = self.archives.get(number)
+        if archive is None or not self._is_current(number, archive):
+            return None
+        return archive.reader.view(archive.manifest)
+
+    def end_offset(self, number: int) -> int:
+        """Below this offset a partition's log isn't needed for raw events: the archive has them, durably."""
+        archive = self.archives.get(number)
+        if archive is None or not self._is_current(number, archive):
+            return 0
+        return archive.manifest.end_offset
+
+    def reopen(self, number: int) -> None:
+        """Another manifest was put in the place of a partition's: it is read again, also where the one before was refused."""
+        self.archives.pop(number, None)
+        self._refused.pop(number, None)
+        self._damaged.pop(number, None)
+
+    def damaged(self, number: int, why: str) -> None:
+        """A read has found that an archive is damaged: nobody shall read it any more."""
+        if self.archives.pop(number, None) is not None:
+            self._damaged[number] = why
 
     async def _take(self, events: int, interval_ns: int) -> None:
         async with self._lock:
@@ -222,12 +264,22 @@ class Archiver:
         if self._target(number) is None or number in self._awaited:
             return None
         copy_id = self._store.replicas[number].copy_id
+        index = self._store.partitions[number].index
+        why = self._damaged.pop(number, None)
+        if why is not None:
+            await self._begin_anew(number, why)
+            return None
         archive = self.archives.get(number)
         if archive is not None and archive.manifest.copy_id == copy_id:
-            return archive
+            if archive.manifest.end_offset < index.log_start:
+                self._refuse_gap(number, archive.manifest)
+                return None
+            if archive.is_certain:
+                return archive
+        else:
+            self.archives.pop(number, None)
         if self._refused.get(number) == copy_id:
             return None
-        self.archives.pop(number, None)
         disk = self._disk.at(folder(number))
         try:
             found: Manifest | None = await self._in_thread(manifests.load, disk, self._kept(number))
@@ -237,17 +289,22 @@ class Archiver:
         if found is not None and (found.copy_id != copy_id or found.partition != number):
             await self._in_thread(manifests.discard, disk)
             found = None
+        if self._store.partitions.get(number) is None:
+            return None  # the copy was removed while the disk was asked
+        index = self._store.partitions[number].index
+        if found is not None and found.end_offset < index.log_start:
+            self._refuse_gap(number, found)
+            return None
         if found is not None and found.end_offset > self._store.partitions[number].log_end:
             self._refuse(
                 number,
                 f"it holds more than the log, which ends at offset {self._store.partitions[number].log_end}",
             )
             return None
-        fresh = Archive(found or Manifest(number, copy_id), disk, self._clock.monotonic_ns())
-        log_start = self._store.partitions[number].index.log_start
-        if fresh.manifest.end_offset < log_start and self._is_current(number, fresh):
-            self._refuse(number, _gap(fresh.manifest.end_offset, log_start))
-            return None
+        # A copy that began with a snapshot has no raw events from before but those that came along, and must not seem to.
+        start = index.log_start
+        found = found or Manifest(number, copy_id, end_offset=start, start_offset=start)
+        fresh = Archive(found, disk, self._clock.monotonic_ns())
         await self._in_thread(incoming.clear, disk)  # of a snapshot that was not begun with
         if self._is_current(number, fresh):  # it may have begun anew while the disk was asked
             self.archives[number] = fresh
@@ -256,15 +313,21 @@ class Archiver:
 
     async def _begin_anew(self, number: int, why: str) -> None:
         """An archive is damaged: the log has everything, if it begins where the partition does."""
+        self.archives.pop(number, None)
         if self._store.partitions[number].index.log_start > 0:
             self._refuse(number, why)
             return
         self._report(f"partition {number}: archiving from the beginning: {why}")
         await self._in_thread(manifests.discard, self._disk.at(folder(number)))
 
+    def _refuse_gap(self, number: int, manifest: Manifest) -> None:
+        start = self._store.partitions[number].index.log_start
+        self._refuse(number, f"it ends at offset {manifest.end_offset}, and the log begins at offset {start}")
+
     def _refuse(self, number: int, why: str) -> None:
         """Leave an archive as it is: it can't be used, and what it holds may be nowhere else."""
         self.failures += 1
+        self.archives.pop(number, None)
         replica = self._store.replicas.get(number)
         self._refused[number] = "" if replica is None else replica.copy_id
         self._report(f"partition {number}: its archive is left as it is, and nothing is added to it: {why}")
@@ -278,8 +341,7 @@ class Archiver:
         if not self._is_current(number, archive):
             return False
         if archive.manifest.end_offset < partition.index.log_start:
-            self.archives.pop(number, None)
-            self._refuse(number, _gap(archive.manifest.end_offset, partition.index.log_start))
+            self._refuse_gap(number, archive.manifest)
             return False
         source = WalSource(self._store.wal, number)
         planned = plan_slice(source, archive.manifest.end_offset, target)
@@ -297,7 +359,6 @@ class Archiver:
             return False
         files = archive.manifest.files if written is None else (*archive.manifest.files, written)
         await self._publish(
-            number,
             archive,
             msgspec.structs.replace(archive.manifest, end_offset=planned.end_offset, files=files),
         )
@@ -312,24 +373,25 @@ class Archiver:
         if not self._is_current(number, archive):
             return
         files = (*files[:first], merged, *files[last:])
-        await self._publish(number, archive, msgspec.structs.replace(archive.manifest, files=files))
+        await self._publish(archive, msgspec.structs.replace(archive.manifest, files=files))
         self.merges += 1
         self.took_ns.observe(self._clock.monotonic_ns() - began_ns)
 
-    async def _publish(self, number: int, archive: Archive, manifest: Manifest) -> None:
+    async def _publish(self, archive: Archive, manifest: Manifest) -> None:
+        names = {file.name for file in manifest.files}
+        # Whoever begins to read while the manifest is switched finds what is removed by then.
         try:
-            await self._in_thread(manifests.publish, archive.disk, manifest, self._kept(number))
-        except BaseException:
-            self.archives.pop(number, None)  # which one is in force is not known: it is read again
-            raise
+            archive.reader.keep([file for file in archive.manifest.files if file.name not in names])
+        except ArchiveDamagedError as error:
+            raise ArchiveError(error.message) from error
+        archive.is_certain = False
+        kept = self._kept(archive.manifest.partition)
+        await self._in_thread(manifests.publish, archive.disk, manifest, kept)
         archive.manifest = manifest
+        archive.is_certain = True
+        archive.reader.switch(manifest)
 
     # ------------------------------------------------------------ snapshots
-
-    def end_offset(self, number: int) -> int:
-        """Up to where a partition's log isn't needed for raw events: it is in the archive, durably. Exclusive."""
-        archive = self.archives.get(number)
-        return 0 if archive is None or not self._is_current(number, archive) else archive.manifest.end_offset
 
     def _kept(self, number: int) -> frozenset[str]:
         return frozenset().union(*(names for lent, names in self._lent.values() if lent == number))
@@ -406,8 +468,12 @@ class Archiver:
 
     def replaced(self, number: int) -> None:
         """The log begins with a snapshot from now on: its archive is in force once `install` says so."""
-        self.archives.pop(number, None)
-        self._refused.pop(number, None)
+        archive = self.archives.get(number)
+        if archive is not None:
+            # Who reads it at present goes on with what will be removed.
+            with contextlib.suppress(ArchiveDamagedError):
+                archive.reader.keep(archive.manifest.files)
+        self.reopen(number)
         self._awaited.add(number)
 
     def forget(self, number: int) -> None:
@@ -430,6 +496,7 @@ class Archiver:
                 await self._in_thread(incoming.clear, disk)
                 self._refuse(number, str(error))
             self._awaited.discard(number)
+            await self._opened(number)
 
     # ------------------------------------------------------------ threads
 
@@ -456,10 +523,6 @@ class Archiver:
                 except Exception as error:
                     _log.debug("archiving ended: %r", error)
             raise
-
-
-def _gap(end_offset: int, log_start: int) -> str:
-    return f"it ends at offset {end_offset}, and the log begins at {log_start}"
 
 
 def plan_slice(source: RecordSource, start: int, target: int) -> Planned | None:
@@ -572,4 +635,6 @@ def _listed(name: str, start: int, end: int, written: Written, low: int, high: i
         crc32c=written.crc32c,
         min_time_ns=low,
         max_time_ns=high,
+        tail_bytes=written.tail_bytes,
+        tail_crc32c=written.tail_crc32c,
     )

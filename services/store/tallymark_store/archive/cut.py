@@ -81,6 +81,8 @@ def cut(
         rows=rows,
         bytes=written.size,
         crc32c=written.crc32c,
+        tail_bytes=written.tail_bytes,
+        tail_crc32c=written.tail_crc32c,
         min_time_ns=low,
         max_time_ns=high,
     )

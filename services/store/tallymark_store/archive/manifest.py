@@ -42,6 +42,8 @@ class ArchiveFile(msgspec.Struct, frozen=True):
     crc32c: int  # of the whole file
     min_time_ns: int  # event times in it, inclusive
     max_time_ns: int
+    tail_bytes: int = 0  # behind its pages: indexes and footer; 0: not known
+    tail_crc32c: int = 0  # of these
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -53,9 +55,12 @@ class Manifest(msgspec.Struct, frozen=True):
 
     partition: int
     copy_id: str  # of the copy whose log it comes from: another one begins anew
-    end_offset: int = 0  # exclusive; every accepted event below is in one of the files
+    end_offset: int = (
+        0  # exclusive; every accepted event below, from `start_offset` on, is in one of the files
+    )
     files: tuple[ArchiveFile, ...] = ()
     format_version: int = FORMAT_VERSION
+    start_offset: int = 0  # inclusive: what lies below was never in this copy's log, nor in an archive of it
 
     @property
     def bytes(self) -> int:
@@ -113,7 +118,11 @@ def decode(data: bytes) -> Manifest:
 
 
 def _problem(manifest: Manifest) -> str:
-    edges = [(0, 0), *((f.start_offset, f.end_offset) for f in manifest.files), (manifest.end_offset,) * 2]
+    edges = [
+        (manifest.start_offset,) * 2,
+        *((f.start_offset, f.end_offset) for f in manifest.files),
+        (manifest.end_offset,) * 2,
+    ]
     for (_, before), (start, _) in itertools.pairwise(edges):
         if before > start:
             return f"offset {start} comes after {before}"
@@ -122,6 +131,8 @@ def _problem(manifest: Manifest) -> str:
             return f"{file.name} has {file.rows} rows"
         if file.name != file_name(file.start_offset, file.end_offset):
             return f"{file.name!r} is no name of its range"
+        if not 0 <= file.tail_bytes <= file.bytes:
+            return f"{file.name} has a tail of {file.tail_bytes} bytes"
     return ""
 
 

@@ -43,6 +43,8 @@ class Written(NamedTuple):
     rows: int
     size: int  # bytes
     crc32c: int  # of all of them
+    tail_bytes: int  # that stand behind the pages
+    tail_crc32c: int
 
 
 class _Sink(io.RawIOBase):
@@ -55,6 +57,8 @@ class _Sink(io.RawIOBase):
         self._waiting_bytes = 0
         self.position = 0  # of what was handed in
         self.crc32c = 0
+        self.tail_start = 0
+        self.tail_crc32c = 0  # of what came since `begin_tail`
 
     def writable(self) -> bool:
         return True
@@ -62,6 +66,7 @@ class _Sink(io.RawIOBase):
     def write(self, data: Any) -> int:
         content = bytes(data)  # pyarrow's buffer is its own again afterwards
         self.crc32c = google_crc32c.extend(self.crc32c, content)
+        self.tail_crc32c = google_crc32c.extend(self.tail_crc32c, content)
         self._waiting.append(content)
         self._waiting_bytes += len(content)
         self.position += len(content)
@@ -71,6 +76,11 @@ class _Sink(io.RawIOBase):
 
     def tell(self) -> int:
         return self.position
+
+    def begin_tail(self) -> None:
+        """From here on, nothing has a checksum of its own."""
+        self.tail_start = self.position
+        self.tail_crc32c = 0
 
     def flush_piece(self) -> None:
         """Write what waits, and sync it."""
@@ -106,6 +116,7 @@ class FileWriter:
             column_encoding=dict.fromkeys(differences, "DELTA_BINARY_PACKED"),
             write_statistics=list(_STATISTICS),
             write_page_index=True,
+            write_page_checksum=True,
             sorting_columns=[pq.SortingColumn(SCHEMA.get_field_index(name)) for name in SORT_KEY],
         )
 
@@ -119,11 +130,15 @@ class FileWriter:
     def close(self) -> Written:
         """End the file and make its content durable."""
         try:
+            self._sink.begin_tail()
             self._writer.close()
             self._sink.flush_piece()
         finally:
             self._file.close()
-        return Written(self._rows, self._sink.position, self._sink.crc32c)
+        sink = self._sink
+        return Written(
+            self._rows, sink.position, sink.crc32c, sink.position - sink.tail_start, sink.tail_crc32c
+        )
 
     def abandon(self) -> None:
         """Leave the file as it is, incomplete: nobody lists it."""

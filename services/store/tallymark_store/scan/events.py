@@ -1,5 +1,7 @@
 """Pages of raw events: the accepted ones of an account, a metric and a time range, in log order.
 
+What the archive holds comes from there, what lies behind from the log: a cursor is an offset, and means the same in both.
+
 Like `TotalsScan`, an `EventsScan` is stepped and reads only what was committed when it was made. A page ends at its
 limit of events or of bytes, whichever comes first, but never before its first event. `next_offset` is the offset of
 the first event behind the page, so reading on from it gives what follows, whatever was appended meanwhile.
@@ -13,12 +15,19 @@ from typing import Final
 import numpy as np
 
 from tallymark_protocol import limits
-from tallymark_protocol.errors import UnavailableError
 from tallymark_protocol.messages import EventRecord
 from tallymark_protocol.payload import COLUMNS
 from tallymark_store.scan import kernels as k
+from tallymark_store.scan.archived import Archived, ArchivedEvents, check_covered, usable
 from tallymark_store.scan.metric import ScanMetric
-from tallymark_store.scan.source import ByteArray, IntArray, RecordCursor, RecordSource, damaged
+from tallymark_store.scan.source import (
+    ByteArray,
+    IntArray,
+    RecordCursor,
+    RecordSource,
+    damaged,
+    rows_between,
+)
 from tallymark_store.scan.totals import METRIC_INDEXES, RUN_EVENTS, bits_of, rows_of_intervals
 
 PAGE_BYTES_MAX: Final = 8 * 1024 * 1024  # of properties, ids and texts in a page, and a flat sum per event
@@ -43,6 +52,7 @@ class EventsScan:
         from_offset: int = 0,
         limit: int = limits.PAGE_EVENTS_MAX,
         bytes_max: int = PAGE_BYTES_MAX,
+        archived: Archived | None = None,
     ) -> None:
         """Prepare to read events timed in [start_ns, end_ns) at offsets [from_offset, applied).
 
@@ -56,23 +66,33 @@ class EventsScan:
             from_offset: where the page begins.
             limit: events in the page, at least 1.
             bytes_max: about how large it may become.
+            archived: what is read in place of the log below its end.
         """
         assert limit > 0, "a page has room for an event"
         first, last = from_offset, applied
         if metric is not None:
             first = max(first, metric.first_offset)
             last = min(last, metric.end_offset)
-        if first < min(last, source.log_start):
-            raise UnavailableError(
-                f"events below offset {source.log_start} are no longer in the log of partition {source.partition}",
-                retriable=False,
+        archived = usable(archived, source.log_start)
+        split = 0 if archived is None else min(archived.end_offset, applied)
+        check_covered(source, archived, first, last)
+        self._archived: ArchivedEvents | None = None
+        if archived is not None and first < min(last, split):
+            self._archived = archived.events(
+                uid=None if metric is None else metric.uid,
+                account=account,
+                start_ns=start_ns,
+                end_ns=end_ns,
+                first=first,
+                last=min(last, split),
+                count=limit + 1,
             )
-        rows = source.rows(first, max(first, last))
+        rows = rows_between(source, max(first, split), last)
         self._cursor = RecordCursor(source, rows_of_intervals(rows, [(start_ns, max(start_ns, end_ns), 0)]))
         self._source = source
         self._start_ns = start_ns
         self._end_ns = end_ns
-        self._from_offset = from_offset
+        self._from_offset = max(from_offset, split)
         self._limit = limit
         self._bytes_left = bytes_max
         self._code = np.frombuffer(metric.code.encode() if metric else b"", np.uint8)
@@ -88,7 +108,7 @@ class EventsScan:
         self._run: tuple[ByteArray, IntArray] | None = None
         self.events: list[EventRecord] = []
         self.next_offset: int | None = None  # where to read on; None: there is nothing more
-        self.done = not len(self._cursor)
+        self.done = self._archived is None and not len(self._cursor)
 
     def run(self) -> None:
         """Do what is left, all at once."""
@@ -103,6 +123,8 @@ class EventsScan:
         """
         if self.done:
             return True
+        if self._archived is not None:
+            return self._step_archived(self._archived)
         if self._run is None:
             self._run = self._cursor.next_run(events_max)
             self._state[:] = 0
@@ -131,6 +153,28 @@ class EventsScan:
         if status == k.DONE:
             self._run = None
         return self.done
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether the next step may read the archive, which is nothing for an event loop."""
+        return self._archived is not None and not self.done
+
+    def _step_archived(self, archived: ArchivedEvents) -> bool:
+        if archived.advance():
+            self.done = any(self._is_full(_EVENT_BYTES + size, event) for size, event in archived.found)
+        else:
+            self._archived = None
+            self.done = not len(self._cursor)
+        return self.done
+
+    def _is_full(self, size: int, event: EventRecord) -> bool:
+        """Add an event to the page, or have the next page begin with it."""
+        if self.events and (len(self.events) == self._limit or self._bytes_left < size):
+            self.next_offset = event.offset
+            return True
+        self._bytes_left -= size
+        self.events.append(event)
+        return False
 
     def _take_hits(self, data: ByteArray, records: IntArray, hits: IntArray) -> bool:
         """Make events of hits; True when the page is full and the hit that follows it is known."""
@@ -174,7 +218,7 @@ class EventsScan:
         return EventRecord(
             account_id=account & (2**64 - 1),
             metric_code=name,
-            value=_text(data[text_start:text_end].tobytes()) if text_start < text_end else value,
+            value=text_value(data[text_start:text_end].tobytes()) if text_start < text_end else value,
             event_time_ns=time,
             append_time_ns=append_ns,
             operation=operation,
@@ -185,7 +229,7 @@ class EventsScan:
         )
 
 
-def _text(encoded: bytes) -> int | str:
+def text_value(encoded: bytes) -> int | str:
     """Return the value that a text stands for (`layout`)."""
     if encoded[0] == _TAG_U64 and len(encoded) == 1 + _U64.size:
         return int(_U64.unpack_from(encoded, 1)[0])

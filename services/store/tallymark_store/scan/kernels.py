@@ -163,10 +163,10 @@ EVENT_FIELDS = 14
 
 _TIME_ABSENT = lay.TIME_ABSENT
 _BLOCK = 256
-_REFUSED = -1  # a property set that a filter refuses
-_UNRESOLVED = -2
-_FULL_GROUPS = -3
-_FULL_VALUES = -4
+REFUSED = -1  # a property set that a filter refuses
+UNRESOLVED = -2
+FULL_GROUPS = -3
+FULL_VALUES = -4
 _MINUS_ONE = 0xFFFFFFFFFFFFFFFF
 
 
@@ -247,7 +247,7 @@ def event_time(data: Any, columns: Any, i: Any, append_ns: Any) -> Any:
 
 
 @nb.njit(nogil=True, cache=True, forceinline=True)
-def _interval_of(starts: Any, ends: Any, time: Any) -> Any:
+def interval_of(starts: Any, ends: Any, time: Any) -> Any:
     """Which of the sorted disjoint intervals holds `time`; -1 if none."""
     low = 0
     high = len(starts)
@@ -301,7 +301,7 @@ def _find_group(groups: Any, group_index: Any, width: Any, state: Any, codes: An
         slot = (slot + 1) & mask
     g = state[S_GROUPS]
     if g == len(groups):
-        return _FULL_GROUPS
+        return FULL_GROUPS
     for d in range(width):
         groups[g, d] = codes[d]
     group_index[slot] = g
@@ -322,14 +322,14 @@ def _value_code(
     value_index: Any,
     state: Any,
 ) -> Any:
-    """The code of a present value of dimension d; _REFUSED by the filter, _FULL_VALUES."""
+    """The code of a present value of dimension d; REFUSED by the filter, FULL_VALUES."""
     v = find_value(pool, values, value_index, d, data, start, end)
     if v >= 0 and values[v, V_SINCE] <= base:
         if dims[d, D_FILTERED] != 0 and values[v, V_ALLOWED] == 0:
-            return np.int64(_REFUSED)
+            return np.int64(REFUSED)
         return np.int64(CODE_VALUES + v)
     if dims[d, D_FILTERED] != 0:
-        return np.int64(_REFUSED)
+        return np.int64(REFUSED)
     if dims[d, D_ANY] == 0:
         return np.int64(CODE_OTHER)
     if dims[d, D_GROUP] < 0:
@@ -337,7 +337,7 @@ def _value_code(
     fresh = state[S_VALUES]
     length = end - start
     if fresh == len(values) or state[S_POOL] + length > len(pool):
-        return np.int64(_FULL_VALUES)
+        return np.int64(FULL_VALUES)
     copy_bytes(pool, state[S_POOL], data, start, length)
     values[fresh, V_DIM] = d
     values[fresh, V_START] = state[S_POOL]
@@ -351,7 +351,7 @@ def _value_code(
 
 
 @nb.njit(nogil=True, cache=True)
-def _resolve_set(
+def resolve_set(
     data: Any,
     start: Any,
     end: Any,
@@ -366,7 +366,7 @@ def _resolve_set(
     state: Any,
     codes: Any,
 ) -> Any:
-    """The group of the property set at [start, end); _REFUSED, _FULL_GROUPS or _FULL_VALUES."""
+    """The group of the property set at [start, end); REFUSED, FULL_GROUPS or FULL_VALUES."""
     count = len(dims)
     width = 0
     missing_filtered = 0
@@ -396,7 +396,7 @@ def _resolve_set(
             if dims[d, D_GROUP] >= 0:
                 codes[dims[d, D_GROUP]] = code
     if missing_filtered != 0:
-        return np.int64(_REFUSED)
+        return np.int64(REFUSED)
     return np.int64(_find_group(groups, group_index, width, state, codes))
 
 
@@ -450,7 +450,8 @@ def _later(rows: Any, row: Any, time: Any, offset: Any) -> Any:
 
 
 @nb.njit(nogil=True, cache=True, forceinline=True)
-def _add_value(rows: Any, row: Any, aggregation: Any, value: Any, time: Any, offset: Any) -> None:
+def add_value(rows: Any, row: Any, aggregation: Any, value: Any, time: Any, offset: Any) -> None:
+    """Add an event to a row."""
     if aggregation == A_VALUES:
         if rows[row, R_COUNT] == 0:
             rows[row, R_MIN] = value
@@ -487,7 +488,7 @@ def _unique_hash(row: Any, lo: Any, hi: Any) -> Any:
 
 
 @nb.njit(nogil=True, cache=True, forceinline=True)
-def _add_operation(
+def add_operation(
     rows: Any, row: Any, uniques: Any, state: Any, lo: Any, hi: Any, time: Any, offset: Any, operation: Any
 ) -> None:
     """Let an operation take effect unless a later one (by time, then offset) has. There is room for it."""
@@ -564,7 +565,7 @@ def scan_totals(
         if matched == 0:
             continue
         if use_sets:
-            memo[: columns[C_PROPERTY_SETS] + 1] = _UNRESOLVED
+            memo[: columns[C_PROPERTY_SETS] + 1] = UNRESOLVED
         n = columns[C_EVENTS]
         i = first
         while i < n:
@@ -581,7 +582,7 @@ def scan_totals(
             time = event_time(data, columns, event, append_ns)
             # Events mostly fall where the one before did.
             if not (starts[interval] <= time and time < ends[interval]):
-                found = _interval_of(starts, ends, time)
+                found = interval_of(starts, ends, time)
                 if found < 0:
                     continue
                 interval = found
@@ -589,13 +590,13 @@ def scan_totals(
             if use_sets:
                 k = properties_at(data, columns, event)
                 group = memo[k]
-                if group == _UNRESOLVED:
+                if group == UNRESOLVED:
                     start = np.int64(0)
                     end = np.int64(0)
                     if k > 0:
                         start = table_start(data, columns[C_PROPERTY_ENDS], columns[C_PROPERTY_BYTES], k - 1)
                         end = table_end(data, columns[C_PROPERTY_ENDS], columns[C_PROPERTY_BYTES], k - 1)
-                    group = _resolve_set(
+                    group = resolve_set(
                         data,
                         start,
                         end,
@@ -610,11 +611,11 @@ def scan_totals(
                         state,
                         codes,
                     )
-                    if group in (_FULL_GROUPS, _FULL_VALUES):
+                    if group in (FULL_GROUPS, FULL_VALUES):
                         state[S_EVENT] = event
-                        return NEED_GROUPS if group == _FULL_GROUPS else NEED_VALUES
+                        return NEED_GROUPS if group == FULL_GROUPS else NEED_VALUES
                     memo[k] = group
-                if group == _REFUSED:
+                if group == REFUSED:
                     continue
             if aggregation == A_UNIQUE and 4 * (state[S_UNIQUES] + 1) > 3 * len(uniques):
                 state[S_EVENT] = event
@@ -628,7 +629,7 @@ def scan_totals(
                 return NEED_ROWS
             offset = base + event
             if aggregation != A_UNIQUE:
-                _add_value(rows, row, aggregation, value_at(data, columns, event), time, offset)
+                add_value(rows, row, aggregation, value_at(data, columns, event), time, offset)
                 continue
             lo, hi = _unique_value(data, columns, event, request[Q_UID], work)
             if request[Q_PASS] == 0:
@@ -637,9 +638,7 @@ def scan_totals(
                 part = mix64(mix64(np.uint64(lo)) + np.uint64(hi)) >> np.uint64(32)
                 if np.int64(part) % request[Q_PASSES] != request[Q_PASS]:
                     continue
-            _add_operation(
-                rows, row, uniques, state, lo, hi, time, offset, operation_at(data, columns, event)
-            )
+            add_operation(rows, row, uniques, state, lo, hi, time, offset, operation_at(data, columns, event))
     state[S_RECORD] = len(records)
     state[S_EVENT] = 0
     return DONE

@@ -84,6 +84,12 @@ class RecordSource(Protocol):
         ...
 
 
+def rows_between(source: RecordSource, first: int, last: int) -> RecordRows:
+    """The batches that hold offsets of [first, last); none where that is empty."""
+    rows = source.rows(first, max(first, last))
+    return rows if first < last else rows.take(np.zeros(len(rows.base_offset), np.bool_))
+
+
 class RecordCursor:
     """Walks over rows in runs of records that lie in one segment, checking each before it is handed out."""
 
@@ -272,6 +278,11 @@ class MemorySource:
         for body, length in zip(bodies, lengths, strict=True):
             if google_crc32c.value(data[body : body + length]) != self._crcs[number, body]:
                 raise damaged(self.partition, number, body)
+
+    def drop(self, offset: int) -> None:
+        """Forget the batches that lie below an offset."""
+        self._rows = [row for row in self._rows if row[0] + row[1] > offset]
+        self.log_start = self._rows[0][0] if self._rows and self._rows[0][0] < offset else offset
 
     def flip_bit(self, row: int, byte: int, bit: int = 0) -> None:
         """Damage a stored body."""

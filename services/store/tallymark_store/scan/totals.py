@@ -2,7 +2,7 @@
 
 `TotalsScan` is an object that is stepped: `step(events)` does a bounded piece of work and says whether it is done, so an
 event loop can go on between pieces; or `run` does everything, in a thread if need be (kernels release the GIL).
-It reads nothing but records that were committed when it was made.
+It reads nothing but records that were committed when it was made: the archive below its end, the log from there on.
 
 COUNT_UNIQUE needs every value at once. Where a table of values would grow beyond `uniques_max` entries, the scan
 begins again in several passes, each over the values of one hash class: slower, but exact within the same memory.
@@ -18,15 +18,16 @@ import numpy as np
 import numpy.typing as npt
 
 from tallymark_protocol import limits
-from tallymark_protocol.errors import ErrorCode, InvalidRequestError, UnavailableError
+from tallymark_protocol.errors import ErrorCode, InvalidRequestError
 from tallymark_protocol.kernels.blake2b import WORK_WORDS
 from tallymark_protocol.model import AggType
 from tallymark_protocol.payload import COLUMNS
 from tallymark_store.fold.cells import CELL_WORDS
+from tallymark_store.scan import column_kernels, ranking
 from tallymark_store.scan import kernels as k
-from tallymark_store.scan import ranking
+from tallymark_store.scan.archived import Archived, ArchivedRows, Columns, check_covered, usable
 from tallymark_store.scan.metric import DimensionTables, ScanMetric, doubled, table_size
-from tallymark_store.scan.source import RecordCursor, RecordRows, RecordSource, damaged
+from tallymark_store.scan.source import RecordCursor, RecordRows, RecordSource, damaged, rows_between
 
 IntArray = npt.NDArray[np.int64]
 
@@ -70,6 +71,7 @@ class TotalsScan:
         group_by: Sequence[int] = (),
         uniques_max: int = UNIQUES_MAX,
         rows_max: int | None = None,
+        archived: Archived | None = None,
     ) -> None:
         """Prepare to scan the events below offset `applied`.
 
@@ -79,22 +81,22 @@ class TotalsScan:
             account: whose events count; None for every account's, in rows of their own.
             intervals: sorted and disjoint; a bucket may have several.
             applied: the offset of the state that the result is merged with.
-            rows: the metric's records below `applied`, if the caller has them already.
+            rows: the metric's records below `applied` and from the archive's end on, if the caller has them already.
             filters: (place of a dimension, allowed values), one per dimension.
             group_by: places of dimensions.
             uniques_max: values of COUNT_UNIQUE that are held at a time.
             rows_max: more rows than this are refused.
+            archived: what is read in place of the log below its end.
         """
         for (_, before, _), (start, _, _) in itertools.pairwise(intervals):
             assert before <= start, "intervals are sorted and disjoint"
         self._source = source
+        archived = usable(archived, source.log_start)
+        last = min(metric.end_offset, applied)
+        if intervals:
+            check_covered(source, archived, metric.first_offset, metric.end_offset)
         if rows is None:
-            rows = source.rows(metric.first_offset, min(metric.end_offset, applied))
-        if intervals and metric.first_offset < source.log_start:
-            raise UnavailableError(
-                f"events below offset {source.log_start} are no longer in the log of partition {source.partition}",
-                retriable=False,
-            )
+            rows = rows_between(source, *offsets_in_log(metric, archived, applied))
         rows = rows_of_intervals(rows, intervals)
         self._cursor = RecordCursor(source, rows)
         self._uniques_max = max(uniques_max, 16)
@@ -124,7 +126,27 @@ class TotalsScan:
             (1024 if metric.agg_type is AggType.COUNT_UNIQUE else 1, k.UNIQUE_FIELDS), np.int64
         )
         self._run: tuple[npt.NDArray[np.uint8], IntArray] | None = None
-        self.done = not len(self._cursor)
+        self._first = metric.first_offset
+        self._last = last if archived is None else min(last, archived.end_offset)
+        self._archived: ArchivedRows | None = None
+        self._is_archived = False  # what is archived is done in this pass
+        since = self._tables.values[: self._tables.values_used, k.V_SINCE]
+        self._sinces: IntArray = np.unique(since[since > 0])
+        if archived is not None and intervals and self._first < self._last:
+            is_unique = metric.agg_type is AggType.COUNT_UNIQUE
+            self._archived = archived.rows(
+                uid=metric.uid,
+                account=account,
+                starts=self._starts,
+                ends=self._ends,
+                first=self._first,
+                last=self._last,
+                has_texts=is_unique,
+                has_operations=is_unique,
+                has_numbers=metric.agg_type is not AggType.COUNT,
+                has_sets=len(self._tables.dims) > 0,
+            )
+        self.done = self._archived is None and not len(self._cursor)
 
     @property
     def tables(self) -> DimensionTables:
@@ -150,6 +172,9 @@ class TotalsScan:
         """
         if self.done:
             return True
+        if self._archived is not None and not self._is_archived:
+            self._step_archived(self._archived)
+            return False
         if self._run is None:
             run = self._cursor.next_run(events_max)
             if run is None:
@@ -166,6 +191,75 @@ class TotalsScan:
                 return False
         self._run = None
         return False
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether the next step may read the archive, which is nothing for an event loop."""
+        return self._archived is not None and not self.done
+
+    def _step_archived(self, archived: ArchivedRows) -> None:
+        """Read the next row group, or whatever comes before that, and add it up."""
+        if not archived.advance():
+            self._is_archived = True
+            return
+        columns = archived.columns
+        if columns is None:
+            return
+        memo = self._memo_of(columns)
+        self._state[k.S_EVENT] = 0
+        while (status := self._scan_columns(columns, memo)) != k.DONE:
+            if not self._make_room(status):
+                return
+
+    def _memo_of(self, columns: Columns) -> IntArray:
+        sets = len(columns.set_bounds) if len(self._tables.dims) else 0
+        return np.full(sets * (len(self._sinces) + 1), k.UNRESOLVED, np.int64)
+
+    def _scan_columns(self, columns: Columns, memo: IntArray) -> int:
+        tables, state = self._tables, self._state
+        state[k.S_GROUPS] = tables.groups_used
+        state[k.S_VALUES] = tables.values_used
+        state[k.S_POOL] = tables.pool_used
+        status = column_kernels.scan_columns(
+            columns.uid,
+            columns.account,
+            columns.time_ns,
+            columns.offset,
+            columns.number,
+            columns.operation,
+            columns.kind,
+            columns.texts,
+            columns.text_bounds,
+            columns.set_of,
+            columns.sets,
+            columns.set_bounds,
+            self._sinces,
+            columns.rows,
+            self._request,
+            self._starts,
+            self._ends,
+            self._buckets,
+            self._first,
+            self._last,
+            tables.dims,
+            tables.keys,
+            tables.pool,
+            tables.values,
+            tables.value_index,
+            tables.groups,
+            tables.group_index,
+            memo,
+            self._rows,
+            self._row_index,
+            self._uniques,
+            state,
+            self._codes,
+            self._work,
+        )
+        tables.groups_used = int(state[k.S_GROUPS])
+        tables.values_used = int(state[k.S_VALUES])
+        tables.pool_used = int(state[k.S_POOL])
+        return int(status)
 
     def _scan(self, data: npt.NDArray[np.uint8], records: IntArray) -> int:
         tables, state = self._tables, self._state
@@ -273,7 +367,7 @@ class TotalsScan:
         if not self.done:
             self._uniques[:] = 0
             self._state[k.S_UNIQUES] = 0
-            self._cursor.rewind()
+            self._rewind()
 
     def _more_passes(self) -> None:
         request = self._request
@@ -286,7 +380,21 @@ class TotalsScan:
         self._state[k.S_UNIQUES] = self._state[k.S_ROWS] = 0
         self._row_index[:] = -1
         self._run = None
+        self._rewind()
+
+    def _rewind(self) -> None:
         self._cursor.rewind()
+        if self._archived is not None:
+            self._archived.rewind()
+            self._is_archived = False
+
+
+def offsets_in_log(metric: ScanMetric, archived: Archived | None, applied: int) -> tuple[int, int]:
+    """The offsets [first, last) of a metric's events that are read from the log, of a usable archive and the log."""
+    first = metric.first_offset
+    if archived is not None:
+        first = max(first, min(archived.end_offset, applied))
+    return first, min(metric.end_offset, applied)
 
 
 _AGGREGATIONS = {
