@@ -398,7 +398,7 @@ async def test_a_damaged_archive_is_not_sent(cluster: Cluster) -> None:
     assert manifest_of(cluster, name) == before
     assert log_start(cluster, name) == start  # it holds what nobody archives
     assert any("is damaged" in report for report in cluster.reports)
-    assert any(f"the log begins at {start}" in report for report in cluster.reports)
+    assert any(f"the log begins at offset {start}" in report for report in cluster.reports)
     assert leader in cluster.nodes
 
 
