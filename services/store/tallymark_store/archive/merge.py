@@ -219,7 +219,8 @@ class _Sorter:
             before = at - starts
             order = self._order[:count]
             # Files are in offset order and so are equal keys within each: a stable merge needs no offsets.
-            merge_runs(*self._keys, at, ends, order)
+            uids, accounts, times = self._keys
+            merge_runs(uids, accounts, times, at, ends, order)
             taken = zip(parts, before.tolist(), (at - starts).tolist(), strict=True)
             pieces = [part.slice(first, last - first) for part, first, last in taken if last > first]
             table = joined(pieces)
