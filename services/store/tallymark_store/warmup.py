@@ -7,6 +7,7 @@ import numpy as np
 from tallymark_protocol.payload import COLUMNS, place_payload, validate_payload
 from tallymark_store import dedup, fold, judge, reads
 from tallymark_store.archive import kernels as archive_kernels
+from tallymark_store.archive import merge_kernels
 from tallymark_store.scan import column_kernels
 
 
@@ -27,3 +28,4 @@ def warm_up(*, archive: bool = True) -> None:
     if archive:
         archive_kernels.warm_up()
         column_kernels.warm_up()
+        merge_kernels.warm_up()

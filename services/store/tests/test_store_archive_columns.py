@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from tallymark_protocol.identifiers import encode_event_id, encode_text
 from tallymark_protocol.model import AggType, UniqueType
 from tallymark_runtime.disk import MemoryDisk
-from tallymark_store.archive import archiver, columns, writer
+from tallymark_store.archive import archiver, writer
 from tallymark_store.archive.columns import sorted_rows
 from tallymark_store.archive.merge import merge
+from tallymark_store.archive.merge_kernels import merge_runs
 from tallymark_store.archive.names import MetricNames
 from tallymark_store.scan.events import EventsScan
 from tallymark_store.wal import DamagedError
@@ -270,13 +271,13 @@ def test_merging_holds_a_row_group_of_each_file() -> None:
     """Not whole files: what is sorted at a time is bounded by the groups that are held."""
     log = usual_log(records=40)
     disk = MemoryDisk()
-    largest = 0
-    sort = columns.sorted_rows
+    held = taken = 0
 
-    def watched(*keys: Any) -> Any:
-        nonlocal largest
-        largest = max(largest, len(keys[0]))
-        return sort(*keys)
+    def watched(*arguments: Any) -> Any:
+        nonlocal held, taken
+        *_, ends, order = arguments
+        held, taken = max(held, int(ends[-1])), max(taken, len(order))
+        return merge_runs(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(archiver, "SLICE_EVENTS", 500)
@@ -284,7 +285,32 @@ def test_merging_holds_a_row_group_of_each_file() -> None:
         patch.setattr("tallymark_store.archive.merge.ROW_GROUP_ROWS", 20)
         files = log.archived(disk)
         assert len(files) == 4
-        patch.setattr("tallymark_store.archive.merge.sorted_rows", watched)
+        patch.setattr("tallymark_store.archive.merge.merge_runs", watched)
         merge(disk, files, "m", {})
-    assert 0 < largest <= 4 * 20
+    assert 20 < held <= 4 * 20
+    assert 0 < taken <= 20
     assert events_of(table_of(disk, "m")) == by_offset(log)
+
+
+@pytest.mark.parametrize("runs", [1, 2, 3, 5, 16, 17])
+def test_runs_are_merged_as_a_stable_sort_would(runs: int) -> None:
+    """Step by step, runs without rows among them, keys up to the largest: equal ones in the order of their runs."""
+    rng = np.random.default_rng(runs)
+    for step in (1, 7, 1_000):
+        sizes = rng.integers(0, 40, runs)
+        ends = np.cumsum(sizes)
+        starts = ends - sizes
+        keys = rng.choice(np.array([0, 1, 2**63, 2**64 - 1], np.uint64), (3, int(ends[-1])))
+        for start, end in zip(starts, ends, strict=True):
+            within = np.lexsort(keys[::-1, start:end])
+            keys[:, start:end] = keys[:, start:end][:, within]
+        expected = np.lexsort(keys[::-1]).tolist()
+        at, found = starts.copy(), []
+        while len(found) < len(expected):
+            before = at.copy()
+            order = np.empty(min(step, len(expected) - len(found)), np.int32)
+            merge_runs(*keys, at, ends, order)
+            rows = np.concatenate([np.arange(a, b) for a, b in zip(before, at, strict=True)])
+            found += rows[order].tolist()
+        assert found == expected
+        assert at.tolist() == ends.tolist()

@@ -8,17 +8,22 @@ files are. Checksums of the files are verified before anything is read from them
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from tallymark_runtime.disk import Disk, FileMissingError
-from tallymark_store.archive.columns import SORT_KEY, sorted_rows
+from tallymark_store.archive.columns import SORT_KEY
 from tallymark_store.archive.manifest import ArchiveError, ArchiveFile
+from tallymark_store.archive.merge_kernels import merge_runs
 from tallymark_store.archive.writer import ROW_GROUP_ROWS, FileWriter, Written, checksum, open_file
 
+_WAITING_MAX: Final = 64  # pieces of a row group: more are joined
+
 Key = tuple[int, ...]
+Ints = npt.NDArray[np.int64]
 
 
 class _Input:
@@ -96,8 +101,8 @@ def merge(
         verify(disk, file)
         check()
     inputs = [_Input(disk, file.name) for file in files]
-    waiting: pa.Table | None = None  # the last rows in order: too few for a row group
-    writer: FileWriter | None = None
+    output = _Output(disk, name, metadata)
+    sorter = _Sorter(len(files))
     try:
         while True:
             for held in inputs:
@@ -107,23 +112,14 @@ def merge(
                 break
             # Beyond the least of these, a group that isn't held may have rows.
             bound = min([held.last for held in active if held.has_more], default=None)
-            parts = [held.take(bound) for held in active]
-            for piece in _sorted([part for part in parts if part.num_rows], waiting):
-                waiting = piece
-                if piece.num_rows == ROW_GROUP_ROWS:
-                    writer = writer or FileWriter(disk, name, piece, metadata)
-                    writer.write(piece)
-                    waiting = None
-                    check()
-        if waiting is not None:
-            writer = writer or FileWriter(disk, name, waiting, metadata)
-            writer.write(waiting)
+            parts = [part for part in (held.take(bound) for held in active) if part.num_rows]
+            for piece in sorter.sorted(parts, output):
+                output.add(piece)
+                check()
+        written = output.close()
     except BaseException:
-        if writer is not None:
-            writer.abandon()
+        output.abandon()
         raise
-    assert writer is not None, "a file has rows"
-    written = writer.close()
     if written.rows != sum(file.rows for file in files):
         raise ArchiveError(f"merging gave {written.rows} rows instead of {sum(file.rows for file in files)}")
     return written
@@ -149,21 +145,90 @@ def joined(tables: list[pa.Table]) -> pa.Table:
     return tables[0] if len(tables) == 1 else pa.concat_tables(tables).unify_dictionaries().combine_chunks()
 
 
-def _sorted(parts: list[pa.Table], before: pa.Table | None) -> Iterator[pa.Table]:
-    """The rows of all parts in order, behind those of `before`: in row groups, the last one what is left.
+class _Output:
+    """The file in the making: rows gather until they fill a row group."""
 
-    In pieces, as one table of everything would be another copy, and one that no cache holds.
+    def __init__(self, disk: Disk, name: str, metadata: Mapping[str, str]) -> None:
+        self._disk = disk
+        self._name = name
+        self._metadata = metadata
+        self._writer: FileWriter | None = None
+        self._waiting: list[pa.Table] = []
+        self._rows = 0
+
+    @property
+    def room(self) -> int:
+        """Rows until the row group is full."""
+        return ROW_GROUP_ROWS - self._rows
+
+    def add(self, piece: pa.Table) -> None:
+        """Take the next rows, no more than there is room for."""
+        self._waiting.append(piece)
+        self._rows += piece.num_rows
+        if not self.room:
+            self._write()
+        elif len(self._waiting) == _WAITING_MAX:
+            self._waiting = [joined(self._waiting)]
+
+    def _write(self) -> None:
+        table = joined(self._waiting)
+        self._writer = self._writer or FileWriter(self._disk, self._name, table, self._metadata)
+        self._writer.write(table)
+        self._waiting = []
+        self._rows = 0
+
+    def close(self) -> Written:
+        """Write what is left, and make it durable."""
+        if self._rows:
+            self._write()
+        assert self._writer is not None, "a file has rows"
+        return self._writer.close()
+
+    def abandon(self) -> None:
+        """Leave it incomplete."""
+        if self._writer is not None:
+            self._writer.abandon()
+
+
+class _Sorter:
+    """Puts rows of several files in order, a row group at a time.
+
+    Rows of a file are taken one after the other, so what becomes a row group is a slice of each: no table is ever made of
+    more. Memory that is new to the process costs more than what is done with it: keys and order have theirs for good.
     """
-    table = joined(parts)
-    order: npt.NDArray[np.int32] | None = None
-    if len(parts) > 1:
-        # Files are in offset order and so are equal keys within each: a stable sort needs no offsets.
-        order = sorted_rows(*[table.column(name).to_numpy().view(np.uint64) for name in SORT_KEY[:-1]])
-    start = 0
-    while start < table.num_rows:
-        room = ROW_GROUP_ROWS if before is None else ROW_GROUP_ROWS - before.num_rows
-        end = min(start + room, table.num_rows)
-        piece = table.slice(start, end - start) if order is None else table.take(pa.array(order[start:end]))
-        yield piece if before is None else joined([before, piece])
-        before = None
-        start = end
+
+    def __init__(self, files: int) -> None:
+        self._keys = np.empty((len(SORT_KEY) - 1, files * ROW_GROUP_ROWS), np.uint64)
+        self._order: npt.NDArray[np.int32] = np.empty(ROW_GROUP_ROWS, np.int32)
+
+    def sorted(self, parts: list[pa.Table], output: _Output) -> Iterator[pa.Table]:
+        """The rows of all parts in order, in pieces that the output has room for."""
+        ends = np.cumsum([part.num_rows for part in parts], dtype=np.int64)
+        starts = ends - [part.num_rows for part in parts]
+        if len(parts) > 1:
+            self._hold(parts, starts, ends)
+        at = starts.copy()
+        left = int(ends[-1])
+        while left:
+            count = min(left, output.room)
+            left -= count
+            if len(parts) == 1:
+                yield parts[0].slice(int(at[0]), count)
+                at += count
+                continue
+            before = at - starts
+            order = self._order[:count]
+            # Files are in offset order and so are equal keys within each: a stable merge needs no offsets.
+            uids, accounts, times = self._keys
+            merge_runs(uids, accounts, times, at, ends, order)
+            taken = zip(parts, before.tolist(), (at - starts).tolist(), strict=True)
+            pieces = [part.slice(first, last - first) for part, first, last in taken if last > first]
+            table = joined(pieces)
+            yield table if len(pieces) == 1 else table.take(pa.array(order))
+
+    def _hold(self, parts: list[pa.Table], starts: Ints, ends: Ints) -> None:
+        if ends[-1] > self._keys.shape[1]:  # a file of another writer may have larger row groups
+            self._keys = np.empty((len(SORT_KEY) - 1, int(ends[-1])), np.uint64)
+        for keys, name in zip(self._keys, SORT_KEY, strict=False):
+            for part, start, end in zip(parts, starts.tolist(), ends.tolist(), strict=True):
+                keys[start:end] = part.column(name).to_numpy().view(np.uint64)
