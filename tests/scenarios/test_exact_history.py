@@ -101,12 +101,16 @@ def history_facts():
 
 
 class Scene:
-    """A server in a folder behind a proxy that loses connections; it can be restarted."""
+    """A server in a folder behind a proxy that loses connections; it can be restarted.
 
-    def __init__(self, folder, seed, partition_count):
+    With `spills` it has no memory for what can also be on disk, and takes checkpoints all the time.
+    """
+
+    def __init__(self, folder, seed, partition_count, *, spills=False):
         self.proxy = ChaosProxy(seed)
         self._folder = folder
         self._partition_count = partition_count
+        self._spills = spills
 
     def running(self):
         """Start the server on a free port; it tells clients the proxy's address as its own."""
@@ -117,7 +121,8 @@ class Scene:
                 data_dir=str(self._folder),
                 partition_count=self._partition_count,
                 wal_segment_bytes=4 * 1024 * 1024,
-                checkpoint_interval_seconds=3600.0,
+                checkpoint_interval_seconds=0.3 if self._spills else 3600.0,
+                memory_bytes=1 if self._spills else -1,
             )
         )
 
@@ -202,10 +207,15 @@ async def compare_all(check, meter, questions):
 
 
 @pytest.mark.parametrize(
-    ("order", "sizes", "partition_count"),
-    [("shuffled", "large", 4), ("backwards", "mixed", 1), ("blocks", "small", 7)],
+    ("order", "sizes", "partition_count", "spills"),
+    [
+        ("shuffled", "large", 4, False),
+        ("backwards", "mixed", 1, False),
+        ("blocks", "small", 7, False),
+        ("blocks", "large", 2, True),
+    ],
 )
-async def test_history_is_counted_exactly(tmp_path, order, sizes, partition_count):
+async def test_history_is_counted_exactly(tmp_path, order, sizes, partition_count, spills):
     """Every answer over the history equals the oracle's, in every order and batching, with repeats and cuts."""
     rng = random.Random(f"{order} {sizes}")
     facts = history_facts()
@@ -219,7 +229,7 @@ async def test_history_is_counted_exactly(tmp_path, order, sizes, partition_coun
         blocks = [numbers[at : at + 3_000] for at in range(0, len(numbers), 6_000)]
         rng.shuffle(blocks)
         numbers = [number for block in blocks for number in block]
-    scene = Scene(tmp_path, seed=partition_count, partition_count=partition_count)
+    scene = Scene(tmp_path, seed=partition_count, partition_count=partition_count, spills=spills)
     meter, n_compared = await run(
         scene, HISTORY_METRICS, facts, numbers, sizes, rng, questions=40, numeric=frozenset({"files_touched"})
     )
