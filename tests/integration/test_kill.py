@@ -118,6 +118,26 @@ async def test_kill_while_archiving(server):
         assert server.recycled, "some log was dropped"
 
 
+async def test_kill_while_ids_are_spilled(server):
+    """Killed at any step of writing, spilling and merging files of ids, with no memory for ids: all are remembered.
+
+    A process with memory for all of them then comes to the same state.
+    """
+    server.environment["TALLYMARK_MEMORY_BYTES"] = "4"
+    async with Trial(server, 7).running() as trial:
+        for steps, name in enumerate(("ids-*", "ids-*", "ids-*", "MANIFEST.new", "MANIFEST.new")):
+            pattern = f"{server.data}/store/checkpoints/p-*/{name}"
+            moment = functools.partial(server.die_writing, pattern, 7 * steps)
+            await trial.die(moment, riding=False)
+        digests = await server.check_digests()
+        server.kill()
+        server.environment["TALLYMARK_MEMORY_BYTES"] = "-1"
+        await server.start()
+        assert await server.check_digests() == digests
+        await trial.repeater.repeat()
+        await trial.check(settled=True)
+
+
 async def test_kill_while_starting(server):
     """Killed while it starts, over and over, then started: recovery can be interrupted anywhere."""
     async with Trial(server, 4).running() as trial:

@@ -102,13 +102,17 @@ def history_facts():
 
 
 class Scene:
-    """A server in a folder behind a proxy that loses connections; it can be restarted."""
+    """A server in a folder behind a proxy that loses connections; it can be restarted.
 
-    def __init__(self, folder, seed, partition_count, *, archive="off"):
+    With `spills` it has no memory for what can also be on disk, and takes checkpoints all the time.
+    """
+
+    def __init__(self, folder, seed, partition_count, *, archive="off", spills=False):
         self.proxy = ChaosProxy(seed)
         self._folder = folder
         self._partition_count = partition_count
         self._archive = archive
+        self._spills = spills
 
     def running(self):
         """Start the server on a free port; it tells clients the proxy's address as its own."""
@@ -118,7 +122,8 @@ class Scene:
             data_dir=str(self._folder),
             partition_count=self._partition_count,
             wal_segment_bytes=4 * 1024 * 1024,
-            checkpoint_interval_seconds=3600.0,
+            checkpoint_interval_seconds=0.3 if self._spills else 3600.0,
+            memory_bytes=1 if self._spills else -1,
         )
         if self._archive == "on":  # all the time, and nothing is left in the log for long
             settings = msgspec.structs.replace(
@@ -213,15 +218,17 @@ async def compare_all(check, meter, questions):
 
 
 @pytest.mark.parametrize(
-    ("order", "sizes", "partition_count", "archive"),
+    ("order", "sizes", "partition_count", "archive", "spills"),
     [
-        ("shuffled", "large", 4, "off"),
-        ("backwards", "mixed", 1, "off"),
-        ("blocks", "small", 7, "off"),
-        ("blocks", "mixed", 3, "on"),
+        ("shuffled", "large", 4, "off", False),
+        ("backwards", "mixed", 1, "off", False),
+        ("blocks", "small", 7, "off", False),
+        ("blocks", "mixed", 3, "on", False),
+        ("blocks", "large", 2, "off", True),
+        ("shuffled", "large", 2, "on", True),
     ],
 )
-async def test_history_is_counted_exactly(tmp_path, order, sizes, partition_count, archive):
+async def test_history_is_counted_exactly(tmp_path, order, sizes, partition_count, archive, spills):
     """Every answer over the history equals the oracle's, in every order and batching, with repeats and cuts."""
     rng = random.Random(f"{order} {sizes}")
     facts = history_facts()
@@ -235,7 +242,7 @@ async def test_history_is_counted_exactly(tmp_path, order, sizes, partition_coun
         blocks = [numbers[at : at + 3_000] for at in range(0, len(numbers), 6_000)]
         rng.shuffle(blocks)
         numbers = [number for block in blocks for number in block]
-    scene = Scene(tmp_path, seed=partition_count, partition_count=partition_count, archive=archive)
+    scene = Scene(tmp_path, partition_count, partition_count, archive=archive, spills=spills)
     meter, n_compared, log_starts = await run(
         scene, HISTORY_METRICS, facts, numbers, sizes, rng, questions=40, numeric=frozenset({"files_touched"})
     )

@@ -12,9 +12,10 @@ from unittest import mock
 
 import msgspec
 
-from tallymark_store import checkpointer, snapshots
+from tallymark_store import checkpointer, recovery, snapshots
 from tallymark_store.archive import archiver, incoming
 from tallymark_store.copies import Copies
+from tallymark_store.dedup import IdFile
 from tallymark_store.node import StoreNode
 from tallymark_store.outcomes import Outcomes
 from tallymark_store.partition import Partition
@@ -53,11 +54,19 @@ class Mutation(NamedTuple):
 
 
 def _mutation(
-    what: str, *kinds: str, mean_ms: int = 300, reads: int = 5, chunks: int = 36, recycle: bool = False
+    what: str,
+    *kinds: str,
+    mean_ms: int = 300,
+    reads: int = 5,
+    chunks: int = 36,
+    recycle: bool = False,
+    spills: bool = False,
 ) -> Callable[[Callable[[], list[Patch]]], Callable[[], list[Patch]]]:
     def register(patches: Callable[[], list[Patch]]) -> Callable[[], list[Patch]]:
         name = patches.__name__
-        options = Options(kinds=kinds, mean_ms=mean_ms, reads=reads, chunks=chunks, recycle=recycle)
+        options = Options(
+            kinds=kinds, mean_ms=mean_ms, reads=reads, chunks=chunks, recycle=recycle, spills=spills
+        )
         _REGISTRY[name] = Mutation(name, what, options, patches)
         return patches
 
@@ -263,6 +272,16 @@ def forget_ids_at_takeover() -> list[Patch]:
             original(self, meta, body, columns)
 
     return [(Partition, "judge_logged", judge)]
+
+
+@_mutation("ids that are on disk only are not looked up", "kill", "power", "storm", spills=True)
+def forget_spilled_ids() -> list[Patch]:
+    return [(IdFile, "judge", lambda *_: None)]
+
+
+@_mutation("a restart forgets the ids that are on disk only", "kill", "power", spills=True)
+def forget_spilled_ids_at_start() -> list[Patch]:
+    return [(recovery, "_restore_ids", lambda *_: None)]
 
 
 @_mutation("a new leader has forgotten which chunks the suffix holds", "kill", "power", "storm", "slow_disk")

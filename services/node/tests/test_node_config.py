@@ -78,6 +78,7 @@ def test_the_later_source_wins(write: Any) -> None:
         ('grpc = "host:port"', "grpc must be"),
         ('archive = "s3://bucket"', 'archive must be "on" or "off"'),
         ("archive_events = 0", "archive_events must be 1"),
+        ("memory_bytes = -2", "memory_bytes must be -1"),
         ("archive_interval_seconds = 0.0", "archive_interval_seconds must be"),
     ],
 )
@@ -137,6 +138,8 @@ def test_settings_reach_the_store_and_the_gateway() -> None:
     archived = dev.store_config(Settings(archive="on", archive_events=5, archive_interval_seconds=7.5), "l:0")
     assert archived.recycle
     assert (archived.archive, archived.archive_events, archived.archive_interval_s) == ("on", 5, 7.5)
+    assert dev.store_config(Settings(memory_bytes=7), "l:0").memory_bytes == 7
+    assert dev.store_config(Settings(), "l:0").memory_bytes == -1
     gateway = dev.gateway_config(settings, 7, "l:0")
     assert gateway.core.coalesce_ns_max == 1_500_000
     assert gateway.partition_count == 7

@@ -158,6 +158,12 @@ IDS = Family(
     "Event ids kept to tell duplicates, not swept ones included.",
     _PARTITION,
 )
+IDS_ON_DISK = Family(
+    "tallymark_partition_remembered_ids_on_disk",
+    "gauge",
+    "Event ids in files that repeats are looked up in.",
+    _PARTITION,
+)
 ID_BYTES = Family(
     "tallymark_partition_remembered_bytes",
     "gauge",
@@ -262,6 +268,7 @@ def _add_partition(scrape: Scrape, partition: Partition, replica: Replica | None
     scrape.add(WAITING, partition.waiting_count, label)
     scrape.add(EPOCH, partition.epoch, label)
     scrape.add(IDS, len(partition.dedup), label)
+    scrape.add(IDS_ON_DISK, partition.dedup.spilled_count, label)
     scrape.add(ID_BYTES, partition.dedup.memory_bytes + partition.windows.memory_bytes, label)
     scrape.add(CELLS, partition.fold.cell_count, label)
     scrape.add(ALERTS, partition.fold.alert_count, label)

@@ -90,7 +90,7 @@ def locate(fences: Any, keys_lo: Any, chosen: Any, many: Any, blocks: Any) -> No
     n = len(fences)
     for c in range(many):
         lo = keys_lo[chosen[c]]
-        guess = np.int64(((lo >> _W32) * np.uint64(n)) >> _W32)
+        guess: Any = np.int64(((lo >> _W32) * np.uint64(n)) >> _W32)
         pace = 1
         if fences[guess] < lo:
             low = guess + 1
