@@ -259,10 +259,11 @@ class Archiver:
             return None
         archive = self.archives.get(number)
         if archive is not None and archive.manifest.copy_id == copy_id:
-            if archive.manifest.end_offset < index.log_start:
+            has_gap = archive.manifest.end_offset < index.log_start
+            if has_gap and archive.manifest.files:
                 self._refuse_gap(number, archive.manifest)
                 return None
-            if archive.is_certain:
+            if not has_gap and archive.is_certain:
                 return archive
         else:
             self.archives.pop(number, None)
@@ -281,8 +282,10 @@ class Archiver:
             return None  # the copy was removed while the disk was asked
         index = self._store.partitions[number].index
         if found is not None and found.end_offset < index.log_start:
-            self._refuse_gap(number, found)
-            return None
+            if found.files:
+                self._refuse_gap(number, found)
+                return None
+            found = None  # there is nothing in it that could be lost
         if found is not None and found.end_offset > self._store.partitions[number].log_end:
             self._refuse(
                 number,
@@ -325,8 +328,8 @@ class Archiver:
         """Archive the next slice below `target`; False where that ended early."""
         began_ns = self._clock.monotonic_ns()
         partition = self._store.partitions[number]
-        if not self._is_current(number, archive):
-            return False
+        if not self._is_current(number, archive) or archive.manifest.end_offset < partition.index.log_start:
+            return False  # or a snapshot has taken the log's place: what lies between is not nothing
         source = WalSource(self._store.wal, number)
         planned = plan_slice(source, archive.manifest.end_offset, target)
         if planned is None:
