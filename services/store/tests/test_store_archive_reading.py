@@ -14,6 +14,7 @@ from tallymark_protocol import int128
 from tallymark_protocol.errors import UnavailableError
 from tallymark_protocol.messages import EventRecord, StoreEvents, StoreTotals
 from tallymark_protocol.model import AggType
+from tallymark_protocol.periods import day_of
 from tallymark_protocol.schema import make_record
 from tallymark_runtime.disk import MemoryDisk
 from tallymark_store.archive import archiver, reading, writer
@@ -283,8 +284,9 @@ def test_what_neither_holds_is_said() -> None:
             log.reads.events(page)
         behind = msgspec.structs.replace(page, from_offset=start)
         assert [e.offset for e in log.reads.events(behind).events] == list(range(start, 9))
-    day = StoreTotals(PARTITION, "count", 1, [(BASE, BASE + DAY)])
-    assert log.reads.totals(day).rows[0].stats.count == 8
+    day = day_of(BASE, log.records["count"].zone)
+    whole_day = StoreTotals(PARTITION, "count", 1, [(day.start_ns, day.end_ns)])
+    assert log.reads.totals(whole_day).rows[0].stats.count == 8
 
 
 def test_only_what_may_hold_an_answer_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
