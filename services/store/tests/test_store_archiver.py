@@ -539,11 +539,11 @@ async def test_a_copy_that_began_with_a_snapshot_says_from_where_on_it_has_event
     """Its archive begins where its log does; one that ends before that is never gone on with."""
     world = World()
     world.send(12)
-    world.driver.partitions[0].index.log_start = 4
+    world.driver.partitions[0].index.log_start = 1
     await world.archiver.take_all()
     manifest = world.manifest()
     assert manifest is not None
-    assert (manifest.start_offset, manifest.end_offset) == (4, world.end)
+    assert (manifest.start_offset, manifest.end_offset) == (1, world.end)
     world.driver.partitions[0].index.log_start = world.end + 3
     world.send(12)
     await world.archiver.take_all()
@@ -554,6 +554,29 @@ async def test_a_copy_that_began_with_a_snapshot_says_from_where_on_it_has_event
     await world.archiver.take_all()
     assert world.manifest() == manifest
     assert world.archiver.archives == {}
+
+
+async def test_a_snapshot_may_come_in_while_a_slice_is_written(small: None) -> None:
+    """What lies between the archive's end and the new log's start is never taken for nothing."""
+    world = World()
+    for _ in range(4):
+        world.send(8)
+    start = world.end + 5
+
+    async def offload(function: Any, *args: Any) -> Any:
+        found = function(*args)
+        if function is module.write_slice:
+            world.driver.partitions[0].index.log_start = start
+        return found
+
+    world.others["offload"] = offload
+    world.start()
+    for _ in range(3):
+        await world.archiver.take_all()
+    manifest = world.manifest()
+    assert manifest is not None
+    assert manifest.end_offset <= 9
+    assert "the log begins at offset" in world.reports[0]
 
 
 async def test_what_is_merged_away_is_kept_for_views(small: None) -> None:

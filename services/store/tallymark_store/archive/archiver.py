@@ -271,10 +271,11 @@ class Archiver:
             return None
         archive = self.archives.get(number)
         if archive is not None and archive.manifest.copy_id == copy_id:
-            if archive.manifest.end_offset < index.log_start:
+            has_gap = archive.manifest.end_offset < index.log_start
+            if has_gap and archive.manifest.files:
                 self._refuse_gap(number, archive.manifest)
                 return None
-            if archive.is_certain:
+            if not has_gap and archive.is_certain:
                 return archive
         else:
             self.archives.pop(number, None)
@@ -293,8 +294,10 @@ class Archiver:
             return None  # the copy was removed while the disk was asked
         index = self._store.partitions[number].index
         if found is not None and found.end_offset < index.log_start:
-            self._refuse_gap(number, found)
-            return None
+            if found.files:
+                self._refuse_gap(number, found)
+                return None
+            found = None  # there is nothing in it that could be lost
         if found is not None and found.end_offset > self._store.partitions[number].log_end:
             self._refuse(
                 number,

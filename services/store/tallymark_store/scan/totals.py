@@ -195,7 +195,7 @@ class TotalsScan:
     @property
     def reads_files(self) -> bool:
         """Whether the next step may read the archive, which is nothing for an event loop."""
-        return self._archived is not None and not self.done
+        return self._archived is not None and not self._is_archived and not self.done
 
     def _step_archived(self, archived: ArchivedRows) -> None:
         """Read the next row group, or whatever comes before that, and add it up."""
