@@ -169,7 +169,8 @@ def period_starts(schemas: SchemaTable, slot: int, times: Ints) -> Ints:
     if kind == K_LIFETIME:
         return np.zeros(len(times), np.int64)
     bounds = arrays.bounds[first : first + count]
-    return bounds[np.maximum(np.searchsorted(bounds, times, side="right") - 1, 0)]
+    starts: Ints = bounds[np.maximum(np.searchsorted(bounds, times, side="right") - 1, 0)]
+    return starts
 
 
 def running_totals(fold: Fold, share: tuple[int, int] = (0, 1)) -> npt.NDArray[Any]:
@@ -236,11 +237,13 @@ def _is_share(accounts: Words, share: tuple[int, int]) -> npt.NDArray[np.bool_]:
     part, of = share
     if of == 1:
         return np.ones(len(accounts), np.bool_)
-    return (accounts * _GOLDEN >> np.uint64(33)) % np.uint64(of) == np.uint64(part)
+    chosen: npt.NDArray[np.bool_] = (accounts * _GOLDEN >> np.uint64(33)) % np.uint64(of) == np.uint64(part)
+    return chosen
 
 
 def _ordered(totals: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return totals[np.lexsort((totals["start"], totals["account"], totals["slot"]))]
+    ordered: npt.NDArray[Any] = totals[np.lexsort((totals["start"], totals["account"], totals["slot"]))]
+    return ordered
 
 
 def _groups(rows: npt.NDArray[Any], names: tuple[str, ...]) -> npt.NDArray[np.bool_]:
