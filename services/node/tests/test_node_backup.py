@@ -163,7 +163,9 @@ async def test_a_log_whose_beginning_was_dropped(tmp_path: Path, monkeypatch: py
 async def test_a_further_backup_copies_only_what_is_new(tmp_path: Path) -> None:
     """Files that are there already are not copied; each backup is complete, and an older one can be restored."""
     target = tmp_path / "target"
-    async with dev.running(settings_of(tmp_path / "first")) as node, AsyncClient([node.address]) as client:
+    # No archive: what that makes in the background would be new.
+    settings = settings_of(tmp_path / "first", archive="")
+    async with dev.running(settings) as node, AsyncClient([node.address]) as client:
         for schema in METRICS:
             await client.metrics.create(schema)
         await send(client, 0, 2_000)
@@ -178,7 +180,10 @@ async def test_a_further_backup_copies_only_what_is_new(tmp_path: Path) -> None:
         assert third.number == 3
         assert 0 < third.written_bytes < first.written_bytes
     restored(target, tmp_path / "old", 1)
-    async with dev.running(settings_of(tmp_path / "old")) as node, AsyncClient([node.address]) as client:
+    async with (
+        dev.running(settings_of(tmp_path / "old", archive="")) as node,
+        AsyncClient([node.address]) as client,
+    ):
         assert await totals(client) == expected
 
 

@@ -165,7 +165,8 @@ def period_starts(schemas: SchemaTable, slot: int, times: Ints) -> Ints:
     arrays = schemas.arrays
     kind, first, count = arrays.slots[slot, [S_PERIOD, S_PERIOD_FIRST, S_PERIOD_COUNT]].tolist()
     if kind == K_FIXED:
-        return times // first * first
+        multiples: Ints = times // first * first
+        return multiples
     if kind == K_LIFETIME:
         return np.zeros(len(times), np.int64)
     bounds = arrays.bounds[first : first + count]
@@ -261,7 +262,9 @@ def _merged(totals: npt.NDArray[Any]) -> npt.NDArray[Any]:
     order = np.lexsort((totals["offset"], totals["time"], totals["start"], totals["account"], totals["slot"]))
     totals = totals[order]
     first = np.flatnonzero(_groups(totals, ("slot", "account", "start")))
-    merged = totals[np.append(first[1:], len(totals)) - 1].copy()  # the last one has the last event
+    merged: npt.NDArray[Any] = totals[
+        np.append(first[1:], len(totals)) - 1
+    ].copy()  # the last one has the last event
     for name, reduce in (
         ("count", np.add), ("low", np.add), ("high", np.add), ("min", np.minimum), ("max", np.maximum)
     ):  # fmt: skip
@@ -278,8 +281,11 @@ def _newest(members: npt.NDArray[Any]) -> npt.NDArray[Any]:
         tuple(members[name] for name in ("offset", "time", "hi", "lo", "start", "account", "slot"))
     )
     members = members[order]
+    if not len(members):
+        return members
     first = np.flatnonzero(_groups(members, ("slot", "account", "start", "lo", "hi")))
-    return members[np.append(first[1:], len(members)) - 1] if len(members) else members
+    newest: npt.NDArray[Any] = members[np.append(first[1:], len(members)) - 1]
+    return newest
 
 
 def _members_of(table: pa.Table, uid: int) -> tuple[Ints, Ints]:
