@@ -418,6 +418,55 @@ class StoreDigest(Message, frozen=True, tag="store_digest"):
     recount: bool = False
 
 
+class StoreBackup(Message, frozen=True, tag="store_backup"):
+    """Ask a partition's leader to keep what a backup is made of, as of now, while it is read by StoreBackupRead."""
+
+    partition: int
+    digest: bool = False  # say the state's digest, too, which holds the store up for a moment
+
+
+class BackupFile(Message, frozen=True):
+    """One file of a backup's plan."""
+
+    kind: str  # "checkpoint" or "archive"
+    name: str
+    bytes: int
+    crc32c: int
+
+
+class BackupPlan(Message, frozen=True):
+    """What a partition's backup is made of: answer to StoreBackup."""
+
+    token: str  # of what is kept; for StoreBackupRead
+    log_start: int  # the first offset of the log that belongs to it
+    log_end: int  # exclusive; everything below is committed
+    checkpoint: bytes  # its manifest, MessagePack; empty where there is none
+    archive: bytes  # its manifest, JSON; empty where there is none
+    files: list[BackupFile]
+    digest: str = ""  # of the state at `log_end`, if it was asked for
+
+
+class StoreBackupRead(Message, frozen=True, tag="store_backup_read"):
+    """Read a piece of a file that is kept for a backup, or of the log."""
+
+    token: str
+    name: str  # of a file; empty: the log
+    position: int  # in the file; in the log: the offset that a record begins at
+    length: int  # at most
+    skip: int = 0  # in the log: bytes of the first record that are passed over
+
+
+class BackupPiece(Message, frozen=True):
+    """Answer to StoreBackupRead."""
+
+    data: bytes
+    # Of a piece of the log: where to go on, and what is known of the record that ends at `position`.
+    next_offset: int = 0
+    next_skip: int = 0
+    epoch: int = 0
+    append_ns: int = 0
+
+
 # ---------------------------------------------------------------- calls to a query node
 
 
@@ -759,6 +808,8 @@ Call = (
     | StoreTail
     | StoreStatus
     | StoreDigest
+    | StoreBackup
+    | StoreBackupRead
     | QueryTotals
     | QueryRealtime
     | QueryTop

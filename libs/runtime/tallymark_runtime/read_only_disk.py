@@ -29,13 +29,6 @@ class ReadOnlyDisk(RealDisk):
         """Return the names of the files here, sorted; none where there is no such folder."""
         return super().list() if self._root.is_dir() else []
 
-    def folders(self) -> list[str]:
-        """Return the names of the folders here, sorted."""
-        if not self._root.is_dir():
-            return []
-        with _mapped("list", str(self._root)):
-            return sorted(entry.name for entry in self._root.iterdir() if entry.is_dir())
-
     def open(self, name: str) -> RealFile:
         """Open a file for reading."""
         return self._open(name, os.O_RDONLY)

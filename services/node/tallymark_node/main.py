@@ -10,11 +10,13 @@ import sys
 import click
 
 from tallymark_node.cli.alerts import alerts
+from tallymark_node.cli.backup import backup, restore
 from tallymark_node.cli.cluster import cluster
 from tallymark_node.cli.common import DEFAULT_TIMEOUT, Options, global_options
 from tallymark_node.cli.events import events
 from tallymark_node.cli.ingest import ingest
 from tallymark_node.cli.metrics import metrics
+from tallymark_node.cli.recount import recount
 from tallymark_node.cli.serve import bench, demo, dev, run
 from tallymark_node.cli.usage import top, usage
 from tallymark_node.cli.verify import verify
@@ -52,6 +54,9 @@ for command in (
     webhooks,
     cluster,
     verify,
+    recount,
+    backup,
+    restore,
 ):
     cli.add_command(command)
 

@@ -26,6 +26,8 @@ from tallymark_protocol.messages import (
     Row,
     StatusResult,
     StoreAlerts,
+    StoreBackup,
+    StoreBackupRead,
     StoreDigest,
     StoreEvents,
     StoreRealtime,
@@ -38,6 +40,7 @@ from tallymark_protocol.periods import period_of
 from tallymark_runtime.assignments import NO_LEADER
 from tallymark_runtime.catalog import MetricCatalog
 from tallymark_runtime.clock import Clock
+from tallymark_store.backups import Backups
 from tallymark_store.folding import replay
 from tallymark_store.partition import Partition
 from tallymark_store.reads import EventsRead, Reads, TotalsRead, empty_stats
@@ -74,6 +77,7 @@ class Calls:
         offload: Offload,
     ) -> None:
         self.checkpoint_count: Callable[[], int] = lambda: 0
+        self.backups: Backups | None = None  # None: it doesn't know where its files are
         # Keeps a partition's log from an offset on while it is counted again.
         self.hold_log: Callable[[int, int], AbstractContextManager[None]] = lambda _, __: nullcontext()
         # The archive of a partition as it is now, and what becomes of one that is damaged.
@@ -100,6 +104,10 @@ class Calls:
             return self._status()
         if isinstance(call, StoreDigest):
             return await self._digest(call)
+        if self.backups is not None and isinstance(call, StoreBackup):
+            return await self.backups.begin(call)
+        if self.backups is not None and isinstance(call, StoreBackupRead):
+            return await self.backups.read(call)
         return None
 
     def call_now(self, call: StoreRealtime) -> RealtimeResult | None:

@@ -40,6 +40,7 @@ from tallymark_runtime.epochs import read_base
 from tallymark_runtime.lease import LeaseKeeper, LeaseThread
 from tallymark_store import checkpoint, id_budget, recovery
 from tallymark_store.appends import Requester
+from tallymark_store.backups import Backups
 from tallymark_store.belonging import check_cluster
 from tallymark_store.calls import Calls
 from tallymark_store.checkpointer import Checkpointer
@@ -172,6 +173,7 @@ class StoreNode:
         self._outdated: dict[int, WireError] = {}  # partitions whose leader key had an epoch that was passed
         self._holds = Holds()
         self._snapshots: Snapshots | None = None
+        self._backups: Backups | None = None
 
     @property
     def store(self) -> Store:
@@ -250,7 +252,7 @@ class StoreNode:
             interval_s=config.checkpoint_interval_s,
             events_max=config.checkpoint_events,
             holds=self._holds,
-            expire_holds=self._snapshots.sending.expire,
+            expire_holds=self._expire_holds,
             recycle=config.recycle,
             id_budget=id_budget.IdBudget(id_budget.ids_of(config.memory_bytes)),
             archiver=self.archiver,
@@ -378,6 +380,16 @@ class StoreNode:
         )
         self._calls.checkpoint_count = self._checkpoint_count
         self._calls.hold_log = self._holds.held
+        self._backups = self._calls.backups = Backups(
+            store,
+            self._disk,
+            found.manifests,
+            lambda: self.archiver,
+            self._clock,
+            self._holds,
+            new_token=self._new_copy_id,
+            offload=self._offload,
+        )
         self._copies = Copies(
             store,
             self._coordination,
@@ -621,6 +633,12 @@ class StoreNode:
     def _on_discarded(self, partition: int, copy_id: str) -> None:
         assert self._copies is not None
         self._copies.on_discarded(partition, copy_id)
+
+    def _expire_holds(self) -> None:
+        if self._snapshots is not None:
+            self._snapshots.sending.expire()
+        if self._backups is not None:
+            self._backups.expire()
 
     def _checkpoint_count(self) -> int:
         return self.checkpointer.count if self.checkpointer is not None else 0

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import random
 
+import msgspec
+import numpy as np
+import pyarrow as pa
 import pytest
 
+from tallymark_store.archive import manifest as manifests
+from tallymark_store.archive.writer import open_file, write_file
+from tallymark_store.fold.cells import PERIOD, W_COUNT, W_KEY
 from tallymark_store.replicas_file import SLOT_BYTES
 
-from .verify_helpers import Directory
+from .verify_helpers import METRICS, Directory
 
 
 async def small(*, recycled: bool = False) -> Directory:
@@ -90,3 +96,107 @@ async def test_a_flipped_byte_is_found_wherever_it_is(recycled: bool) -> None:
             assert any(path.startswith(finding.file) for finding in report.findings), (path, report.findings)
     assert flips > 100
     assert directory.verify().count == 0
+
+
+@pytest.mark.parametrize("recycled", [False, True])
+@pytest.mark.parametrize("metric", range(4))
+async def test_a_total_that_is_not_what_its_events_say_is_found(recycled: bool, metric: int) -> None:
+    """A cell that went wrong before it was written, under the right checksums: account, metric and both numbers are told."""
+    directory = Directory(1)
+    for _ in range(40 if recycled else 3):
+        directory.send(40)
+    fold = directory.driver.partitions[0].fold
+    cells = fold._cells.array[: fold.cell_count]
+    periods = np.flatnonzero(
+        ((cells[:, W_KEY] >> 32) & 0xFFFFFFFF == PERIOD) & (cells[:, W_KEY] & 0xFFFFFFFF == metric)
+    )
+    cells[periods[0], W_COUNT] += 1
+    directory.checkpoint()
+    await directory.archived()
+    if recycled:
+        directory.send(5)
+        directory.recycle()
+        assert directory.driver.partitions[0].index.log_start > 0
+    directory.stop()
+    report = directory.verify()
+    assert report.count == 1, report.findings
+    finding = report.findings[0]
+    assert f"metric {METRICS[metric].schema.code!r}" in finding.sentence
+    assert finding.partition == 0
+    assert finding.file == "checkpoints/p-0000"
+    assert finding.expected != finding.found
+
+
+@pytest.mark.parametrize("recycled", [False, True])
+@pytest.mark.parametrize("change", ["lost", "twice", "other value"])
+async def test_an_archive_that_is_not_what_was_accepted_is_found(recycled: bool, change: str) -> None:
+    """A file that was written wrongly, under the right checksums; by the log, or where that is gone by the totals."""
+    directory = Directory(1)
+    for _ in range(40):
+        directory.send(40)
+    directory.checkpoint()
+    await directory.archived()
+    directory.send(3)
+    if recycled:
+        directory.recycle()
+    disk = directory.disk.at("archive").at("p-0000")
+    manifest = manifests.load(disk)
+    assert manifest is not None
+    file = manifest.files[0]
+    table = open_file(disk, file.name).read()
+    row = next(  # of a metric whose value counts, in what the log has dropped
+        i for i, code in enumerate(table.column("metric").to_pylist())
+        if code == "sum" and table.column("offset")[i].as_py() < 500
+    )  # fmt: skip
+    if change == "lost":
+        table = pa.concat_tables([table.slice(0, row), table.slice(row + 1)])
+    elif change == "twice":
+        table = pa.concat_tables([table.slice(0, row + 1), table.slice(row)])
+    else:
+        values = table.column("value").to_pylist()
+        values[row] += 1
+        place = table.schema.get_field_index("value")
+        table = table.set_column(place, table.schema.field(place), pa.array(values, pa.int64()))
+    written = write_file(disk, file.name, table.unify_dictionaries().combine_chunks(), {})
+    fresh = msgspec.structs.replace(file, rows=written.rows, bytes=written.size, crc32c=written.crc32c)
+    manifests.publish(disk, msgspec.structs.replace(manifest, files=(fresh, *manifest.files[1:])))
+    directory.stop()
+    report = directory.verify()
+    assert report.count > 0
+    assert {finding.partition for finding in report.findings} == {0}
+    told = " ".join(finding.sentence for finding in report.findings)
+    if change == "twice":
+        assert "not in the order" in told
+        assert "twice" in told
+    elif recycled:
+        assert "is not what archive and log say" in told
+    else:
+        assert "is not what the log accepted" in told
+
+
+async def test_files_that_are_gone_or_cut_are_found() -> None:
+    """A segment, a checkpoint's or an archive's file, REPLICAS or CLUSTER: the finding says which."""
+    for path in files_of(await small()):
+        if path == "LOCK" or path.endswith("wal-start"):
+            continue  # without the latter, the whole log is read
+        for cut in (False, True):
+            directory = await small()
+            if path not in files_of(directory):
+                continue
+            if cut:
+                directory.disk.cut(path, max(len(directory.disk.open(path).read(0, 2**40)) - 100, 0))
+            else:
+                directory.disk.remove(path) if "/" not in path else _remove(directory, path)
+            report = directory.verify()
+            if path.endswith(("MANIFEST", "MANIFEST.json")) and not cut:
+                assert any(path.rpartition("/")[0] in note for note in report.notes)  # as if there were none
+                continue
+            assert report.count > 0, (path, cut)
+
+
+def _remove(directory: Directory, path: str) -> None:
+    folder, _, name = path.rpartition("/")
+    disk = directory.disk
+    for part in folder.split("/"):
+        disk = disk.at(part)
+    disk.remove(name)

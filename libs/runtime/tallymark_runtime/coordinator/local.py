@@ -389,6 +389,20 @@ def read_image(folder: Path) -> Image | None:
         os.close(lock)
 
 
+def write_image(folder: Path, image: Image) -> None:
+    """Found a coordinator's state in a folder that has none, durably: the next one that is opened there goes on from it.
+
+    Raises:
+        UnavailableError: there is one already.
+        OSError: the folder can't be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / _STATE_NAME).exists() or (folder / _MARKER_NAME).exists():
+        raise UnavailableError(f"{folder} holds a coordinator's state already", retriable=False)
+    _store(folder, image)
+    _make_marker(folder)
+
+
 def _store(folder: Path, image: Image) -> None:
     """Write an image durably. OSError leaves open which of the two states is on disk."""
     body = encode(image)

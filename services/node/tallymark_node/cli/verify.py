@@ -47,7 +47,7 @@ def verify(
     from tallymark_runtime.disk import DiskError
 
     try:
-        report = verify_directory(data_dir, dedup_window_seconds, _Progress())
+        report = verify_directory(data_dir, dedup_window_seconds, Progress())
     except (UnavailableError, DiskError, OSError) as error:
         raise Failure(f"can't verify {data_dir}: {error}", STATUS_REFUSED, as_json=options.as_json) from error
     _show(report, as_json=options.as_json)
@@ -55,7 +55,7 @@ def verify(
         click.get_current_context().exit(STATUS_REFUSED)
 
 
-class _Progress:
+class Progress:
     """One line on a terminal's standard error that is written over."""
 
     def __init__(self) -> None:
@@ -63,6 +63,7 @@ class _Progress:
         self._said = ""
 
     def __call__(self, what: str) -> None:
+        """Say what is looked at."""
         if self._is_terminal and what != self._said:
             self._said = what
             sys.stderr.write(f"\r\x1b[K{what}")
@@ -74,7 +75,7 @@ class _Progress:
             sys.stderr.write("\r\x1b[K")
 
 
-def verify_directory(data_dir: Path, dedup_window_seconds: int | None, progress: _Progress) -> Report:
+def verify_directory(data_dir: Path, dedup_window_seconds: int | None, progress: Progress) -> Report:
     """Verify the coordinator's state, where it is embedded, and the store's folder.
 
     Raises:

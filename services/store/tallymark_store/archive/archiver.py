@@ -341,11 +341,8 @@ class Archiver:
         """Archive the next slice below `target`; False where that ended early."""
         began_ns = self._clock.monotonic_ns()
         partition = self._store.partitions[number]
-        if not self._is_current(number, archive):
-            return False
-        if archive.manifest.end_offset < partition.index.log_start:
-            self._refuse_gap(number, archive.manifest)
-            return False
+        if not self._is_current(number, archive) or archive.manifest.end_offset < partition.index.log_start:
+            return False  # or a snapshot has taken the log's place: what lies between is not nothing
         source = WalSource(self._store.wal, number)
         planned = plan_slice(source, archive.manifest.end_offset, target)
         if planned is None:

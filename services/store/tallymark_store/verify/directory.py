@@ -130,6 +130,10 @@ class StoreDirectory:
         if data is None:
             self._report.find("the file is missing", file=path)
             return
+        if len(data) < 2 * SLOT_BYTES:
+            self._report.find(
+                "the file is cut", file=path, expected=f"{2 * SLOT_BYTES} bytes", found=f"{len(data)} bytes"
+            )
         slots = [_parse(data[at : at + SLOT_BYTES]) for at in (0, SLOT_BYTES)]
         for place, slot in enumerate(slots):
             if slot is None:

@@ -32,7 +32,8 @@ def _mixed(values: Words) -> Words:
     """splitmix64's finaliser."""
     z = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    mixed: Words = z ^ (z >> np.uint64(31))
+    return mixed
 
 
 def row_hashes(table: pa.Table) -> Words:
@@ -59,11 +60,10 @@ def _hashes(array: pa.Array) -> Words:
         hashes = array.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64).view(np.uint64)
         if array.type == pa.uint64():
             hashes = array.fill_null(0).to_numpy(zero_copy_only=False)
-    if array.null_count:
-        hashes = np.where(array.is_null().to_numpy(zero_copy_only=False), _NULL, _mixed(hashes + _STEP))
-    else:
-        hashes = _mixed(hashes + _STEP)
-    return hashes
+    mixed = _mixed(hashes + _STEP)
+    return (
+        np.where(array.is_null().to_numpy(zero_copy_only=False), _NULL, mixed) if array.null_count else mixed
+    )
 
 
 def _text_hashes(array: pa.Array) -> Words:

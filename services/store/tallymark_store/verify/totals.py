@@ -165,11 +165,13 @@ def period_starts(schemas: SchemaTable, slot: int, times: Ints) -> Ints:
     arrays = schemas.arrays
     kind, first, count = arrays.slots[slot, [S_PERIOD, S_PERIOD_FIRST, S_PERIOD_COUNT]].tolist()
     if kind == K_FIXED:
-        return times // first * first
+        multiples: Ints = times // first * first
+        return multiples
     if kind == K_LIFETIME:
         return np.zeros(len(times), np.int64)
     bounds = arrays.bounds[first : first + count]
-    return bounds[np.maximum(np.searchsorted(bounds, times, side="right") - 1, 0)]
+    starts: Ints = bounds[np.maximum(np.searchsorted(bounds, times, side="right") - 1, 0)]
+    return starts
 
 
 def running_totals(fold: Fold, share: tuple[int, int] = (0, 1)) -> npt.NDArray[Any]:
@@ -236,11 +238,13 @@ def _is_share(accounts: Words, share: tuple[int, int]) -> npt.NDArray[np.bool_]:
     part, of = share
     if of == 1:
         return np.ones(len(accounts), np.bool_)
-    return (accounts * _GOLDEN >> np.uint64(33)) % np.uint64(of) == np.uint64(part)
+    chosen: npt.NDArray[np.bool_] = (accounts * _GOLDEN >> np.uint64(33)) % np.uint64(of) == np.uint64(part)
+    return chosen
 
 
 def _ordered(totals: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return totals[np.lexsort((totals["start"], totals["account"], totals["slot"]))]
+    ordered: npt.NDArray[Any] = totals[np.lexsort((totals["start"], totals["account"], totals["slot"]))]
+    return ordered
 
 
 def _groups(rows: npt.NDArray[Any], names: tuple[str, ...]) -> npt.NDArray[np.bool_]:
@@ -258,7 +262,9 @@ def _merged(totals: npt.NDArray[Any]) -> npt.NDArray[Any]:
     order = np.lexsort((totals["offset"], totals["time"], totals["start"], totals["account"], totals["slot"]))
     totals = totals[order]
     first = np.flatnonzero(_groups(totals, ("slot", "account", "start")))
-    merged = totals[np.append(first[1:], len(totals)) - 1].copy()  # the last one has the last event
+    merged: npt.NDArray[Any] = totals[
+        np.append(first[1:], len(totals)) - 1
+    ].copy()  # the last one has the last event
     for name, reduce in (
         ("count", np.add), ("low", np.add), ("high", np.add), ("min", np.minimum), ("max", np.maximum)
     ):  # fmt: skip
@@ -275,8 +281,11 @@ def _newest(members: npt.NDArray[Any]) -> npt.NDArray[Any]:
         tuple(members[name] for name in ("offset", "time", "hi", "lo", "start", "account", "slot"))
     )
     members = members[order]
+    if not len(members):
+        return members
     first = np.flatnonzero(_groups(members, ("slot", "account", "start", "lo", "hi")))
-    return members[np.append(first[1:], len(members)) - 1] if len(members) else members
+    newest: npt.NDArray[Any] = members[np.append(first[1:], len(members)) - 1]
+    return newest
 
 
 def _members_of(table: pa.Table, uid: int) -> tuple[Ints, Ints]:
