@@ -134,6 +134,11 @@ class IdMerger:
             await self._offload(disk.sync_dir)
             async with self._lock:
                 await self._exchange(partition, disk, inputs, [entry] if merge.count else [])
+        except asyncio.CancelledError:
+            # The process ends, and a worker thread may still be in a step: descriptors that were given back under its
+            # hands might be another file's by the time it writes.
+            merge = None
+            raise
         finally:
             self._holds.release(who)
             if merge is not None:

@@ -25,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import struct
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -390,10 +389,6 @@ class IdMerge:
         self._next = 0
         self._out: U64 = np.zeros(0, dtype=np.uint64)  # kept: touching fresh pages takes longer than merging
         self._readers = [file.reader() for file in files]
-        # Whoever gives up may call `close` while a thread is in `step`: a descriptor that is given back under its hands
-        # might be another file's by the time it is written to.
-        self._busy = threading.Lock()
-        self._is_closed = False
         self._writer = _Writer(
             disk,
             name,
@@ -409,10 +404,6 @@ class IdMerge:
 
     def step(self) -> bool:
         """Do some of the work; False when all is done, and durable but for the name."""
-        with self._busy:
-            return not self._is_closed and self._step()
-
-    def _step(self) -> bool:
         if self._next == len(self._lows):
             if self.count:
                 self._writer.finish()
@@ -433,12 +424,10 @@ class IdMerge:
         return True
 
     def close(self) -> None:
-        """Give the descriptors back, once a step that another thread is in is done."""
-        with self._busy:
-            self._is_closed = True
-            self._writer.close()
-            for reader in self._readers:
-                reader.close()
+        """Give the descriptors back; not while another thread is in `step`."""
+        self._writer.close()
+        for reader in self._readers:
+            reader.close()
 
 
 def _zeroed(words: int) -> U64:
