@@ -447,7 +447,7 @@ def recycle_past_the_archive() -> list[Patch]:
     def covered(self: Any, number: int) -> int:
         return self._manifests[number].offset if number in self._manifests else 0
 
-    return [(checkpointer.Checkpointer, "_covered", covered)]
+    return [(checkpointer.Checkpointer, "_needed", covered)]
 
 
 @_mutation("a merged file lacks one of those that it replaces", "kill", "power", recycle=True)

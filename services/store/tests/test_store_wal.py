@@ -410,7 +410,7 @@ def test_an_error_while_preparing_that_is_not_lack_of_room_is_a_failure():
     wal, _ = reopen(disk)
     put(wal, 1, bytes(5000))
     disk.fail_next("write", name=".tmp", number=errno.EIO)
-    with pytest.raises(DiskError):
+    with pytest.raises(LogFailedError, match="Input/output error"):
         put(wal, 1, bytes(5000))
     assert wal.failed
     assert wal.log_end(1) == 1

@@ -27,7 +27,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 import numpy as np
 
-from tallymark_protocol.errors import UnavailableError
+from tallymark_protocol.errors import ErrorCode, UnavailableError
 from tallymark_runtime.clock import Clock
 from tallymark_runtime.disk import Disk, DiskError
 from tallymark_runtime.instruments import Histogram
@@ -68,8 +68,10 @@ class Planned(NamedTuple):
     end_offset: int
 
 
-class Stopped(Exception):
+class Stopped(UnavailableError):
     """The store closes: what was under way is left, and nothing lists it."""
+
+    default_code = ErrorCode.CLOSED
 
 
 class Archive:
@@ -503,10 +505,10 @@ class Archiver:
     def _check(self) -> None:
         """Called in the thread between pieces of work."""
         if self._stopping:
-            raise Stopped
+            raise Stopped("the store closes")
 
     async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run what takes long; when this is cancelled, only after it has ended.
+        """Run what takes long; when this is cancelled, only after it has ended. Raises `Stopped` where another is.
 
         A thread that went on beyond the store's end would write into a folder that is another process's by then.
         """

@@ -16,7 +16,7 @@ import numpy as np
 
 from tallymark_runtime.disk import BytesLike, Disk, DiskError, FileMissingError
 from tallymark_runtime.instruments import Histogram
-from tallymark_store.wal.errors import DamagedError, LogFullError
+from tallymark_store.wal.errors import DamagedError, LogFailedError, LogFullError
 from tallymark_store.wal.format import (
     LOG_ID_BYTES,
     RECORD_HEADER_BYTES,
@@ -114,7 +114,7 @@ class Wal:
                 self._writer.append(meta, parts)
         except DiskError as error:
             self.fail(error)
-            raise
+            raise LogFailedError(f"the log has failed: {error}") from error
 
     def truncate(self, partition: int, new_end: int, *, epoch: int, append_ns: int) -> int:
         """Cut a partition's log between two records, by a record of its own. Raises as `append` does.
@@ -126,7 +126,7 @@ class Wal:
                 return self._writer.truncate(partition, new_end, epoch=epoch, append_ns=append_ns)
         except DiskError as error:
             self.fail(error)
-            raise
+            raise LogFailedError(f"the log has failed: {error}") from error
 
     def reset(self, partition: int, log_start: int, *, epoch: int, append_ns: int) -> int:
         """Discard a partition's copy; a new one begins, empty and undamaged, at `log_start`.
@@ -140,7 +140,7 @@ class Wal:
                 return self._writer.reset(partition, log_start, epoch=epoch, append_ns=append_ns)
         except DiskError as error:
             self.fail(error)
-            raise
+            raise LogFailedError(f"the log has failed: {error}") from error
 
     def mark_damaged(self, partition: int) -> None:
         """Refuse appends to a copy that was found damaged later (by a read), also after a restart."""
