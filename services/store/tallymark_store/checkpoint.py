@@ -66,6 +66,10 @@ class CheckpointError(Exception):
     """A checkpoint's files are missing or damaged; the message says which and how."""
 
 
+class OtherVersionError(CheckpointError):
+    """It was written by another version, which can read it."""
+
+
 def state_name(offset: int) -> str:
     """The name of the state file of a checkpoint."""
     return f"state-{offset:020d}"
@@ -125,7 +129,7 @@ def load_manifest(disk: Disk) -> Manifest | None:
     except msgspec.DecodeError as error:
         raise CheckpointError(f"the manifest cannot be read: {error}") from None
     if manifest.format_version != FORMAT_VERSION:
-        raise CheckpointError(
+        raise OtherVersionError(
             f"the checkpoint has format version {manifest.format_version}; "
             f"this software reads version {FORMAT_VERSION}"
         )

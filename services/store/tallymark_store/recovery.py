@@ -182,7 +182,9 @@ def _load(
                 partition=number,
             ) from error
         report(f"partition {number}: the checkpoint cannot be used, folding the log again: {sentence}")
-        checkpoint.discard(disk)
+        if not isinstance(error, checkpoint.OtherVersionError):
+            # What another version can read stays until the next checkpoint: the way back, should the log be damaged.
+            checkpoint.discard(disk)
         return Partition(number, dedup_window_ns=dedup_window_ns, indexes=wal.partitions, salt=salt), None
     return partition, manifest
 

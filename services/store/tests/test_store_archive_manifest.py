@@ -92,6 +92,25 @@ def test_power_may_go_at_every_step_of_publishing(lose_all: bool) -> None:
     assert step > 10
 
 
+def test_what_was_loaded_is_not_lost_again() -> None:
+    """A process ends between a manifest's renaming and its sync, the next one relies on it, and the power goes."""
+    step = 0
+    while True:
+        disk = published(*OLD)
+        calls = [step]
+        try:
+            write(CountingDisk(disk, calls), of(NEW))  # type: ignore[arg-type]
+            manifests.publish(CountingDisk(disk, calls), of(NEW))  # type: ignore[arg-type]
+        except CrashAt:
+            found = manifests.load(disk)
+            disk.crash(random.Random(step), lose_all=True)
+            assert manifests.load(disk) == found
+            step += 1
+            continue
+        break
+    assert step > 10
+
+
 @pytest.mark.parametrize("lose_all", [False, True])
 def test_power_may_go_at_every_step_of_discarding(lose_all: bool) -> None:
     """The archive is whole, or there is none."""

@@ -6,6 +6,8 @@ import random
 from typing import Any
 
 import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -234,6 +236,26 @@ def test_a_flipped_bit_never_gives_a_wrong_answer() -> None:
             disk.flip_bit(file.name, position, position % 8)
     assert n_found > 3 * n_same
     assert answers() == right
+
+
+@pytest.mark.parametrize("kind", [pa.ArrowMemoryError, pa.ArrowCapacityError])
+def test_lack_of_memory_is_no_damage(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read that there is no memory for fails, and says nothing bad of the file."""
+    log = random_log(3)
+    log.archive(random.Random(2), log.fold.applied)
+    log.source.drop(log.fold.applied)
+    request = StoreTotals(PARTITION, "sum", 7, [(BASE + 1, BASE + 9 * DAY)])
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise kind("malloc of size 1 failed")
+
+    with monkeypatch.context() as full:
+        full.setattr(pq.ParquetFile, "read_row_group", refuse)
+        with pytest.raises(UnavailableError, match="no memory") as caught:
+            log.reads.totals(request)
+    assert not isinstance(caught.value, ArchiveDamagedError)
+    assert caught.value.retriable
+    assert log.reads.totals(request).rows
 
 
 def test_a_view_outlives_its_files() -> None:

@@ -104,6 +104,23 @@ def test_a_damaged_checkpoint_only_costs_time(part: str, kind: str) -> None:
     driver.check_digests()
 
 
+def test_a_checkpoint_of_another_version_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It costs time; and it is there for the version that can read it, until there is another one."""
+    driver = filled()
+    before, names = state(driver), driver.checkpoints(0).list()
+    with monkeypatch.context() as other:
+        other.setattr(checkpoint, "FORMAT_VERSION", checkpoint.FORMAT_VERSION + 1)
+        driver.crash()
+        assert state(driver) == before
+        assert len(driver.reports) == 2
+        assert driver.found.records_replayed == 6
+        assert driver.checkpoints(0).list() == names
+    driver.crash()
+    assert state(driver) == before
+    assert driver.found.records_replayed == 2
+    check_repeats(driver, 0)
+
+
 def test_a_checkpoint_of_another_partition_is_not_used() -> None:
     """Folders that were mixed up cost time, and no total."""
     driver = filled()

@@ -151,6 +151,7 @@ def load(disk: Disk, kept: frozenset[str] = frozenset()) -> Manifest | None:
         manifest = decode(file.read(0, file.size()).tobytes())
     finally:
         file.close()
+    disk.sync_dir()  # it may have got its name just before a crash: nothing may rely on it before that is durable
     _remove_others(disk, {NAME, *(listed.name for listed in manifest.files), *kept})
     for listed in manifest.files:
         try:

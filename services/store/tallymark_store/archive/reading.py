@@ -26,7 +26,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tallymark_protocol.errors import UnavailableError
+from tallymark_protocol.errors import TallymarkError, UnavailableError
 from tallymark_protocol.identifiers import encode_event_id
 from tallymark_protocol.messages import EventRecord
 from tallymark_runtime.disk import Disk, DiskError, FileMissingError
@@ -199,6 +199,12 @@ class ArchiveReader:
             partition=self.partition,
         )
 
+    def _failed(self, listed: ArchiveFile, error: Exception, why: str) -> TallymarkError:
+        """Make the error for a file that Arrow can't read: lack of memory is no damage."""
+        if isinstance(error, (MemoryError, pa.ArrowCapacityError)):
+            return UnavailableError(f"there is no memory to read the archive's file {listed.name}: {error}")
+        return self.damaged(listed, why)
+
     def index(self, file: _File) -> FileIndex:
         """What a file's footer says. Raises ArchiveDamagedError."""
         name = file.listed.name
@@ -210,7 +216,7 @@ class ArchiveReader:
         try:
             found = _index_of(self.footer(file))
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise self.damaged(file.listed, str(error)) from error
+            raise self._failed(file.listed, error, str(error)) from error
         if int(found.rows.sum()) != file.listed.rows:
             raise self.damaged(file.listed, "its footer doesn't tell of all rows")
         with self._lock:
@@ -231,7 +237,7 @@ class ArchiveReader:
         try:
             found = pq.read_metadata(pa.BufferReader(file.data))
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise self.damaged(file.listed, str(error)) from error
+            raise self._failed(file.listed, error, str(error)) from error
         with self._lock:
             if name not in self._footers:
                 self._footers[name] = found
@@ -258,14 +264,14 @@ class ArchiveReader:
                 pa.BufferReader(file.data), metadata=footer, page_checksum_verification=True
             )
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise self.damaged(file.listed, str(error)) from error
+            raise self._failed(file.listed, error, str(error)) from error
 
     def read(self, file: _File, opened: pq.ParquetFile, group: int, columns: Sequence[str]) -> pa.Table:
         """Columns of a row group. Raises ArchiveDamagedError."""
         try:
             table = opened.read_row_group(group, columns=list(columns), use_threads=False)
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-            raise self.damaged(file.listed, f"row group {group}: {error}") from error
+            raise self._failed(file.listed, error, f"row group {group}: {error}") from error
         if table.num_rows != opened.metadata.row_group(group).num_rows:
             raise self.damaged(file.listed, f"row group {group} has {table.num_rows} rows")
         return table
