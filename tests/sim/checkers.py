@@ -102,6 +102,8 @@ class Checkers:
         partitions: int,
     ) -> None:
         self.committed: list[list[Committed]] = [[] for _ in range(partitions)]
+        # By partition and copy id: copies that have begun anew as others, up to where they were on disk, and when that was.
+        self._gone: dict[tuple[int, str], tuple[int, int]] = {}
         self.ends = [0] * partitions  # of what is known to be committed; exclusive
         self.models = [Model(number) for number in range(partitions)]
         self.crossings = [Crossings(number) for number in range(partitions)]
@@ -148,10 +150,9 @@ class Checkers:
             if (seen.life, seen.copy_id) != (process.life, replica.copy_id):
                 if seen.life == process.life and seen.copy_id not in ("", replica.copy_id):
                     # A damaged copy begins anew. What it had on disk when it said so may be counted a moment longer,
-                    # as that of a disk that was lost; nobody elects a leader with it.
-                    before = process.lost_ends.get(number, 0)
-                    process.lost_ends[number] = max(process.durable_ends.get(number, 0), before)
-                    process.lost_ns = self._world.now_ns
+                    # as that of a disk that was lost, under its own id only; nobody elects a leader with it.
+                    end = process.durable_ends.get(number, 0)
+                    self._gone[number, seen.copy_id] = end, self._world.now_ns
                 seen.damaged = seen.damaged if seen.life == process.life else ""
                 seen.life, seen.copy_id = process.life, replica.copy_id
                 seen.high_watermark = seen.applied = seen.log_end = 0
@@ -335,13 +336,20 @@ class Checkers:
         members = replica.membership.members
         for member in members:
             other = self._processes.get(member.node_id)
-            if other is not None and self._has(other, number, end, last_epoch):
+            if self._had(number, member.copy_id, end) or (
+                other is not None and self._has(other, number, end, last_epoch)
+            ):
                 holders.append(member.node_id)
         if len(holders) <= len(members) // 2:
             raise SimulationError(
                 f"LOG-1: {process} says that partition {number} is committed to {end}, but of its members "
                 f"{[m.node_id for m in members]} only {holders} have that on disk"
             )
+
+    def _had(self, number: int, copy_id: str, end: int) -> bool:
+        """Whether a copy that has begun anew as another one, just now, had the log up to `end`, when it said so."""
+        gone_end, gone_ns = self._gone.get((number, copy_id), (0, 0))
+        return gone_end >= end and self._world.now_ns - gone_ns < 3 * SECOND
 
     def _has(self, process: Process, number: int, end: int, epoch: int) -> bool:
         """Whether a copy surely has the log up to `end` on its disk. One that is down is believed to."""
