@@ -126,7 +126,7 @@ class Backups:
             files = []
             disk = self._disk.at("checkpoints").at(folder(number))
             for name in names:
-                size: int = await self._offload(_size, disk, name)
+                size: int = await self._offload(incoming.file_size, disk, name)
                 crc: int = await self._offload(incoming.checksum, disk, name, size)
                 files.append(BackupFile("checkpoint", name, size, crc))
                 held.files[name] = disk, size
@@ -177,7 +177,9 @@ class Backups:
             if disk is None or call.position > size:
                 raise InvalidRequestError(f"{call.name!r:.80} is no file of this backup, or not so long")
             try:
-                return BackupPiece(await self._offload(_read, disk, call.name, call.position, length))
+                return BackupPiece(
+                    await self._offload(incoming.read_piece, disk, call.name, call.position, length)
+                )
             except FileMissingError:
                 self._release(call.token)
                 raise UnavailableError(
@@ -261,19 +263,3 @@ def unpack_records(partition: int, data: memoryview) -> Iterator[tuple[RecordMet
         meta = RecordMeta(partition, kind, epoch, base, count, append_ns, low, high)
         yield meta, bytes(data[at + _HEAD.size : end])
         at = end
-
-
-def _size(disk: Disk, name: str) -> int:
-    file = disk.open(name)
-    try:
-        return file.size()
-    finally:
-        file.close()
-
-
-def _read(disk: Disk, name: str, position: int, length: int) -> bytes:
-    file = disk.open(name)
-    try:
-        return file.read(position, length).tobytes()
-    finally:
-        file.close()

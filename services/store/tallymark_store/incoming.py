@@ -106,6 +106,24 @@ def create(disk: Disk, place: int) -> File:
     return disk.create(f"{PREFIX}{place}")
 
 
+def file_size(disk: Disk, name: str) -> int:
+    """The bytes of a file that is sent. Raises DiskError."""
+    file = disk.open(name)
+    try:
+        return file.size()
+    finally:
+        file.close()
+
+
+def read_piece(disk: Disk, name: str, position: int, length: int) -> bytes:
+    """A piece of a file that is sent. Raises DiskError."""
+    file = disk.open(name)
+    try:
+        return file.read(position, length).tobytes()
+    finally:
+        file.close()
+
+
 def checksum(disk: Disk, name: str, size: int) -> int:
     """The CRC-32C of a file of `size` bytes.
 

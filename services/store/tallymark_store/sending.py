@@ -160,7 +160,7 @@ class Sending:
         files = []
         try:
             for name in names:
-                size = await self._offload(_size, disk, name)
+                size = await self._offload(incoming.file_size, disk, name)
                 files.append((name, size, await self._offload(incoming.checksum, disk, name, size)))
             if self.archiver is not None:
                 held.archive = await self.archiver.lend(held, held.number, held.manifest.offset)
@@ -214,7 +214,7 @@ class Sending:
                 data = held.archive_bytes[ask.position : ask.position + length]
             else:
                 disk = self._folder_of(held, ask.file)
-                data = await self._offload(_read, disk, name, ask.position, length)
+                data = await self._offload(incoming.read_piece, disk, name, ask.position, length)
         except DiskError as error:
             _log.warning("partition %d: its checkpoint cannot be sent: %s", held.number, error)
             self._release(held)
@@ -233,19 +233,3 @@ class Sending:
         """The copy of a partition here has been discarded, and its checkpoints with it."""
         for held in [held for held in self._held.values() if held.number == number]:
             self._release(held)
-
-
-def _size(disk: Disk, name: str) -> int:
-    file = disk.open(name)
-    try:
-        return file.size()
-    finally:
-        file.close()
-
-
-def _read(disk: Disk, name: str, position: int, length: int) -> bytes:
-    file = disk.open(name)
-    try:
-        return file.read(position, length).tobytes()
-    finally:
-        file.close()

@@ -14,7 +14,7 @@ from tallymark_store.archive import archiver, policy
 from tallymark_store.archive import manifest as manifests
 from tallymark_store.archive.manifest import ArchiveError, ArchiveFile, Manifest
 
-from .archive_helpers import CountingDisk, CrashAt
+from .power_cut import CountingDisk, CrashAt
 
 OLD = [(0, 5), (5, 9)]
 NEW = [(0, 9), (9, 20)]

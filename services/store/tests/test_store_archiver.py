@@ -23,8 +23,8 @@ from tallymark_store.replication.effects import Role
 from tallymark_store.scan.events import EventsScan
 from tallymark_store.scan.source import WalSource
 
-from .archive_helpers import CountingDisk, CrashAt
 from .payload_builder import event
+from .power_cut import CountingDisk, CrashAt
 from .store_driver import BASE, Driver, metric
 
 SECOND = 10**9

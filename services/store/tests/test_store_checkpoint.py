@@ -14,6 +14,8 @@ from tallymark_store import checkpoint, container
 from tallymark_store.dedup.index import ENTRY_DTYPE
 from tallymark_store.wal import WalConfig, open_wal
 
+from .power_cut import CountingDisk, CrashAt
+
 Manifest = checkpoint.Manifest
 
 
@@ -133,32 +135,6 @@ def test_a_failing_disk_leaves_one_whole_checkpoint(operation: str) -> None:
         before = checkpoint.load_manifest(disk)
         take(disk, before, 12)
         assert loaded(disk) == (12, list(range(12)))
-
-
-class CrashAt(Exception):
-    """Raised at the step at which the power goes."""
-
-
-class CountingDisk:
-    """A disk that loses power at its n-th call."""
-
-    def __init__(self, disk: MemoryDisk, calls: list[int]) -> None:
-        self._disk = disk
-        self._calls = calls
-
-    def __getattr__(self, name: str) -> object:
-        inner = getattr(self._disk, name)
-        if not callable(inner):
-            return inner
-
-        def call(*args: object, **kwargs: object) -> object:
-            self._calls[0] -= 1
-            if self._calls[0] < 0:
-                raise CrashAt
-            found = inner(*args, **kwargs)
-            return CountingDisk(found, self._calls) if name in ("create", "open", "at") else found
-
-        return call
 
 
 def test_power_may_go_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,8 @@ from tallymark_store.wal import WalConfig
 
 from .cluster_driver import Cluster
 from .payload_builder import event
+from .power_cut import CountingDisk, CrashAt
 from .store_driver import BASE, Driver, metric
-from .test_store_checkpoint import CountingDisk, CrashAt
 
 SUM = metric(5, code="sum")
 SECOND = 10**9
