@@ -145,7 +145,7 @@ class Store:
             leadership=self,
             new_copy_id=new_copy_id,
         )
-        self.tail = Tail(self.serving, lambda: self.folding.soon())  # noqa: PLW0108 - it is made below
+        self.tail = Tail(self.serving, lambda: self.folding.awaited_soon())  # noqa: PLW0108 - it is made below
         self.folding = Folding(
             wal,
             partitions,

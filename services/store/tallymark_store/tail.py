@@ -57,7 +57,7 @@ class Tail:
 
     Args:
         serving: gives a partition that this store leads, or raises what tells why it doesn't.
-        fold_soon: has what is committed folded at once.
+        fold_soon: has what is committed, and waited for, folded at once.
 
     Attributes:
         held_count: calls that wait.
