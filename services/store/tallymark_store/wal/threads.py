@@ -23,7 +23,7 @@ from tallymark_store.wal.writer import Group
 
 JOIN_SECONDS_MAX = 30.0  # for a last sync on a slow disk
 AT_ONCE_BYTES_MAX = 16 * 1024  # what waits to be synced, for it to be synced by the caller
-AT_ONCE_NS_MAX = 1_000_000  # what syncs have taken of late, likewise
+AT_ONCE_NS_MAX = 2_000_000  # what syncs have taken of late, likewise
 _RECENT = 8  # syncs over which that is averaged, roughly
 _OUTLIER_NS = 4 * AT_ONCE_NS_MAX  # for what a longer one counts: a few of them say little of those to come
 
