@@ -30,7 +30,7 @@ OTHERS_SLICE_NS = 2_000_000  # likewise, where somebody waits for what the slice
 CATCH_UP_NS = 2_000_000  # likewise, for a read that would else have to wait
 FOLD_DELAY_S = 0.1  # what is committed meanwhile is folded together
 AWAITED_DELAY_S = 0.001  # likewise, where somebody waits for what the fold finds
-FOLD_EVENTS = 16_384  # so many are not waited with
+FOLD_EVENTS = 65_536  # so many are not waited with
 BACKLOG_HIGH_BYTES = 192 * 1024 * 1024  # appended and not folded: above it, nothing more is read
 BACKLOG_LOW_BYTES = 96 * 1024 * 1024
 _EVENTS = int(RecordKind.EVENTS)
@@ -79,8 +79,9 @@ class Folding:
         self._loop = asyncio.get_running_loop()
         self._due = False
         self._timer: asyncio.TimerHandle | None = None  # of the next slice
-        self._timer_due = 0.0  # when that is, on the loop's clock
-        self._unfolded = 0  # events committed since the last slice
+        self._awaited_due = False
+        self._awaited_timer: asyncio.TimerHandle | None = None  # of the next one of what is waited for
+        self._unfolded = 0  # events committed since the last slice, but for those that were waited for
         self._catch_up_until_ns = 0  # of this turn of the loop; 0: no read has had to catch up in it yet
         self._closed = False
         self._paused = False
@@ -96,34 +97,41 @@ class Folding:
             self._due = True
             self._loop.call_soon(self._slice)
 
+    def awaited_soon(self) -> None:
+        """Fold what is committed and waited for, likewise; the rest at its time."""
+        if not self._awaited_due and not self._closed:
+            self._awaited_due = True
+            self._loop.call_soon(self._awaited_slice)
+
     def later(self, events: int, *, is_awaited: bool = False) -> None:
         """So many events more were committed: fold them in a moment, together with what is committed by then.
 
         That costs less, and mostly nobody waits for it: a read folds what it needs by itself. Whoever waits for alerts
-        can't know that there is one.
+        can't know that there is one, so that moment is short; it is for partitions that are waited for only, as it costs
+        the others what it would cost them without anybody waiting.
         """
-        self._unfolded += events
-        if self._unfolded >= FOLD_EVENTS:
-            self.soon()
+        if self._closed:
             return
-        if self._due or self._closed:
-            return
-        due = self._loop.time() + (AWAITED_DELAY_S if is_awaited else FOLD_DELAY_S)
-        if self._timer is None or due < self._timer_due:
-            self._cancel_timer()
-            self._timer = self._loop.call_at(due, self._slice)
-            self._timer_due = due  # uvloop's handle doesn't say, of a time that has come
+        if is_awaited and self._awaited_timer is None and not self._awaited_due:
+            self._awaited_timer = self._loop.call_later(AWAITED_DELAY_S, self._awaited_slice)
+        elif not is_awaited:
+            self._unfolded += events
+            if self._unfolded >= FOLD_EVENTS:
+                self.soon()
+        if self._timer is None and not self._due:
+            self._timer = self._loop.call_later(FOLD_DELAY_S, self._slice)
 
     def _slice(self) -> None:
         self._due = False
         self._unfolded = 0
-        self._cancel_timer()
+        _cancel(self._timer)
+        self._timer = None
         if self._closed:
             return
         deadline = self._clock.monotonic_ns() + FOLD_SLICE_NS
         # Who is about to lead comes first: its clients wait.
         behind = bool(self._promoting) and self._promote(deadline)
-        waiting = [p for p in self._partitions.values() if p.error is None and p.fold_behind]
+        waiting = self._behind()
         awaited = [partition for partition in waiting if self._is_awaited(partition)]
         for partition in awaited:
             behind = self._fold_until(partition, deadline) or behind
@@ -136,6 +144,24 @@ class Folding:
         if behind:
             self.soon()
         self._check_backlog()
+
+    def _awaited_slice(self) -> None:
+        self._awaited_due = False
+        _cancel(self._awaited_timer)
+        self._awaited_timer = None
+        if self._closed:
+            return
+        deadline = self._clock.monotonic_ns() + FOLD_SLICE_NS
+        behind = False
+        for partition in self._behind():
+            if self._is_awaited(partition):
+                behind = self._fold_until(partition, deadline) or behind
+        if behind:
+            self.awaited_soon()
+        self._check_backlog()
+
+    def _behind(self) -> list[Partition]:
+        return [p for p in self._partitions.values() if p.error is None and p.fold_behind]
 
     def _fold_until(self, partition: Partition, deadline: int) -> bool:
         """Fold what is committed, for as long as there is time; whether something is left that can be folded."""
@@ -296,21 +322,22 @@ class Folding:
             raise
         return True
 
-    def _cancel_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
     def close(self) -> None:
         """Fold nothing more by itself."""
         self._closed = True
-        self._cancel_timer()
+        _cancel(self._timer)
+        _cancel(self._awaited_timer)
 
     def finish(self, partitions: Iterable[Partition]) -> None:
         """At the end: fold all that is committed and came from here, so that nothing of it is left in memory only."""
         for partition in partitions:
             while partition.error is None and partition.fold_behind and self.fold_some(partition):
                 pass
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
 
 
 def replay(wal: Wal, partition: Partition, upto: int | None = None) -> int:

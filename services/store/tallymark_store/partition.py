@@ -104,6 +104,9 @@ class Partition:
         self.last_append_ns = 0  # of the last record below `judged_end`
         # Appended by this leader, not folded, without a gap; what lies before the first of them is folded from the log.
         self._queue: deque[FoldItem] = deque()
+        self._alerting: deque[int] = (
+            deque()
+        )  # base offsets of those in it that may raise alerts; see `may_alert`
         # (commit offset, send, fail), in log order
         self._waiting: deque[tuple[int, Callable[[], None], Callable[[], None] | None]] = deque()
         self._work = np.zeros(32, dtype=np.uint64)
@@ -175,6 +178,7 @@ class Partition:
                 judged.verdicts,
                 first_offsets,
                 accepted,
+                slots,
             )
         outcomes = [
             ChunkOutcome(first, exceptions_of(verdicts, originals, first - base, count))
@@ -192,6 +196,7 @@ class Partition:
             judged.verdicts,
             first_offsets,
             accepted,
+            slots,
         )
 
     def _judge_chunks(self, words: Words, append_ns: int) -> tuple[JudgedChunks, int]:
@@ -280,6 +285,7 @@ class Partition:
             chunk_verdicts,
             first_offsets,
             accepted,
+            slots,
         )
         return prepared._replace(has_old_chunks=True)
 
@@ -342,6 +348,7 @@ class Partition:
         chunk_verdicts: Bytes,
         first_offsets: Ints,
         accepted: int,
+        slots: Ints,
     ) -> Prepared:
         n = int(columns[C_EVENTS])
         base = self.log_end
@@ -368,6 +375,7 @@ class Partition:
             first_offsets=first_offsets,
             stored=accepted,
             originals=originals,
+            may_alert=self.schemas.widths(slots)[0] > 0,
         )
 
     def back_out(self, base: int, columns: Ints) -> None:
@@ -394,6 +402,8 @@ class Partition:
             prepared.item.base_offset, prepared.append_ns, prepared.item.verdicts, prepared.originals
         )
         self._enqueue(prepared.item)
+        if prepared.may_alert:
+            self._alerting.append(prepared.item.base_offset)
 
     def _remember(self, words: Words, first_offsets: Ints, base: int, append_ns: int) -> None:
         self.windows.insert_rows(words.take(_REMEMBERED_WORDS, axis=1), first_offsets, base, append_ns)
@@ -463,6 +473,16 @@ class Partition:
         """Whether the next record to be folded is to be read from the log, for `apply_logged`."""
         return not self._queue or self._queue[0].base_offset != self.fold.applied
 
+    @property
+    def may_alert(self) -> bool:
+        """Whether a committed record that waits to be folded may raise an alert: one of its metrics has thresholds.
+
+        Of what is to be read from the log it isn't known: if any metric has.
+        """
+        if self.folds_from_log:
+            return self.fold_behind and bool(self.schemas.arrays.thresholds.any())
+        return bool(self._alerting) and self._alerting[0] < self.high_watermark
+
     def fold_step(self) -> tuple[int, int]:
         """Fold the next committed record; returns its events and its payload's bytes (0 for a control record)."""
         assert self.fold_behind, "only what is committed is folded"
@@ -508,6 +528,8 @@ class Partition:
         self.fold.advance(end_offset)
         self.windows.advance(end_offset, append_ns)
         self.outcomes.advance(end_offset, append_ns)
+        while self._alerting and self._alerting[0] < end_offset:
+            self._alerting.popleft()
 
     def fail_waiting(self) -> list[Callable[[], None]]:
         """Drop the answers that will not come; returns what is to be called instead of them."""
@@ -522,6 +544,7 @@ class Partition:
         """
         freed = sum([len(item.data) for item in self._queue])
         self._queue.clear()
+        self._alerting.clear()
         applied = self.applied
         if self.judged_end > applied:
             self.dedup.truncate(applied)

@@ -56,6 +56,7 @@ class Prepared(NamedTuple):
     stored: int
     has_old_chunks: bool = False  # some chunk is not NEW
     originals: Ints | None = None  # of the record's duplicates and conflicts, in order
+    may_alert: bool = False  # one of the record's metrics has thresholds
 
 
 class JudgedChunks(NamedTuple):

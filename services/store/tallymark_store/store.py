@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
@@ -122,6 +123,7 @@ class Store:
         self._offload = offload
         self._config = config
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()  # the loop's
         self._flush_due = False
         self._marker: asyncio.TimerHandle | None = None
         self._synced: deque[tuple[int, dict[int, int]]] = deque()  # (group, log ends), from the log's thread
@@ -143,7 +145,7 @@ class Store:
             leadership=self,
             new_copy_id=new_copy_id,
         )
-        self.tail = Tail(self.serving, lambda: self.folding.soon())  # noqa: PLW0108 - it is made below
+        self.tail = Tail(self.serving, lambda: self.folding.awaited_soon())  # noqa: PLW0108 - it is made below
         self.folding = Folding(
             wal,
             partitions,
@@ -368,7 +370,10 @@ class Store:
         # One wake-up takes in every group that was synced by the time it runs.
         if not self._synced_called:
             self._synced_called = True
-            self._loop.call_soon_threadsafe(self._take_synced)
+            if threading.get_ident() == self._thread:
+                self._loop.call_soon(self._take_synced)  # it was synced at once; waking the loop isn't needed
+            else:
+                self._loop.call_soon_threadsafe(self._take_synced)
 
     def _failed_in_thread(self, error: BaseException) -> None:
         self._loop.call_soon_threadsafe(self.log_failed, error)

@@ -57,7 +57,7 @@ class Tail:
 
     Args:
         serving: gives a partition that this store leads, or raises what tells why it doesn't.
-        fold_soon: has what is committed folded at once.
+        fold_soon: has what is committed, and waited for, folded at once.
 
     Attributes:
         held_count: calls that wait.
@@ -75,9 +75,8 @@ class Tail:
     # ------------------------------------------------------------ news
 
     def awaits(self, partition: Partition) -> bool:
-        """Whether a held call names a partition in whose records an alert can be."""
-        is_watched = bool(self._watching.get(partition.partition))
-        return is_watched and bool(partition.schemas.arrays.thresholds.any())
+        """Whether a held call names a partition in whose committed records an alert can be."""
+        return bool(self._watching.get(partition.partition)) and partition.may_alert
 
     def folded(self, partition: Partition) -> None:
         """A record of the partition was folded."""

@@ -81,3 +81,37 @@ async def test_a_slice_goes_around():
     while any(partition.fold_behind for partition in partitions):  # noqa: ASYNC110 - turns of the loop are what is tested
         await asyncio.sleep(0)
     assert sorted(order) == sorted("abc" * 10)
+
+
+async def test_what_nobody_waits_for_is_left_to_its_time():
+    """Folding what is awaited leaves the other partitions' records to gather, and its own slices are short, too."""
+    clock, order = Clock(), []
+    partitions = [Pieces(name, clock, order) for name in "abc"]
+    made = folding_of(partitions, clock, awaited="b")
+    made.awaited_soon()
+    await asyncio.sleep(0)
+    assert "".join(order) == "b" * (folding.FOLD_SLICE_NS // MS)
+    while partitions[1].fold_behind:  # noqa: ASYNC110 - turns of the loop are what is tested
+        await asyncio.sleep(0)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert "".join(order) == "b" * 30
+
+
+async def test_what_is_committed_is_folded_in_the_end():
+    """Also of a partition that was waited for at its commit, and is no more when its time has come."""
+    clock, order, awaited = Clock(), [], {"b"}
+    partitions = [Pieces(name, clock, order, left=2) for name in "ab"]
+    made = folding_of(partitions, clock, awaited=awaited)
+    made.later(2, is_awaited=True)
+    awaited.clear()
+    async with asyncio.timeout(30):
+        while any(partition.fold_behind for partition in partitions):  # noqa: ASYNC110 - there is nothing else to ask
+            await asyncio.sleep(folding.AWAITED_DELAY_S)
+    assert "".join(order) == "aabb"
+    made.later(folding.FOLD_EVENTS)
+    partitions[0].left = 1
+    for _ in range(2):
+        await asyncio.sleep(0)
+    assert "".join(order) == "aabba", "so many are not waited with"
+    made.close()

@@ -12,7 +12,7 @@ import pytest
 from tallymark_protocol import int128, limits
 from tallymark_protocol.errors import ErrorCode, Reason
 from tallymark_protocol.identifiers import encode_event_id, encode_text
-from tallymark_protocol.model import AggType, PeriodType, UniqueType
+from tallymark_protocol.model import AggType, AlertThreshold, PeriodType, UniqueType
 from tallymark_runtime.disk import DiskError
 from tallymark_store import checkpoint
 from tallymark_store.prepared import Prepared, exceptions_of
@@ -60,6 +60,42 @@ def stats(driver: Driver, account: int, uid: int, time: int) -> tuple[int, int]:
     fold = driver.partitions[0].fold
     found, _, _ = fold.period_stats(account, fold.schemas.slot_of_uid(uid), time)
     return (0, 0) if found is None else (found.count, int128.from_bytes(found.sum) if found.sum else 0)
+
+
+def test_it_is_known_which_records_may_raise_alerts():
+    """From their append to their fold, only those with a metric that has thresholds; what the log holds, if one has."""
+    driver = started()
+    partition = driver.partitions[0]
+    watched = metric(9, code="watched", thresholds=[AlertThreshold(code="first", value=1)])
+
+    def append(sequence: int, code: str) -> int:
+        driver.append(0, [event(1, code)], [(9, sequence, BASE, 1, 1)], BASE)
+        return partition.log_end
+
+    def committed(end: int) -> bool:
+        partition.commit(end)
+        return partition.may_alert
+
+    assert not committed(append(1, "sum"))
+    driver.schema(0, watched, BASE)
+    assert not committed(partition.log_end)
+    first, second, plain, third = (
+        append(n, code) for n, code in enumerate(("watched", "sum", "none", "watched"), 2)
+    )
+    assert not partition.may_alert, "nothing of it is committed"
+    assert committed(first)
+    while partition.applied < first:
+        partition.fold_step()
+    assert not committed(plain)
+    assert committed(third)
+    while partition.fold_behind:
+        partition.fold_steps()
+    assert not partition.may_alert
+    end = append(6, "watched")
+    driver.wal.sync_all()
+    partition.demote()
+    assert committed(end), "it is to be read from the log"
+    assert (second, partition.folds_from_log) == (first + 1, True)
 
 
 # ---------------------------------------------------------------- answers
