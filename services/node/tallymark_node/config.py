@@ -57,6 +57,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     archive: str = ""  # "on": events are also kept as Parquet files, in the data directory; empty: not
     archive_events: int = 500_000  # a partition is archived when so many have gathered
     archive_interval_seconds: float = 300.0  # or after so long
+    # For what can also be on disk, today remembered event ids; 0: half of the machine's; -1: no bound.
+    memory_bytes: int = -1
     dedup_window_seconds: int = limits.DEDUP_WINDOW_NS // 10**9  # a constant of the cluster, too
 
     # Ingest.
@@ -83,6 +85,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "checkpoint_events": (1, 2**62),
     "archive_events": (1, 2**62),
     "archive_interval_seconds": (0.001, 1e10),
+    "memory_bytes": (-1, 2**62),
     "dedup_window_seconds": (0, _YEARS_S),
     "pending_bytes_max": (1, 2**62),
     "coalesce_ms": (0.0, 10_000.0),

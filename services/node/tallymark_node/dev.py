@@ -87,6 +87,7 @@ def store_config(settings: Settings, listen: str) -> store.StoreConfig:
         archive=settings.archive,
         archive_events=settings.archive_events,
         archive_interval_s=settings.archive_interval_seconds,
+        memory_bytes=settings.memory_bytes,
         dedup_window_ns=settings.dedup_window_seconds * 10**9,
         # What is at its default was not asked for: nobody needs to hear that it is ignored.
         is_partition_count_set=settings.partition_count != _DEFAULTS.partition_count,

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,9 @@ from tallymark_store.partition import Partition
 from tallymark_store.recycling import Holds, recycle_floor
 from tallymark_store.replication.ports import Membership
 from tallymark_store.store import Offload, Store
+
+if TYPE_CHECKING:
+    from tallymark_store.spilling import Spilling
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +50,7 @@ class Checkpointer:
         holds: who keeps more of log and files than the newest checkpoints do.
         expire_holds: called before the log is dropped: who has kept something for too long lets go.
         recycle: whether the log below the checkpoints is dropped.
+        spilling: who has files of cells that are to be kept with a checkpoint, or not any longer.
 
     Attributes:
         lock: held while a checkpoint is taken; whoever else changes checkpoints takes it.
@@ -65,6 +69,7 @@ class Checkpointer:
         holds: Holds,
         expire_holds: Callable[[], None] = lambda: None,
         recycle: bool = False,
+        spilling: Spilling | None = None,
         offload: Offload = asyncio.to_thread,
     ) -> None:
         self._store = store
@@ -79,6 +84,7 @@ class Checkpointer:
         self._holds = holds
         self._expire_holds = expire_holds
         self._recycle = recycle
+        self._spilling = spilling
         self.lock = asyncio.Lock()
         self.recycled_bytes = 0
         self.count = 0  # taken since the start
@@ -191,9 +197,12 @@ class Checkpointer:
         await self._offload(checkpoint.publish, disk, written, self._holds.files(partition.partition))
         if self._store.partitions.get(partition.partition) is not partition:
             # The copy began anew meanwhile, or with a snapshot; and what comes in by now is for the one that there is.
-            checkpoint.discard(disk, keeps_incoming=True)
+            checkpoint.discard(disk, keeps_incoming=True, keeps_cells=True)
             return
         self._manifests[partition.partition] = written
+        if self._spilling is not None:
+            kept = [*written.cell_files, *self._holds.files(partition.partition)]
+            await self._spilling.tidy(partition, kept)
         await self._sweep_ids(partition)
 
     async def _sweep_ids(self, partition: Partition) -> None:
@@ -240,7 +249,7 @@ async def finish_incoming(
     await store.wait_durable(partition, start)
     found: checkpoint.Manifest | None = await offload(incoming.finish, disk, number, start)
     if store.partitions.get(number) is not partition:
-        checkpoint.discard(disk)
+        checkpoint.discard(disk, keeps_cells=True)
         raise UnavailableError(f"this copy of partition {number} was discarded")
     if found is not None:
         manifests[number] = found
@@ -259,8 +268,9 @@ def snapshot_parts(
     state["windows"] = partition.windows.entries(offset)
     state["outcomes"] = partition.outcomes.encode(offset)
     state["times"] = partition.times.below(index, offset)
+    cell_files = partition.fold.spilled.names
     manifest = checkpoint.Manifest(
-        format_version=checkpoint.FORMAT_VERSION,
+        format_version=checkpoint.CELLS_FORMAT_VERSION if cell_files else checkpoint.FORMAT_VERSION,
         partition=partition.partition,
         offset=offset,
         last_append_ns=index.append_ns_before(offset),
@@ -269,5 +279,6 @@ def snapshot_parts(
             (membership.offset, [(member.node_id, member.copy_id) for member in membership.members])
             for membership in memberships[-checkpoint.MEMBERSHIPS_MAX :]
         ],
+        cell_files=cell_files,
     )
     return manifest, state

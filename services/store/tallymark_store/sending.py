@@ -110,7 +110,9 @@ class Sending:
         held = self._held.get(name)
         if held is None and len(self._held) < HELD_MAX:
             held = self._held[name] = _Held(number, name, manifest, self._clock.monotonic_ns())
-            names = [manifest.state_file, *(file for file, _, _ in manifest.id_files)]
+            names = [
+                manifest.state_file, *(file for file, _, _ in manifest.id_files), *manifest.cell_files
+            ]  # fmt: skip
             self._holds.take(held, number, manifest.offset, frozenset(names))
             self._spawn(self._reckon(held, names))
         return held
