@@ -46,8 +46,8 @@ def spilling_all_the_time(monkeypatch):
 
     monkeypatch.setattr(spilling.Spilling, "relieve", counted)
     yield
-    assert sum(spilled) > 10_000
-    assert sum(units > 0 for units in spilled) > 20
+    assert sum(spilled) > 100
+    assert sum(units > 0 for units in spilled) > 4
 
 
 async def test_history_is_counted_exactly_from_files(tmp_path):

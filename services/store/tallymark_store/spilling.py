@@ -50,8 +50,10 @@ POLL_S = 0.25  # how often it is looked whether there is too much
 RETRY_S = 10.0  # after the disk refused
 SPILL_TO = 0.8  # of the budget
 _CELLS_LEAST = 0.25  # of the budget: so much stays for cells, whatever sets take
+GROWTH = 1.05  # what is too much and cannot go is put up with, until it is so much more
+WAITS_MAX = 240  # or has been so often: meanwhile some of it may be over
 SLICE_ROWS = 1 << 15  # looked at between two turns of the loop
-SLICE_UNITS = 1 << 13  # taken out of memory likewise
+SLICE_RECORDS = 1 << 14  # of units that are taken out of memory likewise
 MERGED_FILES = 8  # of about one size: merged then
 _SIZES = 8  # files are of about one size up to this factor
 
@@ -100,6 +102,8 @@ class Spilling:
         self._on_damage = on_damage
         self._piece_records = piece_records
         self._count = 0  # of names given
+        self._in_vain_bytes = 0  # what was left the last time, if it was too much
+        self._waits = 0  # how often that was put up with since
         self._writing: set[tuple[int, str]] = set()  # files that nobody lists yet
 
     async def run(self) -> None:
@@ -121,10 +125,14 @@ class Spilling:
         Raises:
             DiskError: the disk refused; everything is as it was.
         """
-        cells = sum(partition.fold.cell_bytes() for partition in self._served())
-        taken = cells + sum(partition.fold.set_bytes() for partition in self._served())
+        cells, sets = self._taken()
+        taken = cells + sets
         if self._budget_bytes is None or taken <= self._budget_bytes:
             return
+        if self._in_vain_bytes and taken <= GROWTH * self._in_vain_bytes and self._waits < WAITS_MAX:
+            self._waits += 1
+            return
+        self._waits = 0
         # Large open sets stay where they are: the cells that are in use must not go in their place.
         least = _CELLS_LEAST * self._budget_bytes
         fraction = 1.0 - max(SPILL_TO * self._budget_bytes / taken, min(least / max(cells, 1), 1.0))
@@ -136,6 +144,14 @@ class Spilling:
                     self._on_damage(partition, error)
                 else:
                     _log.info("partition %d: cells are not spilled: %s", partition.partition, error)
+
+        left = sum(self._taken())
+        self._in_vain_bytes = left if left > self._budget_bytes else 0
+
+    def _taken(self) -> tuple[int, int]:
+        """Bytes of memory that cells and sets take."""
+        folds = [partition.fold for partition in self._served()]
+        return sum(fold.cell_bytes() for fold in folds), sum(fold.set_bytes() for fold in folds)
 
     def _served(self) -> list[Partition]:
         return [partition for partition in self._store.partitions.values() if partition.error is None]
@@ -186,8 +202,11 @@ class Spilling:
             )
             fold.add_spilled(file)
             self._writing.discard(key)
-            for first in range(0, piece.unit_count, SLICE_UNITS):
-                self.spilled_units += fold.evict(piece, first, first + SLICE_UNITS)
+            first = 0
+            while first < piece.unit_count:
+                end = piece.end_of_slice(first, SLICE_RECORDS)
+                self.spilled_units += fold.evict(piece, first, end)
+                first = end
                 await asyncio.sleep(0)
                 self._check(partition)
             await self._merge(partition)

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from tallymark_store.fold import packing
 from tallymark_store.fold.cells import CELL_WORDS
-from tallymark_store.fold.evicting import CUT_FIELDS, U_ACCOUNT, U_KIND, U_START, UNIT_FIELDS
+from tallymark_store.fold.evicting import CUT_FIELDS, U_ACCOUNT, U_FIRST, U_KIND, U_START, UNIT_FIELDS
 from tallymark_store.fold.units import (
     BLOCK_BYTES,
     BLOCK_RECORDS,
@@ -182,6 +182,11 @@ class Piece:
         self.set_units: Ints = np.zeros(rows, dtype=np.int64)  # by row of a cell: its unit plus one
         self.record_count = 0
         self.unit_count = 0
+
+    def end_of_slice(self, first: int, records: int) -> int:
+        """The unit up to which those from `first` on have about so many records, one unit at least."""
+        starts = self.units[: self.unit_count, U_FIRST]
+        return max(int(starts.searchsorted(starts[first] + records)), first + 1)
 
     def sorted_records(self) -> Iterator[Ints]:
         """The records in the order of files, some at a time."""
