@@ -27,12 +27,13 @@ from tallymark_store.archive.incoming import MANIFEST_BYTES_MAX as ARCHIVE_MANIF
 from tallymark_store.replication.membership import MEMBERS_MAX
 from tallymark_store.replication.messages import Offer
 
-FILES_MAX = 2 * checkpoint.ID_FILES_MAX + 2
+FILES_MAX = 2 * checkpoint.ID_FILES_MAX + 2 + checkpoint.CELL_FILES_MAX
 FILE_BYTES_MAX = 1 << 44
 PREFIX = checkpoint.INCOMING
 _COMPLETE = f"{PREFIX}COMPLETE"
 _READ_BYTES = 4 * 1024 * 1024
 _IDS = re.compile(r"ids-(\d{20})-(\d{20})")
+_CELLS = re.compile(r"cells-[0-9a-f]{16}-\d{8,19}")
 
 
 class _Complete(msgspec.Struct, frozen=True):
@@ -67,15 +68,19 @@ def manifest_of(offer: Offer) -> checkpoint.Manifest:
         raise RemoteProtocolError(f"a snapshot of offset {offer.offset} is offered without its state")
     id_files = []
     since = 0
+    cell_files: list[str] = []
     for name, _, _ in others:
-        found = _IDS.fullmatch(name)
+        if _CELLS.fullmatch(name) and name not in cell_files:
+            cell_files.append(name)
+            continue
+        found = None if cell_files else _IDS.fullmatch(name)
         start, end = (int(digits) for digits in found.groups()) if found else (0, 0)
         if not since <= start < end <= offer.offset:
             raise RemoteProtocolError(f"a snapshot of offset {offer.offset} is offered with {name[:80]!r}")
         id_files.append((checkpoint.ids_name(start, end), start, end))
         since = end
     return checkpoint.Manifest(
-        checkpoint.FORMAT_VERSION,
+        checkpoint.CELLS_FORMAT_VERSION if cell_files else checkpoint.FORMAT_VERSION,
         offer.partition,
         offer.offset,
         offer.append_ns,
@@ -83,6 +88,7 @@ def manifest_of(offer: Offer) -> checkpoint.Manifest:
         id_files,
         offer.last_epoch,
         [(offer.members_offset, list(offer.members))],
+        cell_files,
     )
 
 
@@ -154,6 +160,10 @@ def staged(manifest: checkpoint.Manifest) -> checkpoint.Manifest:
             (f"{PREFIX}{place}", start, end)
             for place, (_, start, end) in enumerate(manifest.id_files, start=1)
         ],
+        cell_files=[
+            f"{PREFIX}{place}"
+            for place, _ in enumerate(manifest.cell_files, start=1 + len(manifest.id_files))
+        ],
     )
 
 
@@ -170,18 +180,13 @@ def is_complete(disk: Disk, manifest: checkpoint.Manifest) -> bool:
     """Whether all of a snapshot is still here, noted as complete; its bytes have been looked at before."""
     names = set(disk.list())
     return _COMPLETE in names and all(
-        f"{PREFIX}{place}" in names for place, _ in enumerate(_listed(manifest))
+        f"{PREFIX}{place}" in names for place, _ in enumerate(checkpoint.files_of(manifest))
     )
 
 
 def is_noted(disk: Disk) -> bool:
     """Whether a snapshot is here that was noted as complete."""
     return _COMPLETE in disk.list()
-
-
-def _listed(manifest: checkpoint.Manifest) -> list[str]:
-    """The names of a checkpoint's files, in the order of their places."""
-    return [manifest.state_file, *(name for name, _, _ in manifest.id_files)]
 
 
 def finish(disk: Disk, partition: int, offset: int) -> checkpoint.Manifest | None:
@@ -215,7 +220,7 @@ def publish(disk: Disk, manifest: checkpoint.Manifest) -> None:
         CheckpointError: a file is neither there as it came in nor under its name; nothing is published.
     """
     names = disk.list()
-    for place, name in enumerate(_listed(manifest)):
+    for place, name in enumerate(checkpoint.files_of(manifest)):
         if f"{PREFIX}{place}" in names:
             disk.rename(f"{PREFIX}{place}", name)
         elif name not in names:

@@ -32,6 +32,7 @@ from tallymark_store.folding import replay
 from tallymark_store.id_budget import resident_from
 from tallymark_store.outcomes import Outcomes
 from tallymark_store.partition import Partition
+from tallymark_store.spilling import open_file
 from tallymark_store.store import WAY_OUT
 from tallymark_store.wal import DamagedError, Recovery, Wal, WalConfig, open_wal
 from tallymark_store.window_times import WindowTimes
@@ -110,7 +111,19 @@ def recover(
             upto = None
             if committed_end is not None:
                 upto = max(committed_end(wal, number, manifest), partition.applied)
-            replayed += replay(wal, partition, upto)
+            try:
+                replayed += replay(wal, partition, upto)
+            except DamagedError:
+                if manifest is None or not manifest.cell_files or partition.index.log_start > 0:
+                    raise
+                # Perhaps of a file of cells, of which little is looked at before it is needed. The log has everything.
+                report(f"partition {number}: perhaps the checkpoint cannot be used, folding the log again")
+                again = Partition(number, dedup_window_ns=dedup_window_ns, indexes=wal.partitions, salt=salt)
+                replayed += replay(wal, again, upto)
+                # So it was not the log.
+                checkpoint.discard(checkpoints.at(folder(number)))
+                manifests.pop(number)
+                partition = partitions[number] = again
         except DamagedError as error:
             wal.mark_damaged(number)
             partition.error = _error(f"{error.message}; {WAY_OUT}")
@@ -242,7 +255,8 @@ def restore(
     fold_parts = {
         name.removeprefix("fold."): part for name, part in state.items() if name.startswith("fold.")
     }
-    partition.fold = Fold.restore(partition.partition, fold_parts, hash_seed=salt)
+    spilled = [open_file(disk, name, name, partition.partition) for name in manifest.cell_files]
+    partition.fold = Fold.restore(partition.partition, fold_parts, hash_seed=salt, spilled=spilled)
     # The judge's schemas go ahead of the fold's from here on; at the checkpoint they are the same.
     partition.schemas = copy.deepcopy(partition.fold.schemas)
     windows = state["windows"]

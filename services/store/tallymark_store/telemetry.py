@@ -171,6 +171,10 @@ ID_BYTES = Family(
     _PARTITION,
 )
 CELLS = Family("tallymark_partition_cells", "gauge", "Period and day cells.", _PARTITION)
+CELLS_ON_DISK = Family(
+    "tallymark_partition_cells_on_disk", "gauge", "Cells that are in files only.", _PARTITION
+)
+CELL_FILES = Family("tallymark_partition_cell_files", "gauge", "Files of cells.", _PARTITION)
 ALERTS = Family(
     "tallymark_partition_alerts", "gauge", "Alert records, since the partition began.", _PARTITION
 )
@@ -271,6 +275,8 @@ def _add_partition(scrape: Scrape, partition: Partition, replica: Replica | None
     scrape.add(IDS_ON_DISK, partition.dedup.spilled_count, label)
     scrape.add(ID_BYTES, partition.dedup.memory_bytes + partition.windows.memory_bytes, label)
     scrape.add(CELLS, partition.fold.cell_count, label)
+    scrape.add(CELLS_ON_DISK, partition.fold.spilled_cell_count, label)
+    scrape.add(CELL_FILES, len(partition.fold.spilled.files), label)
     scrape.add(ALERTS, partition.fold.alert_count, label)
     scrape.add(FOLD_BYTES, partition.fold.memory_bytes(), label)
     if replica is None:

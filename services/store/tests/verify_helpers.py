@@ -21,7 +21,8 @@ from tallymark_store.replication.ports import DurableState
 from tallymark_store.verify import Report, verify_store
 
 from .payload_builder import event
-from .store_driver import BASE, WINDOW, Driver, metric
+from .spilled_driver import SpilledDriver
+from .store_driver import BASE, WINDOW, metric
 
 SECOND = 10**9
 METRICS = (
@@ -41,7 +42,7 @@ class Directory:
     """A store's folder on a disk in memory, as a store that was stopped leaves it."""
 
     def __init__(self, partitions: int = 2, *, archive: bool = True) -> None:
-        self.driver = Driver(partition_count=partitions)
+        self.driver = SpilledDriver(partition_count=partitions)
         self.disk: MemoryDisk = self.driver.disk
         self.cluster = Cluster(partitions, cluster_id="ab" * 16, dedup_window_ns=WINDOW)
         self.sequence = 0
@@ -105,6 +106,10 @@ class Directory:
         for number in self.driver.partitions:
             self.driver.checkpoint(number)
         self.driver.wal_start()
+
+    async def spilled(self) -> None:
+        """Take all cells out of memory."""
+        await self.driver.spilling().relieve()
 
     async def archived(self) -> None:
         assert self.archiver is not None

@@ -243,11 +243,7 @@ class _PartitionCheck:
             manifest = checkpoint.load_manifest(disk)
             listed: set[str] = set()
             if manifest is not None:
-                listed = {
-                    "MANIFEST",
-                    manifest.state_file,
-                    *(name for name, _, _ in manifest.id_files),
-                }
+                listed = {"MANIFEST", *checkpoint.files_of(manifest)}
             for name in names:
                 if name not in listed and name != "MANIFEST":
                     report.note(
@@ -271,6 +267,8 @@ class _PartitionCheck:
                 )
             partition = self._partition()
             recovery.restore(partition, disk, manifest, 0)
+            if not self._are_cells_sound(partition):
+                return None
         except (checkpoint.CheckpointError, RemoteProtocolError) as error:
             report.find(str(error), file=self._checkpoints, partition=number)
             return None
@@ -284,6 +282,22 @@ class _PartitionCheck:
             )
             return None
         return partition
+
+    def _are_cells_sound(self, partition: Partition) -> bool:
+        """Look at every byte of the files of cells; damage is a finding."""
+        count = self._report.count
+        for file in partition.fold.spilled.files:
+            for position in file.damage():
+                self._report.progress(f"partition {self._number}: {file.name}")
+                if position >= 0:
+                    self._report.find(
+                        "a block of this file of cells is not as it was written",
+                        file=f"{self._checkpoints}/{file.name}",
+                        position=position,
+                        partition=self._number,
+                    )
+            self._report.looked_at("files of cells")
+        return self._report.count == count
 
     # ------------------------------------------------------------ the log from its first record
 
