@@ -234,7 +234,7 @@ class Checkpointer:
             return
         self._manifests[partition.partition] = written
         if self._spilling is not None:
-            kept = [*written.cell_files, *self._holds.files(partition.partition)]
+            kept = [*checkpoint.files_of(written), *self._holds.files(partition.partition)]
             await self._spilling.tidy(partition, kept)
         spilled_end = partition.dedup.spilled_end
         await self._spill_ids(partition, disk, written)
@@ -323,9 +323,10 @@ def snapshot_parts(
     state["windows"] = partition.windows.entries(offset)
     state["outcomes"] = partition.outcomes.encode(offset)
     state["times"] = partition.times.below(index, offset)
-    cell_files = partition.fold.spilled.names
+    cell_files, alert_files = partition.fold.spilled.names, partition.fold.alert_files.names
+    is_spilled = bool(cell_files or alert_files)
     manifest = checkpoint.Manifest(
-        format_version=checkpoint.CELLS_FORMAT_VERSION if cell_files else checkpoint.FORMAT_VERSION,
+        format_version=checkpoint.CELLS_FORMAT_VERSION if is_spilled else checkpoint.FORMAT_VERSION,
         partition=partition.partition,
         offset=offset,
         last_append_ns=index.append_ns_before(offset),
@@ -335,5 +336,6 @@ def snapshot_parts(
             for membership in memberships[-checkpoint.MEMBERSHIPS_MAX :]
         ],
         cell_files=cell_files,
+        alert_files=alert_files,
     )
     return manifest, state

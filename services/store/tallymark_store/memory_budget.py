@@ -5,6 +5,7 @@ that none of them depends on what the others do:
 
     half        cells and sets, with what their files keep in memory (`spilling`)
     a quarter   remembered event ids, likewise (`id_budget`)
+    an eighth   alert records (`alert_spilling`)
     the rest    what has no bound of its own, and work under way: reads, merges, checkpoints
 """
 
@@ -15,6 +16,7 @@ import os
 UNBOUNDED = -1  # of the setting
 _CELLS_SHARE = 2  # one part in so many
 _IDS_SHARE = 4
+_ALERTS_SHARE = 8
 
 
 def memory_of(setting: int) -> int | None:
@@ -34,3 +36,9 @@ def ids_of(setting: int) -> int | None:
     """The part of it that is for remembered ids."""
     memory = memory_of(setting)
     return None if memory is None else memory // _IDS_SHARE
+
+
+def alerts_of(setting: int) -> int | None:
+    """The part of it that is for alert records."""
+    memory = memory_of(setting)
+    return None if memory is None else memory // _ALERTS_SHARE

@@ -252,6 +252,7 @@ class StoreNode:
             store,
             self._disk.at("checkpoints"),
             budget_bytes=budget_bytes,
+            alert_budget_bytes=memory_budget.alerts_of(config.memory_bytes),
             token=self._token,
             on_damage=store.refuse,
             offload=self._offload,

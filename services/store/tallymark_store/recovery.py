@@ -23,6 +23,7 @@ import numpy as np
 from tallymark_protocol.errors import ErrorCode, RemoteProtocolError, WireError
 from tallymark_runtime.disk import Disk, DiskError
 from tallymark_store import checkpoint, incoming
+from tallymark_store.alert_spilling import open_alerts
 from tallymark_store.archive import incoming as incoming_archive
 from tallymark_store.archive.manifest import ArchiveError
 from tallymark_store.checkpointer import folder
@@ -256,7 +257,10 @@ def restore(
         name.removeprefix("fold."): part for name, part in state.items() if name.startswith("fold.")
     }
     spilled = [open_file(disk, name, name, partition.partition) for name in manifest.cell_files]
-    partition.fold = Fold.restore(partition.partition, fold_parts, hash_seed=salt, spilled=spilled)
+    alert_files = [open_alerts(disk, name, name, partition.partition) for name in manifest.alert_files]
+    partition.fold = Fold.restore(
+        partition.partition, fold_parts, hash_seed=salt, spilled=spilled, alert_files=alert_files
+    )
     # The judge's schemas go ahead of the fold's from here on; at the checkpoint they are the same.
     partition.schemas = copy.deepcopy(partition.fold.schemas)
     windows = state["windows"]

@@ -518,6 +518,8 @@ class Snapshots:
         # They are here under the names that they have while they come in.
         for file, name in zip(partition.fold.spilled.files, transfer.manifest.cell_files, strict=True):
             file.name = name
+        for part, name in zip(partition.fold.alert_files.files, transfer.manifest.alert_files, strict=True):
+            part.name = name
         partition.high_watermark = transfer.offer.offset
         return partition
 

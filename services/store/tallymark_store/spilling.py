@@ -7,6 +7,8 @@ bounded piece at a time (ADR 12):
 2. a thread sorts them and writes them to a file of the partition's checkpoint folder, and syncs it;
 3. the fold is given the file, and in slices what is still as it was copied leaves memory.
 
+Alert records have a budget of their own, and go likewise, the oldest first (`alert_spilling`).
+
 Files of about one size are merged, neighbours in age only. A file stays in the folder as long as the fold, the newest
 checkpoint or who is sent a checkpoint needs it; what is left over, also from a life before, is removed after each
 checkpoint (`tidy`), under the lock that they are taken under.
@@ -24,8 +26,9 @@ import numpy.typing as npt
 
 from tallymark_protocol.errors import UnavailableError
 from tallymark_runtime.disk import Disk, DiskError, FileMissingError
-from tallymark_store import checkpoint
+from tallymark_store import alert_spilling, checkpoint
 from tallymark_store.checkpointer import folder
+from tallymark_store.fold.alert_files import AlertFile, in_pieces
 from tallymark_store.fold.spilled import (
     PIECE_RECORDS,
     Packer,
@@ -64,11 +67,13 @@ class Spilling:
         disk: the folder that holds a folder for each partition's checkpoints.
         budget_bytes: for the cells of all partitions; None: as much as they need, and there are files only from a life
             that had a budget.
+        alert_budget_bytes: for their alert records, likewise.
         token: of this process: no two lives of a store give their files the same names.
         on_damage: told that a partition's file cannot be trusted.
 
     Attributes:
         spilled_units: since the start.
+        spilled_alerts: likewise.
         merges: likewise.
     """
 
@@ -78,15 +83,17 @@ class Spilling:
         disk: Disk,
         *,
         budget_bytes: int | None,
+        alert_budget_bytes: int | None = None,
         token: int,
         offload: Offload,
         on_damage: Callable[[Partition, DamagedError], None],
         piece_records: int = PIECE_RECORDS,
     ) -> None:
-        self.spilled_units = self.merges = 0
+        self.spilled_units = self.spilled_alerts = self.merges = 0
         self._store = store
         self._disk = disk
         self._budget_bytes = budget_bytes
+        self._alert_budget_bytes = alert_budget_bytes
         self._token = token
         self._offload = offload
         self._on_damage = on_damage
@@ -102,6 +109,7 @@ class Spilling:
             await asyncio.sleep(POLL_S)
             try:
                 await self.relieve()
+                await self.relieve_alerts()
             except DiskError as error:
                 _log.warning("cells could not be spilled: %s", error)
                 await asyncio.sleep(RETRY_S)
@@ -142,6 +150,64 @@ class Spilling:
 
         left = sum(self._taken())
         self._in_vain_bytes = left if left > budget else 0
+
+    async def relieve_alerts(self) -> None:
+        """Take the oldest alert records out of memory if they take more than they may.
+
+        Raises:
+            DiskError: the disk refused; everything is as it was.
+        """
+        budget, served = self._alert_budget_bytes, self._served()
+        if budget is None or sum(partition.fold.alert_bytes() for partition in served) <= budget:
+            return
+        hot = alert_spilling.hot_records(budget, len(served))
+        for partition in served:
+            try:
+                await self._spill_alerts(partition, hot)
+            except UnavailableError as error:
+                if isinstance(error, DamagedError):
+                    self._on_damage(partition, error)
+                else:
+                    _log.info("partition %d: alert records are not spilled: %s", partition.partition, error)
+
+    async def _spill_alerts(self, partition: Partition, hot: int) -> None:
+        self._check(partition)
+        fold = partition.fold
+        start = fold.alert_files.end
+        count = fold.alert_count - start - hot
+        if count <= 0:
+            return
+        rows = fold.oldest_alerts(count)
+        file, key = await self._write_alerts(partition, start, in_pieces(rows), count)
+        fold.forget_alerts(file)
+        self._writing.discard(key)
+        self.spilled_alerts += count
+        while old := alert_spilling.mergeable(fold.alert_files.files):
+            count = old[-1].end - old[0].start
+            parts = alert_spilling.merged_parts(old)
+            file, key = await self._write_alerts(partition, old[0].start, parts, count)
+            fold.alert_files.replace(old, file)
+            self._writing.discard(key)
+            self.merges += 1
+
+    async def _write_alerts(
+        self, partition: Partition, start: int, parts: Iterator[Ints], count: int
+    ) -> tuple[AlertFile, tuple[int, str]]:
+        """Write a file of alert records; as `_write`."""
+        number = partition.partition
+        self._count += 1
+        name = checkpoint.alerts_name(self._token, self._count)
+        key = (number, name)
+        self._writing.add(key)
+        try:
+            file: AlertFile = await self._offload(
+                alert_spilling.write_alerts, self._folder(number), name, number, start, parts, count
+            )
+            self._check(partition)
+        except BaseException:
+            self._writing.discard(key)
+            raise
+        return file, key
 
     def _taken(self) -> tuple[int, int]:
         """Bytes of memory that cells and sets take."""
@@ -241,7 +307,7 @@ class Spilling:
             self.merges += 1
 
     async def tidy(self, partition: Partition, kept: Iterable[str]) -> None:
-        """Remove files of cells that nobody needs: neither the fold nor who keeps some.
+        """Remove files of cells and alerts that nobody needs: neither the fold nor who keeps some.
 
         The lock that checkpoints are taken under is held.
 
@@ -253,14 +319,14 @@ class Spilling:
         names: list[str] = await self._offload(
             disk.list
         )  # before anything else: what is created later is not in it
-        needed = {*kept, *partition.fold.spilled.names}
+        needed = {*kept, *partition.fold.spilled.names, *partition.fold.alert_files.names}
         needed |= {name for of, name in self._writing if of == number}
         if self._store.partitions.get(number) is not partition:
             return
         await self._offload(
             _remove,
             disk,
-            [name for name in names if name.startswith(checkpoint.CELLS) and name not in needed],
+            [name for name in names if name.startswith(checkpoint.SPILLED) and name not in needed],
         )
 
 

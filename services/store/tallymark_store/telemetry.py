@@ -178,6 +178,9 @@ CELL_FILES = Family("tallymark_partition_cell_files", "gauge", "Files of cells."
 ALERTS = Family(
     "tallymark_partition_alerts", "gauge", "Alert records, since the partition began.", _PARTITION
 )
+ALERTS_ON_DISK = Family(
+    "tallymark_partition_alerts_on_disk", "gauge", "Alert records that are in files only.", _PARTITION
+)
 FOLD_BYTES = Family(
     "tallymark_partition_totals_bytes", "gauge", "Memory of cells, sets and alerts.", _PARTITION
 )
@@ -278,6 +281,7 @@ def _add_partition(scrape: Scrape, partition: Partition, replica: Replica | None
     scrape.add(CELLS_ON_DISK, partition.fold.spilled_cell_count, label)
     scrape.add(CELL_FILES, len(partition.fold.spilled.files), label)
     scrape.add(ALERTS, partition.fold.alert_count, label)
+    scrape.add(ALERTS_ON_DISK, partition.fold.alert_files.end, label)
     scrape.add(FOLD_BYTES, partition.fold.memory_bytes(), label)
     if replica is None:
         return

@@ -1,4 +1,4 @@
-"""A store without a loop, whose cells go to files when it is told so."""
+"""A store without a loop, whose cells and alert records go to files when it is told so."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ class SpilledDriver(Driver):
             store,
             disk if self.calls is None else CountingDisk(disk, self.calls),
             budget_bytes=budget_bytes,
+            alert_budget_bytes=budget_bytes,
             token=self.rng.getrandbits(64),
             offload=offload,
             on_damage=damaged,
@@ -46,16 +47,27 @@ class SpilledDriver(Driver):
     def spill_cells(self, budget_bytes: int = 0) -> Spilling:
         """Once."""
         spilling = self.spilling(budget_bytes)
-        asyncio.run(spilling.relieve())
+
+        async def relieve() -> None:
+            await spilling.relieve()
+            await spilling.relieve_alerts()
+
+        asyncio.run(relieve())
         return spilling
 
     def tidy(self) -> None:
         """What follows a checkpoint."""
         spilling = self.spilling()
         for number, partition in self.partitions.items():
-            listed = self.manifests[number].cell_files if number in self.manifests else []
+            listed = checkpoint.files_of(self.manifests[number]) if number in self.manifests else []
             asyncio.run(spilling.tidy(partition, listed))
 
     def files(self) -> set[str]:
-        """Of cells, on disk."""
-        return {name for name in Driver.checkpoints(self, 0).list() if name.startswith(checkpoint.CELLS)}
+        """Of cells and alert records, on disk."""
+        return {name for name in Driver.checkpoints(self, 0).list() if name.startswith(checkpoint.SPILLED)}
+
+    def listed(self) -> set[str]:
+        """By the newest checkpoint, of these."""
+        return {
+            name for name in checkpoint.files_of(self.manifests[0]) if name.startswith(checkpoint.SPILLED)
+        }

@@ -12,7 +12,7 @@ import pytest
 
 from tallymark_protocol.model import AggType, AlertThreshold, DimensionFilter, PeriodType
 from tallymark_runtime.disk import DiskError, MemoryDisk
-from tallymark_store import checkpoint
+from tallymark_store import alert_spilling, checkpoint
 from tallymark_store import spilling as spilling_module
 from tallymark_store.checkpointer import folder
 from tallymark_store.memory_budget import cells_of
@@ -41,7 +41,7 @@ SCHEMAS = [
         agg_type=AggType.SUM,
         period_type=PeriodType.DAY,
         filters=[DimensionFilter(key="k")],
-        thresholds=[AlertThreshold(code="t", value=100, recurring=True)],
+        thresholds=[AlertThreshold(code="t", value=20, recurring=True)],
     ),
     metric(6, code="set", agg_type=AggType.COUNT_UNIQUE, period_type=PeriodType.CALENDAR),
 ]
@@ -51,6 +51,7 @@ SCHEMAS = [
 async def cluster(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Cluster]:
     monkeypatch.setattr(spilling_module, "POLL_S", 0.02)
     monkeypatch.setattr(spilling_module, "MERGED_FILES", 3)
+    monkeypatch.setattr(alert_spilling, "MERGED_FILES", 3)
     # Three stores share this process, and spill all the time: a longer lease than where they do nothing else.
     cluster = Cluster(recycle=True, wal=WalConfig(segment_bytes=8_192), memory_bytes=1, lease_ttl_s=1.5)
     await cluster.create()
@@ -101,26 +102,30 @@ def test_a_restart_maps_the_files() -> None:
     fold = driver.partitions[0].fold
     assert fold.spilled_cell_count > 60
     assert len(driver.manifests[0].cell_files) == 2
+    assert len(driver.manifests[0].alert_files) == 2
     assert driver.manifests[0].format_version == checkpoint.CELLS_FORMAT_VERSION
     driver.check_digests()
     driver.send(3)
     driver.sync()
     driver.spill_cells()
-    assert len(driver.files()) == 3
+    assert len(driver.files()) == 6
+    assert driver.partitions[0].fold.alert_bytes() == 0
     before = driver.partitions[0].digest()
     driver.crash()
     assert driver.partitions[0].digest() == before
     assert driver.partitions[0].fold.spilled_cell_count > 0
     assert driver.partitions[0].fold.spilled.names == driver.manifests[0].cell_files
+    assert driver.partitions[0].fold.alert_files.names == driver.manifests[0].alert_files
     assert driver.reports == []
     driver.check_digests()
     driver.tidy()
-    assert driver.files() == set(driver.manifests[0].cell_files)
+    assert driver.files() == driver.listed()
 
 
 def test_power_may_go_at_every_step_of_spill_merge_and_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     """FOLD-1: wherever the disk stops, a start comes to the state that the log says, and goes on spilling."""
     monkeypatch.setattr(spilling_module, "MERGED_FILES", 3)
+    monkeypatch.setattr(alert_spilling, "MERGED_FILES", 3)
     for lose_all in (False, True):
         step = 0
         while True:
@@ -130,7 +135,7 @@ def test_power_may_go_at_every_step_of_spill_merge_and_checkpoint(monkeypatch: p
             expected = driver.partitions[0].digest()
             driver.calls = [step]
             try:
-                assert driver.spill_cells().merges == 1
+                assert driver.spill_cells().merges == 2
                 driver.checkpoint(0)
                 driver.send(4)
                 driver.sync()
@@ -149,7 +154,7 @@ def test_power_may_go_at_every_step_of_spill_merge_and_checkpoint(monkeypatch: p
                     driver.spill_cells()
                     driver.checkpoint(0)
                     driver.tidy()
-                    assert driver.files() == set(driver.manifests[0].cell_files)
+                    assert driver.files() == driver.listed()
                     driver.check_digests()
                 step += 1
                 continue

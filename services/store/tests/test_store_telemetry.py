@@ -52,6 +52,7 @@ def _partition(number, *, log_end=10, high_watermark=8, applied=6, epoch=0, erro
             spilled_cell_count=3,
             spilled=SimpleNamespace(files=["one", "two"]),
             alert_count=8,
+            alert_files=SimpleNamespace(end=7),
             memory_bytes=lambda: 512,
         ),
     )
@@ -154,6 +155,7 @@ def test_positions_roles_and_lag_are_told_by_partition():
     assert told("remembered_ids_on_disk", partition="0") == 9
     assert told("cells_on_disk", partition="0") == 3
     assert told("cell_files", partition="0") == 2
+    assert told("alerts_on_disk", partition="0") == 7
     assert told("remembered_bytes", partition="0") == 150
     assert told("alerts", partition="0") == 8
     assert (told("cells", partition="0"), told("totals_bytes", partition="0")) == (4, 512)

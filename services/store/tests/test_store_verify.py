@@ -37,6 +37,7 @@ async def small(*, recycled: bool = False, spilled: bool = False) -> Directory:
     if spilled:
         await directory.spilled()
         assert directory.driver.partitions[0].fold.cell_bytes() == 0
+        assert directory.driver.partitions[0].fold.alert_files.end > 3
     directory.checkpoint()
     directory.send(15, 0)
     if recycled:
@@ -58,7 +59,7 @@ async def test_nothing_is_found_where_nothing_is_wrong(recycled: bool, spilled: 
     assert report.counted["checkpoints"] == 2
     assert report.counted["archive files"] == 4
     assert report.counted["totals compared"] > 10
-    assert report.counted.get("files of cells", 0) > (3 if spilled else -1)
+    assert report.counted.get("files of cells and alerts", 0) > (3 if spilled else -1)
     assert report.counted["archived events compared with the log"] > 60
     assert directory.disk.write_count == writes
 
@@ -96,7 +97,7 @@ async def test_a_flipped_byte_is_found_wherever_it_is(recycled: bool, spilled: b
     rng = random.Random(5)
     flips = 0
     for path in files_of(directory):
-        if spilled and "/cells-" not in path:
+        if spilled and "/cells-" not in path and "/alerts-" not in path:
             continue  # as without
         for position in positions_of(directory, path, rng, 10 if recycled else 20):
             bit = rng.randrange(8)

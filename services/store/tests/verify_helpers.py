@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tallymark_protocol.identifiers import encode_event_id
-from tallymark_protocol.model import AggType, DimensionFilter, UniqueType
+from tallymark_protocol.model import AggType, AlertThreshold, DimensionFilter, UniqueType
 from tallymark_runtime.catalog import Cluster
 from tallymark_runtime.clock import ManualClock
 from tallymark_runtime.disk import MemoryDisk
@@ -27,7 +27,12 @@ from .store_driver import BASE, WINDOW, metric
 SECOND = 10**9
 METRICS = (
     metric(5, code="sum", agg_type=AggType.SUM, filters=[DimensionFilter(key="z", values=["1", "2"])]),
-    metric(6, code="calls", agg_type=AggType.COUNT),
+    metric(
+        6,
+        code="calls",
+        agg_type=AggType.COUNT,
+        thresholds=[AlertThreshold(code="t", value=3, recurring=True)],
+    ),
     metric(7, code="peak", agg_type=AggType.MAX),
     metric(8, code="users", agg_type=AggType.COUNT_UNIQUE, unique_type=UniqueType.STRING),
     metric(9, code="last", agg_type=AggType.LATEST),
@@ -108,8 +113,10 @@ class Directory:
         self.driver.wal_start()
 
     async def spilled(self) -> None:
-        """Take all cells out of memory."""
-        await self.driver.spilling().relieve()
+        """Take all cells and alert records out of memory."""
+        spilling = self.driver.spilling()
+        await spilling.relieve()
+        await spilling.relieve_alerts()
 
     async def archived(self) -> None:
         assert self.archiver is not None

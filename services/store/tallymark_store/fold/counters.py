@@ -23,4 +23,5 @@ N_NEED = N_SPILLED + 4  # its records
 N_NEED_FILE = N_NEED + 1
 N_NEED_RECORD = N_NEED + 2
 N_LOADED = N_NEED + 3  # row of the unit's first cell, while it is being brought back
-COUNTERS = N_LOADED + 1
+N_ALERT_BASE = N_NEED + 4  # the position of the first alert record in memory
+COUNTERS = N_ALERT_BASE + 1

@@ -26,7 +26,7 @@ from tallymark_store.fold.cells import (
     head_of,
 )
 from tallymark_store.fold.compiling import inlined, kernel
-from tallymark_store.fold.counters import N_ALERTS, N_CELLS, N_MEMBERS
+from tallymark_store.fold.counters import N_ALERT_BASE, N_ALERTS, N_CELLS, N_MEMBERS
 from tallymark_store.fold.dimensions import C_CODES, V_END, V_START, VALUES, WIDTH
 from tallymark_store.fold.thresholds import A_SLOT, ALERT_WORDS
 from tallymark_store.fold.uniques import FREE_MEMBER, M_OWNER, MEMBER_WORDS
@@ -108,11 +108,11 @@ def _digest_members(cells: Any, members: Any, count: Any, uids: Any) -> Any:
 
 
 @kernel
-def _digest_alerts(alerts: Any, count: Any, uids: Any) -> Any:
+def _digest_alerts(alerts: Any, first: Any, count: Any, uids: Any) -> Any:
     total = np.uint64(0)
     for i in range(count):
         slot = alerts[i, A_SLOT] & _MASK32
-        h = _join(_join(_KIND_ALERT, np.int64(i)), uids[slot])
+        h = _join(_join(_KIND_ALERT, np.int64(first + i)), uids[slot])
         h = _join(h, alerts[i, A_SLOT] >> 32)
         for word in range(ALERT_WORDS):
             if word != A_SLOT:
@@ -129,4 +129,4 @@ def digest_state(state: Any, dims: Any, uids: Any) -> Any:
         state.cells, counters[N_CELLS], state.rows, dims.combos, dims.values, dims.pool, uids
     )
     total += _digest_members(state.cells, state.members, counters[N_MEMBERS], uids)
-    return total + _digest_alerts(state.alerts, counters[N_ALERTS], uids)
+    return total + _digest_alerts(state.alerts, counters[N_ALERT_BASE], counters[N_ALERTS], uids)

@@ -23,10 +23,12 @@ from tallymark_protocol.payload import C_ACCOUNT, C_EVENTS, C_PROPERTY_BYTES, C_
 from tallymark_protocol.schema import MetricRecord, decode_record, encode_record
 from tallymark_store.fold import cells as cell_layout
 from tallymark_store.fold import evicting, reads, thresholds, uniques, units
+from tallymark_store.fold.alert_files import AlertFile, AlertFiles
 from tallymark_store.fold.arena import Arena
 from tallymark_store.fold.cells import CELL_WORDS, FREE, W_KEY, W_LINKS
 from tallymark_store.fold.counters import (
     COUNTERS,
+    N_ALERT_BASE,
     N_ALERTS,
     N_CELLS,
     N_FREE_CELL,
@@ -55,7 +57,14 @@ from tallymark_store.fold.kernel import (
 )
 from tallymark_store.fold.runs import P_BASE, P_SLOTS, P_SLOTS_END, P_VERDICTS, P_VERDICTS_END, fold_run
 from tallymark_store.fold.schemas import SchemaTable
-from tallymark_store.fold.spilled import UNIT_RECORDS_MAX, Piece, SpilledFile, SpilledFiles
+from tallymark_store.fold.spilled import (
+    UNIT_RECORDS_MAX,
+    Piece,
+    SpilledFile,
+    SpilledFileError,
+    SpilledFiles,
+    damage,
+)
 from tallymark_store.fold.thresholds import ALERT_WORDS
 from tallymark_store.fold.uniques import MEMBER_WORDS, reindex_members
 
@@ -163,6 +172,7 @@ class Fold:
         )
         self._room: tuple[int, ...] = (0, 0, 0, 0)  # rows of the four arenas that are sure to be there
         self.spilled = SpilledFiles(partition)
+        self.alert_files = AlertFiles(partition)  # of the records before those in memory
         self._state = self._arrays()
 
     def _arrays(self) -> StateArrays:
@@ -688,7 +698,47 @@ class Fold:
     @property
     def alert_count(self) -> int:
         """How many alert records there are; also the position of the next one."""
-        return int(self._counters[N_ALERTS])
+        return self.alert_files.end + int(self._counters[N_ALERTS])
+
+    @property
+    def _alert_table(self) -> Ints:
+        """The alert records that are in memory."""
+        table: Ints = self._state.alerts[: int(self._counters[N_ALERTS])]
+        return table
+
+    def alert_bytes(self) -> int:
+        """Bytes of memory that alert records take."""
+        return int(self._counters[N_ALERTS]) * thresholds.ALERT_BYTES
+
+    def oldest_alerts(self, count: int) -> Ints:
+        """The oldest records in memory, for a file; they stay as they are, whatever is folded."""
+        assert 0 < count <= len(self._alert_table), "they are in memory"
+        return self._alert_table[:count]
+
+    def forget_alerts(self, file: AlertFile) -> None:
+        """The oldest records in memory are in a file now."""
+        # Not in place: somebody may be looking at those that go.
+        count = file.end - file.start
+        left = self._alert_table[count:].copy()
+        self.alert_files.add(file)
+        self._alerts.array[: len(left)] = left
+        self._counters[N_ALERTS] = len(left)
+        self._counters[N_ALERT_BASE] = self.alert_files.end
+
+    def _alert_parts(self, start: int, end: int) -> Iterator[tuple[int, Ints]]:
+        """The records of the positions [start, end), some at a time, each time with the first one's position.
+
+        Raises:
+            DamagedError: a file is damaged.
+        """
+        for position, rows in self.alert_files.rows(start, end):
+            if int((rows[:, thresholds.A_SLOT] & 0xFFFFFFFF).max()) >= self.schemas.count:
+                raise damage(self.partition, "one of its files of alert records")
+            yield position, rows
+        base = self.alert_files.end
+        if end > base:
+            first = max(start, base)
+            yield first, self._alert_table[first - base : end - base]
 
     def alerts(
         self,
@@ -713,10 +763,28 @@ class Fold:
         *,
         choice: AlertChoice | None = None,
     ) -> list[int]:
-        """At most `limit` positions in [start, end), ascending, of alert records that match (None: all do)."""
+        """At most `limit` positions in [start, end), ascending, of alert records that match (None: all do).
+
+        Raises:
+            DamagedError: a file is damaged.
+        """
         start = max(start, 0)
-        table = self._state.alerts[start : max(min(end, self.alert_count), start)]
+        end = min(end, self.alert_count)
         limit = max(limit, 0)
+        if account is None and slot is None and choice is None:
+            return list(range(start, min(start + limit, max(end, start))))
+        found: list[int] = []
+        for position, table in self._alert_parts(start, end):
+            matching = self._matching(table, account, slot, choice)
+            found += (position + matching[: limit - len(found)]).tolist()
+            if len(found) == limit:
+                break
+        return found
+
+    def _matching(
+        self, table: Ints, account: int | None, slot: int | None, choice: AlertChoice | None
+    ) -> Ints:
+        """Which rows of a table of alert records match."""
         wanted: npt.NDArray[np.bool_] | None = None
         if account is not None:
             wanted = table[:, thresholds.A_ACCOUNT] == _signed(account)
@@ -731,25 +799,50 @@ class Fold:
                 if self.schemas.record(slot).schema.code in choice.metric_codes
             ]
             wanted = _both(wanted, np.isin(table[:, thresholds.A_SLOT] & 0xFFFFFFFF, slots))
-        if wanted is None:
-            return list(range(start, start + min(limit, len(table))))
-        return (start + np.flatnonzero(wanted)[:limit]).tolist()  # type: ignore[no-any-return]
+        return np.arange(len(table)) if wanted is None else np.flatnonzero(wanted)
 
     def alerts_at(self, positions: Sequence[int]) -> list[AlertRecord]:
-        """The alert records at these positions."""
+        """The alert records at these positions, which ascend.
+
+        Raises:
+            DamagedError: a file is damaged.
+        """
+        places: Ints = np.asarray(positions, dtype=np.int64)
+        base = self.alert_files.end
+        found: list[AlertRecord] = []
+        if len(places) and places[0] < base:
+            spilled = places[places < base]
+            for first, table in self._alert_parts(int(spilled[0]), int(spilled[-1]) + 1):
+                here = spilled[(spilled >= first) & (spilled < first + len(table))]
+                try:
+                    found += self._alerts_of(here, table[here - first])
+                except IndexError:
+                    raise damage(self.partition, "one of its files of alert records") from None
+            places = places[len(spilled) :]
+        return found + self._alerts_of(places, self._alert_table[places - base])
+
+    def _alerts_of(self, positions: Ints, rows: Ints) -> list[AlertRecord]:
         # Copied at once, and little-endian: 128-bit numbers are their two words as they lie there.
-        rows = self._state.alerts[positions].astype("<i8", copy=False)
+        rows = rows.astype("<i8", copy=False)
         data = rows.tobytes()
         return [
             self._alert(position, row, data[k * thresholds.ALERT_BYTES : (k + 1) * thresholds.ALERT_BYTES])
-            for k, (position, row) in enumerate(zip(positions, rows.tolist(), strict=True))
+            for k, (position, row) in enumerate(zip(positions.tolist(), rows.tolist(), strict=True))
         ]
 
     def alert_at_time(self, time_ns: int) -> int:
-        """The position of the first alert record raised at `time_ns` or later; `alert_count` where there is none."""
+        """The position of the first alert record raised at `time_ns` or later; `alert_count` where there is none.
+
+        Raises:
+            DamagedError: a file is damaged.
+        """
         # Append times never fall along the log.
-        times = self._state.alerts[: self.alert_count, thresholds.A_APPEND]
-        return bisect_left(range(len(times)), time_ns, key=lambda position: int(times[position]))
+        base = self.alert_files.end
+        position = self.alert_files.at_time(time_ns)
+        if position < base:
+            return position
+        times = self._alert_table[:, thresholds.A_APPEND]
+        return base + bisect_left(range(len(times)), time_ns, key=lambda row: int(times[row]))
 
     def _alert(self, position: int, row: list[int], data: bytes) -> AlertRecord:
         slot, index = row[thresholds.A_SLOT] & 0xFFFFFFFF, row[thresholds.A_SLOT] >> 32
@@ -818,7 +911,8 @@ class Fold:
             + self.spilled.memory_bytes
             + (self.member_count - int(self._counters[N_SPILLED_MEMBERS])) * uniques.MEMBER_BYTES
             + int(self._counters[N_ROWS]) * 16
-            + int(self._counters[N_ALERTS]) * thresholds.ALERT_BYTES
+            + self.alert_bytes()
+            + self.alert_files.memory_bytes
             + self._cell_index.memory_bytes
             + self._member_index.memory_bytes
             + self.dimensions.memory_bytes
@@ -830,6 +924,11 @@ class Fold:
         total = int(digest_state(self._state, self.dimensions.arrays, self.schemas.uids))
         for copy in self.spilled_copies():
             total += int(digest_state(copy, self.dimensions.arrays, self.schemas.uids))
+        counters: Ints = np.zeros(COUNTERS, dtype=np.int64)
+        for position, rows in self._alert_parts(0, self.alert_files.end):
+            counters[[N_ALERT_BASE, N_ALERTS]] = position, len(rows)
+            copy = self._state._replace(alerts=np.array(rows), counters=counters)
+            total += int(digest_state(copy, self.dimensions.arrays, self.schemas.uids))
         for slot in range(self.schemas.count):
             state = encode_record(self.schemas.record(slot)) + repr(self.schemas.declared(slot)).encode()
             total += int.from_bytes(hashlib.blake2b(state, digest_size=8).digest(), "little")
@@ -838,7 +937,7 @@ class Fold:
     def snapshot(self) -> dict[str, npt.NDArray[Any] | bytes]:
         """Copy the whole state, at once: what is folded afterwards doesn't show in it."""
         cells, members, rows, alerts = self._counters[: N_ALERTS + 1].tolist()
-        is_whole = not self._counters[N_FREE_CELLS] and not self.spilled.files
+        is_whole = not self._counters[N_FREE_CELLS] and not self.spilled.files and not self.alert_files.files
         version = SNAPSHOT_VERSION if is_whole else SPILLED_VERSION
         return {
             "fold_meta": np.array(
@@ -848,6 +947,7 @@ class Fold:
                     self.applied,
                     int(self._counters[N_SPILLED]),
                     int(self._counters[N_SPILLED_MEMBERS]),
+                    self.alert_files.end,
                 ],
                 dtype=np.int64,
             ),
@@ -867,8 +967,16 @@ class Fold:
         *,
         hash_seed: int = 0,
         spilled: Sequence[SpilledFile] = (),
+        alert_files: Sequence[AlertFile] = (),
     ) -> Fold:
-        """Make the fold of a snapshot and the files that there were when it was taken, the newest first.
+        """Make the fold of a snapshot and the files that there were when it was taken.
+
+        Args:
+            partition: whose it is.
+            parts: what `snapshot` has returned.
+            hash_seed: as of a new one.
+            spilled: the files of cells, the newest first.
+            alert_files: the files of alert records, the oldest first.
 
         Raises:
             RemoteProtocolError: the parts aren't a snapshot of this partition.
@@ -882,16 +990,27 @@ class Fold:
                     ("cells", CELL_WORDS), ("members", MEMBER_WORDS), ("threshold_rows", 2), ("alerts", ALERT_WORDS)
                 )
             ]  # fmt: skip
-            known = [SNAPSHOT_VERSION, SPILLED_VERSION] if spilled else [SNAPSHOT_VERSION]
-            if meta[0] not in known and not (meta[0] == SPILLED_VERSION and meta[3] == 0):
+            if meta[0] not in (SNAPSHOT_VERSION, SPILLED_VERSION):
                 raise ValueError(f"it is of version {meta[0]}")
+            if meta[0] == SPILLED_VERSION and meta[3] and not spilled:
+                raise ValueError("its files of cells are missing")
+            filed = AlertFiles(partition, alert_files)
+            if filed.end != (meta[5] if meta[0] == SPILLED_VERSION else 0):
+                raise ValueError(f"its files of alert records end at position {filed.end}")
             if meta[1] != partition:
                 raise ValueError(f"it is of version and partition {meta[:2]}")
             self = cls(partition, hash_seed=hash_seed)
             for offset, encoded in history:
                 self.schemas.put(decode_record(encoded), offset)
             self.dimensions = Dimensions.restore(parts, seed=hash_seed)
-        except (KeyError, ValueError, TypeError, IndexError, msgspec.DecodeError) as error:
+        except (
+            KeyError,
+            ValueError,
+            TypeError,
+            IndexError,
+            msgspec.DecodeError,
+            SpilledFileError,
+        ) as error:
             raise RemoteProtocolError(f"malformed snapshot of partition {partition}: {error}") from error
         self._history = history
         self.applied = meta[2]
@@ -904,6 +1023,8 @@ class Fold:
             self._counters[[N_SPILLED, N_SPILLED_MEMBERS]] = meta[3:5]
             self._take_up_freed()
         self.spilled = SpilledFiles(partition, spilled)
+        self.alert_files = filed
+        self._counters[N_ALERT_BASE] = filed.end
         self._cell_index = Index(2 * len(tables[0]))
         self._member_index = Index(len(tables[1]))
         self._state = self._arrays()
@@ -976,7 +1097,7 @@ class Fold:
         is_period = combos == cell_layout.PERIOD
         links = cells[:, W_LINKS]
         row_ends = ((links >> 32) & 0xFFFFFFFF) - 1 + ((links >> 8) & 0xFF)
-        slots = self._alerts.array[: self.alert_count, thresholds.A_SLOT] & 0xFFFFFFFF
+        slots = self._alerts.array[: int(self._counters[N_ALERTS]), thresholds.A_SLOT] & 0xFFFFFFFF
         sound = (
             (cells[:, W_KEY] & 0xFFFFFFFF).max(initial=-1) < self.schemas.count
             and combos[~is_period].max(initial=-1) < self.dimensions.combo_count
