@@ -11,6 +11,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 def pytest_asyncio_loop_factories(config, item):
     """The loop that `tallymark dev` runs on for scenarios that start it in this process."""
-    if item.path.name == "test_exact_history.py":
+    if item.path.name in {"test_exact_history.py", "test_exact_spilled.py"}:
         return {"server": new_event_loop}
     return {"asyncio": asyncio.new_event_loop}

@@ -19,7 +19,7 @@ def forget_what_has_fired() -> list[Patch]:
 
     def restore(cls: Any, *args: Any, **options: Any) -> Fold:
         fold: Fold = original(cls, *args, **options)
-        cells = fold._cells.array[: fold.cell_count]
+        cells = fold._cells.array[: fold.cell_rows]
         is_period = (cells[:, W_KEY] >> 32) & 0xFFFFFFFF == PERIOD
         cells[is_period, W_LINKS] &= 0xFF  # no row: the next event makes a new one
         return fold

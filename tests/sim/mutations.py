@@ -16,6 +16,7 @@ from tallymark_store import checkpointer, recovery, snapshots
 from tallymark_store.archive import archiver, incoming
 from tallymark_store.copies import Copies
 from tallymark_store.dedup import IdFile
+from tallymark_store.fold.spilled import SpilledFiles
 from tallymark_store.node import StoreNode
 from tallymark_store.outcomes import Outcomes
 from tallymark_store.partition import Partition
@@ -282,6 +283,15 @@ def forget_spilled_ids() -> list[Patch]:
 @_mutation("a restart forgets the ids that are on disk only", "kill", "power", spills=True)
 def forget_spilled_ids_at_start() -> list[Patch]:
     return [(recovery, "_restore_ids", lambda *_: None)]
+
+
+@_mutation("of two files of cells the older one counts", "kill", "power", spills=True)
+def prefer_older_cells() -> list[Patch]:
+    def add(self: Any, file: Any) -> None:
+        self.files.append(file)
+        self.table = self._table()
+
+    return [(SpilledFiles, "add", add)]
 
 
 @_mutation("a new leader has forgotten which chunks the suffix holds", "kill", "power", "storm", "slow_disk")

@@ -85,6 +85,7 @@ class Process:
         self.installed = 0  # snapshots, likewise
         self.archived = 0  # events, likewise
         self.merges = 0  # of archived files, likewise
+        self.spilled = 0  # units of cells, and alert records, that left memory, likewise
         self._archive_rng = archive_rng
         self._world = world
         self._network = network
@@ -184,6 +185,8 @@ class Process:
             if self.node.archiver is not None:
                 self.archived += self.node.archiver.events_archived
                 self.merges += self.node.archiver.merges
+            if self.node.spilling is not None:
+                self.spilled += self.node.spilling.spilled_units + self.node.spilling.spilled_alerts
         if self.node is not None and self.node.driver is not None:
             # They reserve a lot of address space, which a run of many lives would use up.
             for partition in self.node.driver.partitions.values():

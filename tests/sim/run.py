@@ -37,7 +37,10 @@ def main() -> int:
         "--recycle", choices=("on", "off"), default=None, help="drop logs; drawn where not given"
     )
     parser.add_argument(
-        "--spills", choices=("on", "off"), default=None, help="no memory for ids; drawn where not given"
+        "--spills",
+        choices=("on", "off"),
+        default=None,
+        help="no memory for ids, cells and alerts; drawn where not given",
     )
     parser.add_argument("--keep-going", action="store_true")
     parser.add_argument("--lines", type=int, default=400, help="of a failing seed's trace")
@@ -84,7 +87,8 @@ def main() -> int:
     print(
         f"{sum(r.recycled_bytes > 0 for r in done)} seeds dropped {sum(r.recycled_bytes for r in done) // 1024} KiB of log, "
         f"{sum(r.installed > 0 for r in done)} of them installed {sum(r.installed for r in done)} snapshots; "
-        f"{sum(r.archived for r in done)} events archived, {sum(r.merges for r in done)} merges"
+        f"{sum(r.archived for r in done)} events archived, {sum(r.merges for r in done)} merges; "
+        f"{sum(r.spilled > 0 for r in done)} seeds spilled {sum(r.spilled for r in done)} units and alert records"
     )
     print("faults:", ", ".join(f"{kind} {times}" for kind, times in sorted(faults.items())))
     return 1 if failed else 0

@@ -77,6 +77,7 @@ class Result(msgspec.Struct, frozen=True):
     installed: int = 0  # snapshots
     archived: int = 0  # events, by all copies
     merges: int = 0  # of archived files
+    spilled: int = 0  # units of cells, and alert records, by all copies
 
 
 class Failure(SimulationError):
@@ -312,6 +313,7 @@ class Simulation:
             sum(process.installed for process in self.processes.values()),
             sum(process.archived for process in self.processes.values()),
             sum(process.merges for process in self.processes.values()),
+            sum(process.spilled for process in self.processes.values()),
         )
 
     def _run(self) -> None:

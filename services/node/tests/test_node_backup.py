@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from pathlib import Path
@@ -61,6 +62,15 @@ async def totals(client: AsyncClient) -> list[object]:
     return found
 
 
+async def wait_spilled(node: dev.Node) -> None:
+    """Wait until no cell is in memory."""
+    for _ in range(6_000):
+        if not any(p.fold.cell_bytes() for p in node._store.driver.partitions.values()):
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("cells are still in memory")
+
+
 async def take(node: dev.Node, target: Path, *, digests: bool = True):
     coordinator = RemoteCoordinator(node.store_address, rng=random.Random(1))
     try:
@@ -79,17 +89,21 @@ def restored(target: Path, folder: Path, number: int = 0) -> Restorer:
     return restorer
 
 
-@pytest.mark.parametrize("archive", ["on", ""])
-async def test_a_restored_server_has_the_same_state_and_goes_on(tmp_path: Path, archive: str) -> None:
+@pytest.mark.parametrize(("archive", "memory_bytes"), [("on", -1), ("", -1), ("on", 1)])
+async def test_a_restored_server_has_the_same_state_and_goes_on(
+    tmp_path: Path, archive: str, memory_bytes: int
+) -> None:
     """Digests and totals are those at the backup; repeats are still known; verify finds nothing wrong."""
     target, folder = tmp_path / "target", tmp_path / "restored"
     async with (
-        dev.running(settings_of(tmp_path / "first", archive=archive)) as node,
+        dev.running(settings_of(tmp_path / "first", archive=archive, memory_bytes=memory_bytes)) as node,
         AsyncClient([node.address]) as client,
     ):
         for schema in METRICS:
             await client.metrics.create(schema)
         await send(client, 0, 300)
+        if memory_bytes > 0:
+            await wait_spilled(node)
         await node.checkpoint()
         await send(client, 300, 50)
         summary = await take(node, target)
@@ -100,11 +114,12 @@ async def test_a_restored_server_has_the_same_state_and_goes_on(tmp_path: Path, 
         assert await totals(client) != expected
     restorer = restored(target, folder)
     assert len(restorer.digests) == 2
+    assert bool(list(folder.rglob("cells-*"))) == (memory_bytes > 0)
     result = CliRunner().invoke(cli, ["verify", "--data-dir", str(folder), "--json"])
     assert json.loads(result.output)["findings"] == []
     assert result.exit_code == 0
     async with (
-        dev.running(settings_of(folder, archive=archive)) as node,
+        dev.running(settings_of(folder, archive=archive, memory_bytes=memory_bytes)) as node,
         AsyncClient([node.address]) as client,
     ):
         assert await totals(client) == expected

@@ -120,7 +120,7 @@ class Backups:
         held = _Held(number, start, self._clock.monotonic_ns())
         token = self._new_token()
         self._held[token] = held
-        names = [] if manifest is None else [manifest.state_file, *(name for name, _, _ in manifest.id_files)]
+        names = [] if manifest is None else checkpoint.files_of(manifest)
         self._holds.take(held, number, start, frozenset(names))
         try:
             files = []

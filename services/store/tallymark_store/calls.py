@@ -99,7 +99,7 @@ class Calls:
         if isinstance(call, READS):
             return await self._answer(call)
         if isinstance(call, StoreTail):
-            return await self._store.tail.answer(call, caller)
+            return await self._tail(call, caller)
         if isinstance(call, StoreStatus):
             return self._status()
         if isinstance(call, StoreDigest):
@@ -109,6 +109,15 @@ class Calls:
         if self.backups is not None and isinstance(call, StoreBackupRead):
             return await self.backups.read(call)
         return None
+
+    async def _tail(self, call: StoreTail, caller: Hashable) -> Message:
+        try:
+            return await self._store.tail.answer(call, caller)
+        except DamagedError as error:
+            partition = self._store.partitions.get(error.partition)
+            if partition is not None:
+                self._found_damage(partition, error)
+            raise
 
     def call_now(self, call: StoreRealtime) -> RealtimeResult | None:
         """Answer as `call` does, if nothing has to be waited for; None where it has to, or it is not clear.
@@ -124,8 +133,8 @@ class Calls:
             return None
         try:
             answer = self._reads_of(partition).realtime(call, self._clock.now_ns())
-        except InvalidRequestError:
-            return None
+        except (InvalidRequestError, DamagedError):
+            return None  # what follows from it, `call` does
         self._check_lease()  # no other turn of the loop has come between, so nothing else can have changed
         return answer
 

@@ -5,6 +5,8 @@ A partition's folder holds::
     MANIFEST              which files make up the newest checkpoint (a container of one MessagePack part)
     state-<offset>        cells, sets, thresholds, alerts, schemas, producer windows, recent outcomes, times
     ids-<from>-<to>       remembered event ids whose events lie in [from, to) (`dedup.id_file`); listed by many
+    cells-...             cells that are not in memory (`spilling`): as they were at the offset, or too new for that
+    alerts-...            the oldest alert records, where they are not in memory (`alert_spilling`); likewise
     in-...                a snapshot of another copy that is coming in (`incoming`)
 
 Remembered ids are by far the largest part and never change once written, so each checkpoint adds only those
@@ -39,10 +41,18 @@ from tallymark_store.dedup import IdFile, IdFileError, IdMerge, open_id_file, wr
 from tallymark_store.wal import WalStart
 
 FORMAT_VERSION = 3
+CELLS_FORMAT_VERSION = (
+    4  # of a manifest that lists files of cells or alerts: who doesn't know them must not go on
+)
+CELL_FILES_MAX = 128  # of a partition
+ALERT_FILES_MAX = 256  # likewise
 ID_FILES_MAX = 32  # more are joined into one
 ID_FILE_BYTES = 33  # of an id in a file, at least
 MEMBERSHIPS_MAX = 16  # in a manifest, the last ones
 INCOMING = "in-"  # what names of files begin with that are not to be touched here
+CELLS = "cells-"  # likewise, as only who has spilled them knows who needs them
+ALERTS = "alerts-"  # likewise
+SPILLED = (CELLS, ALERTS)
 _MANIFEST = "MANIFEST"
 _WAL_START = "wal-start"
 _WRITE_BYTES = 4 * 1024 * 1024  # at a time, so that ingest's own syncs get between
@@ -60,6 +70,18 @@ class Manifest(msgspec.Struct, frozen=True):
     epoch: int = 0  # of the last record below `offset`
     # Memberships below `offset`, ascending: where the record lies (-1: the founding one), (node id, copy id).
     memberships: list[tuple[int, list[tuple[str, str]]]] = []
+    cell_files: list[str] = []  # what of the cells is not in the state file; the newest first
+    alert_files: list[str] = []  # what of the alert records is not in the state file; the oldest first
+
+
+def files_of(manifest: Manifest) -> list[str]:
+    """The names of all files that a checkpoint consists of, in the order in which they are sent."""
+    return [
+        manifest.state_file,
+        *(name for name, _, _ in manifest.id_files),
+        *manifest.cell_files,
+        *manifest.alert_files,
+    ]
 
 
 class CheckpointError(Exception):
@@ -78,6 +100,16 @@ def state_name(offset: int) -> str:
 def ids_name(start: int, end: int) -> str:
     """The name of a file of event ids."""
     return f"ids-{start:020d}-{end:020d}"
+
+
+def cells_name(token: int, number: int) -> str:
+    """The name of a file of cells: the `number`-th of the life of a store that has this token."""
+    return f"{CELLS}{token & (2**64 - 1):016x}-{number:08d}"
+
+
+def alerts_name(token: int, number: int) -> str:
+    """The name of a file of alert records, likewise."""
+    return f"{ALERTS}{token & (2**64 - 1):016x}-{number:08d}"
 
 
 def write_container(disk: Disk, name: str, parts: dict[str, container.Part]) -> None:
@@ -128,10 +160,10 @@ def load_manifest(disk: Disk) -> Manifest | None:
         manifest = msgspec.msgpack.decode(raw if isinstance(raw, bytes) else b"", type=Manifest)
     except msgspec.DecodeError as error:
         raise CheckpointError(f"the manifest cannot be read: {error}") from None
-    if manifest.format_version != FORMAT_VERSION:
+    if manifest.format_version not in (FORMAT_VERSION, CELLS_FORMAT_VERSION):
         raise OtherVersionError(
             f"the checkpoint has format version {manifest.format_version}; "
-            f"this software reads version {FORMAT_VERSION}"
+            f"this software reads versions {FORMAT_VERSION} and {CELLS_FORMAT_VERSION}"
         )
     return manifest
 
@@ -282,11 +314,11 @@ def publish(disk: Disk, manifest: Manifest, kept: frozenset[str] = frozenset()) 
     write_container(disk, temporary, {"manifest": msgspec.msgpack.encode(manifest)})
     disk.rename(temporary, _MANIFEST)
     disk.sync_dir()
-    listed = {_MANIFEST, manifest.state_file, *(name for name, _, _ in manifest.id_files), *kept}
+    listed = {_MANIFEST, *files_of(manifest), *kept}
     # The new one is in force: what can't be removed now must not look like a failure of that, and goes with the next.
     with contextlib.suppress(DiskError):
         for name in disk.list():
-            if name not in listed and not name.startswith(INCOMING):
+            if name not in listed and not name.startswith((INCOMING, *SPILLED)):
                 disk.remove(name)
 
 
@@ -315,13 +347,14 @@ def load_wal_start(disk: Disk) -> WalStart | None:
         raise CheckpointError(f"checkpoint file {_WAL_START}: {error}") from None
 
 
-def discard(disk: Disk, *, keeps_incoming: bool = False) -> None:
+def discard(disk: Disk, *, keeps_incoming: bool = False, keeps_cells: bool = False) -> None:
     """Forget every checkpoint here (the log is whole, and everything follows from it; or the copy begins anew).
 
-    With `keeps_incoming` without what is coming in, which is for the copy that has begun since.
+    With `keeps_incoming` without what is coming in, which is for the copy that has begun since; with `keeps_cells`
+    without files of cells and alerts, which may be that copy's, too: who has spilled them knows.
     """
     for name in [_MANIFEST, *disk.list()]:
-        if keeps_incoming and name.startswith(INCOMING):
+        if (keeps_incoming and name.startswith(INCOMING)) or (keeps_cells and name.startswith(SPILLED)):
             continue
         try:
             disk.remove(name)

@@ -38,6 +38,9 @@ from tallymark_store.wal import DamagedError
 if TYPE_CHECKING:
     from tallymark_store.archive.archiver import Archiver
 
+if TYPE_CHECKING:
+    from tallymark_store.spilling import Spilling
+
 _log = logging.getLogger(__name__)
 
 POLL_S = 0.25  # how often it is looked whether one is due
@@ -56,6 +59,7 @@ class Checkpointer:
         expire_holds: called before the log is dropped: who has kept something for too long lets go.
         recycle: whether the log below the checkpoints is dropped.
         id_budget: how much memory remembered ids may take.
+        spilling: who has files of cells that are to be kept with a checkpoint, or not any longer.
 
     Attributes:
         merger: merges files of remembered ids; it runs beside this.
@@ -77,6 +81,7 @@ class Checkpointer:
         recycle: bool = False,
         id_budget: IdBudget | None = None,
         archiver: Archiver | None = None,
+        spilling: Spilling | None = None,
         offload: Offload = asyncio.to_thread,
     ) -> None:
         self._store = store
@@ -93,6 +98,7 @@ class Checkpointer:
         self._recycle = recycle
         self._id_budget = id_budget or IdBudget(None)
         self._archiver = archiver
+        self._spilling = spilling
         self.lock = asyncio.Lock()
         self.merger = IdMerger(
             store, lambda number: disk.at(folder(number)), manifests, holds, self.lock, offload
@@ -224,9 +230,12 @@ class Checkpointer:
         await self._offload(checkpoint.publish, disk, written, self._holds.files(partition.partition))
         if self._store.partitions.get(partition.partition) is not partition:
             # The copy began anew meanwhile, or with a snapshot; and what comes in by now is for the one that there is.
-            checkpoint.discard(disk, keeps_incoming=True)
+            checkpoint.discard(disk, keeps_incoming=True, keeps_cells=True)
             return
         self._manifests[partition.partition] = written
+        if self._spilling is not None:
+            kept = [*checkpoint.files_of(written), *self._holds.files(partition.partition)]
+            await self._spilling.tidy(partition, kept)
         spilled_end = partition.dedup.spilled_end
         await self._spill_ids(partition, disk, written)
         await self._sweep_ids(partition, has_spilled=partition.dedup.spilled_end > spilled_end)
@@ -295,7 +304,7 @@ async def finish_incoming(
         await archiver.install(number, start)
     found: checkpoint.Manifest | None = await offload(incoming.finish, disk, number, start)
     if store.partitions.get(number) is not partition:
-        checkpoint.discard(disk)
+        checkpoint.discard(disk, keeps_cells=True)
         raise UnavailableError(f"this copy of partition {number} was discarded")
     if found is not None:
         manifests[number] = found
@@ -314,8 +323,10 @@ def snapshot_parts(
     state["windows"] = partition.windows.entries(offset)
     state["outcomes"] = partition.outcomes.encode(offset)
     state["times"] = partition.times.below(index, offset)
+    cell_files, alert_files = partition.fold.spilled.names, partition.fold.alert_files.names
+    is_spilled = bool(cell_files or alert_files)
     manifest = checkpoint.Manifest(
-        format_version=checkpoint.FORMAT_VERSION,
+        format_version=checkpoint.CELLS_FORMAT_VERSION if is_spilled else checkpoint.FORMAT_VERSION,
         partition=partition.partition,
         offset=offset,
         last_append_ns=index.append_ns_before(offset),
@@ -324,5 +335,7 @@ def snapshot_parts(
             (membership.offset, [(member.node_id, member.copy_id) for member in membership.members])
             for membership in memberships[-checkpoint.MEMBERSHIPS_MAX :]
         ],
+        cell_files=cell_files,
+        alert_files=alert_files,
     )
     return manifest, state

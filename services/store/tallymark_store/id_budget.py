@@ -7,28 +7,12 @@ memory can't be given up.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 
 from tallymark_store.dedup import DedupIndex
 
-UNBOUNDED = -1  # of the setting `memory_bytes`
-_SHARE = 4  # one part in so many of a store's memory is for ids
 _TABLE_BYTES = 48  # of an id in a table, at most
 _DUE_BYTES_MIN = 48 * 1024 * 1024  # of tables: for less than that no checkpoint is taken early
-
-
-def memory_of(setting: int) -> int | None:
-    """The bytes of memory that a setting gives a store: 0 half of the machine's, `UNBOUNDED` no bound (None)."""
-    if setting < 0:
-        return None
-    return setting or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def ids_of(setting: int) -> int | None:
-    """The part of it that is for ids."""
-    memory = memory_of(setting)
-    return None if memory is None else memory // _SHARE
 
 
 class IdBudget:

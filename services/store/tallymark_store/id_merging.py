@@ -175,7 +175,7 @@ class IdMerger:
         await self._offload(checkpoint.publish, disk, manifest, self._holds.files(number))
         if self._store.partitions.get(number) is not partition:
             # The copy began anew meanwhile; what comes in by now is for the one that there is.
-            checkpoint.discard(disk, keeps_incoming=True)
+            checkpoint.discard(disk, keeps_incoming=True, keeps_cells=True)
             return
         self._manifests[number] = manifest
         partition.dedup.spill(spilled_end, files)

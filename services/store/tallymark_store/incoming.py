@@ -27,12 +27,14 @@ from tallymark_store.archive.incoming import MANIFEST_BYTES_MAX as ARCHIVE_MANIF
 from tallymark_store.replication.membership import MEMBERS_MAX
 from tallymark_store.replication.messages import Offer
 
-FILES_MAX = 2 * checkpoint.ID_FILES_MAX + 2
+FILES_MAX = 2 * checkpoint.ID_FILES_MAX + 2 + checkpoint.CELL_FILES_MAX + checkpoint.ALERT_FILES_MAX
 FILE_BYTES_MAX = 1 << 44
 PREFIX = checkpoint.INCOMING
 _COMPLETE = f"{PREFIX}COMPLETE"
 _READ_BYTES = 4 * 1024 * 1024
 _IDS = re.compile(r"ids-(\d{20})-(\d{20})")
+_CELLS = re.compile(r"cells-[0-9a-f]{16}-\d{8,19}")
+_ALERTS = re.compile(r"alerts-[0-9a-f]{16}-\d{8,19}")
 
 
 class _Complete(msgspec.Struct, frozen=True):
@@ -67,15 +69,23 @@ def manifest_of(offer: Offer) -> checkpoint.Manifest:
         raise RemoteProtocolError(f"a snapshot of offset {offer.offset} is offered without its state")
     id_files = []
     since = 0
+    cell_files: list[str] = []
+    alert_files: list[str] = []
     for name, _, _ in others:
-        found = _IDS.fullmatch(name)
+        if _CELLS.fullmatch(name) and not alert_files and name not in cell_files:
+            cell_files.append(name)
+            continue
+        if _ALERTS.fullmatch(name) and name not in alert_files:
+            alert_files.append(name)
+            continue
+        found = None if cell_files or alert_files else _IDS.fullmatch(name)
         start, end = (int(digits) for digits in found.groups()) if found else (0, 0)
         if not since <= start < end <= offer.offset:
             raise RemoteProtocolError(f"a snapshot of offset {offer.offset} is offered with {name[:80]!r}")
         id_files.append((checkpoint.ids_name(start, end), start, end))
         since = end
     return checkpoint.Manifest(
-        checkpoint.FORMAT_VERSION,
+        checkpoint.CELLS_FORMAT_VERSION if cell_files or alert_files else checkpoint.FORMAT_VERSION,
         offer.partition,
         offer.offset,
         offer.append_ns,
@@ -83,6 +93,8 @@ def manifest_of(offer: Offer) -> checkpoint.Manifest:
         id_files,
         offer.last_epoch,
         [(offer.members_offset, list(offer.members))],
+        cell_files,
+        alert_files,
     )
 
 
@@ -147,13 +159,13 @@ def checksum(disk: Disk, name: str, size: int) -> int:
 
 def staged(manifest: checkpoint.Manifest) -> checkpoint.Manifest:
     """The manifest with the names that the files have while they are coming in: to look at them."""
+    names = (f"{PREFIX}{place}" for place, _ in enumerate(checkpoint.files_of(manifest)))
     return msgspec.structs.replace(
         manifest,
-        state_file=f"{PREFIX}0",
-        id_files=[
-            (f"{PREFIX}{place}", start, end)
-            for place, (_, start, end) in enumerate(manifest.id_files, start=1)
-        ],
+        state_file=next(names),
+        id_files=[(next(names), start, end) for _, start, end in manifest.id_files],
+        cell_files=[next(names) for _ in manifest.cell_files],
+        alert_files=[next(names) for _ in manifest.alert_files],
     )
 
 
@@ -170,18 +182,13 @@ def is_complete(disk: Disk, manifest: checkpoint.Manifest) -> bool:
     """Whether all of a snapshot is still here, noted as complete; its bytes have been looked at before."""
     names = set(disk.list())
     return _COMPLETE in names and all(
-        f"{PREFIX}{place}" in names for place, _ in enumerate(_listed(manifest))
+        f"{PREFIX}{place}" in names for place, _ in enumerate(checkpoint.files_of(manifest))
     )
 
 
 def is_noted(disk: Disk) -> bool:
     """Whether a snapshot is here that was noted as complete."""
     return _COMPLETE in disk.list()
-
-
-def _listed(manifest: checkpoint.Manifest) -> list[str]:
-    """The names of a checkpoint's files, in the order of their places."""
-    return [manifest.state_file, *(name for name, _, _ in manifest.id_files)]
 
 
 def finish(disk: Disk, partition: int, offset: int) -> checkpoint.Manifest | None:
@@ -215,7 +222,7 @@ def publish(disk: Disk, manifest: checkpoint.Manifest) -> None:
         CheckpointError: a file is neither there as it came in nor under its name; nothing is published.
     """
     names = disk.list()
-    for place, name in enumerate(_listed(manifest)):
+    for place, name in enumerate(checkpoint.files_of(manifest)):
         if f"{PREFIX}{place}" in names:
             disk.rename(f"{PREFIX}{place}", name)
         elif name not in names:

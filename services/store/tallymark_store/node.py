@@ -12,6 +12,7 @@ holds the only copies waits until it leads them.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import random
 from collections.abc import Callable, Hashable
@@ -38,7 +39,7 @@ from tallymark_runtime.coordinator import Coordinator, Get
 from tallymark_runtime.disk import Disk
 from tallymark_runtime.epochs import read_base
 from tallymark_runtime.lease import LeaseKeeper, LeaseThread
-from tallymark_store import checkpoint, id_budget, recovery
+from tallymark_store import checkpoint, id_budget, memory_budget, recovery, spilling
 from tallymark_store.appends import Requester
 from tallymark_store.backups import Backups
 from tallymark_store.belonging import check_cluster
@@ -87,7 +88,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     archive_interval_s: float = 300.0
     dedup_window_ns: int = limits.DEDUP_WINDOW_NS
     # Of memory, for what can also be on disk; 0: half of the machine's; negative: no bound.
-    memory_bytes: int = id_budget.UNBOUNDED
+    memory_bytes: int = memory_budget.UNBOUNDED
     lease_ttl_s: float = 2.0
     replication: ReplicaConfig | None = None  # None: as follows from the lease
     # Whether the log below the checkpoints is dropped: as far as the archive has its events, if there is one. Without
@@ -149,6 +150,7 @@ class StoreNode:
         self.address = address
         self.catalog = MetricCatalog(coordinator)
         self.checkpointer: Checkpointer | None = None
+        self.spilling: spilling.Spilling | None = None
         self.archiver: Archiver | None = None  # where there is to be an archive
         self._config = config
         self._disk = disk
@@ -161,6 +163,7 @@ class StoreNode:
         self._offload = offload
         self._pause_reading = pause_reading
         self._lease_coordinator = lease_coordinator
+        self._token = 0  # of this life: part of the names of files of cells
         self._locked = False
         self._closing = False
         self._file: ReplicasFile | None = None
@@ -244,6 +247,16 @@ class StoreNode:
         store.start()
         await self._coordination.start()
         loop = asyncio.get_running_loop()
+        budget_bytes = memory_budget.cells_of(config.memory_bytes)
+        self.spilling = spilling.Spilling(
+            store,
+            self._disk.at("checkpoints"),
+            budget_bytes=budget_bytes,
+            alert_budget_bytes=memory_budget.alerts_of(config.memory_bytes),
+            token=self._token,
+            on_damage=store.refuse,
+            offload=self._offload,
+        )
         self.checkpointer = Checkpointer(
             store,
             self._disk.at("checkpoints"),
@@ -254,10 +267,13 @@ class StoreNode:
             holds=self._holds,
             expire_holds=self._expire_holds,
             recycle=config.recycle,
-            id_budget=id_budget.IdBudget(id_budget.ids_of(config.memory_bytes)),
+            id_budget=id_budget.IdBudget(memory_budget.ids_of(config.memory_bytes)),
             archiver=self.archiver,
+            spilling=self.spilling,
             offload=self._offload,
         )
+        if budget_bytes is not None:
+            self._tasks.append(loop.create_task(self.spilling.run()))
         self._snapshots.start(self.checkpointer.lock, self.archiver)
         self._tasks += [
             loop.create_task(self.checkpointer.run()),
@@ -315,7 +331,9 @@ class StoreNode:
                 f"{error}; restore it, or the data directory as a whole", retriable=False
             ) from error
         salt = self._rng.getrandbits(63)
-        id_bytes = id_budget.ids_of(config.memory_bytes)
+        id_bytes = memory_budget.ids_of(config.memory_bytes)
+        # It gets into names that others see, and the salt is nobody's business.
+        self._token = int.from_bytes(hashlib.blake2b(salt.to_bytes(8), digest_size=8).digest())
 
         def committed_end(wal: Wal, number: int, manifest: checkpoint.Manifest | None) -> int:
             log = WalLog(wal, number)

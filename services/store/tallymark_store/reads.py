@@ -20,7 +20,7 @@ Reads know no clock: what depends on the present takes `now_ns`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import msgspec
@@ -49,7 +49,6 @@ from tallymark_protocol.payload import COLUMNS, OK, place_payload
 from tallymark_protocol.schema import make_record
 from tallymark_protocol.zones import TIME_END_NS
 from tallymark_store import batch
-from tallymark_store.fold import reads as cell_reads
 from tallymark_store.fold.fold import NO_SELECTION, AlertChoice, Fold
 from tallymark_store.fold.schemas import DAY_NS
 from tallymark_store.scan import kernels as k
@@ -516,10 +515,10 @@ class Reads:
                 for account, stats in self._fold.top_period(slot, start, request.top).accounts
             ]
             return read
-        found = np.empty(0, np.int64)
         overflowed = np.empty(0, np.int64)
-        if plan[p.P_DAYS_START] < plan[p.P_DAYS_END]:
-            found, overflowed = self._day_cells(slot, plan[p.P_DAYS_START], plan[p.P_DAYS_END], selection)
+        days = plan[p.P_DAYS_START], plan[p.P_DAYS_END]
+        if days[0] < days[1]:
+            overflowed = self._overflowed_days(slot, *days, selection)
         scan = TotalsScan(
             self._source,
             metric,
@@ -531,21 +530,25 @@ class Reads:
             uniques_max=self._uniques_max,
             archived=archived,
         )
-        if len(found):
-            scan.add_cells(self._fold._state.cells, found, overflowed)
+        if days[0] < days[1]:
+            for cells, found in self._day_cells(slot, *days, selection):
+                if len(found):
+                    scan.add_cells(cells, found, overflowed)
         return TotalsRead(metric, request, self._fold.applied, scan)
 
-    def _day_cells(self, slot: int, first: int, end: int, selection: IntArray) -> tuple[IntArray, IntArray]:
-        """Rows of all accounts' cells of whole days, and the days that overflowed for any account."""
-        state, combos = self._fold._state, self._fold.dimensions.arrays.combos
-        wanted = selection if len(selection) else NO_SELECTION
-        # Untouched memory costs nothing; a cell is listed once, a head of an overflowed day twice.
-        found = np.empty(2 * self._fold.cell_count, np.int64)
-        count = cell_reads.scan_days(state, combos, slot, first, end, wanted, found)
-        found = found[:count]
-        days = np.empty(count, np.int64)
-        marked = ranking.overflowed_days(state.cells, found, days)
-        return found, np.unique(days[:marked])
+    def _day_cells(
+        self, slot: int, first: int, end: int, selection: IntArray
+    ) -> Iterator[tuple[IntArray, IntArray]]:
+        """All accounts' cells of whole days, see `Fold.day_cells`."""
+        return self._fold.day_cells(slot, first, end, selection if len(selection) else NO_SELECTION)
+
+    def _overflowed_days(self, slot: int, first: int, end: int, selection: IntArray) -> IntArray:
+        """The whole days that overflowed for any account."""
+        days = []
+        for cells, found in self._day_cells(slot, first, end, selection):
+            marked = np.empty(len(found), np.int64)
+            days.append(np.unique(marked[: ranking.overflowed_days(cells, found, marked)]))
+        return np.unique(np.concatenate(days))
 
     # ------------------------------------------------------------ the rest
 

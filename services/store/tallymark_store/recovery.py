@@ -23,6 +23,7 @@ import numpy as np
 from tallymark_protocol.errors import ErrorCode, RemoteProtocolError, WireError
 from tallymark_runtime.disk import Disk, DiskError
 from tallymark_store import checkpoint, incoming
+from tallymark_store.alert_spilling import open_alerts
 from tallymark_store.archive import incoming as incoming_archive
 from tallymark_store.archive.manifest import ArchiveError
 from tallymark_store.checkpointer import folder
@@ -32,6 +33,7 @@ from tallymark_store.folding import replay
 from tallymark_store.id_budget import resident_from
 from tallymark_store.outcomes import Outcomes
 from tallymark_store.partition import Partition
+from tallymark_store.spilling import open_file
 from tallymark_store.store import WAY_OUT
 from tallymark_store.wal import DamagedError, Recovery, Wal, WalConfig, open_wal
 from tallymark_store.window_times import WindowTimes
@@ -110,7 +112,19 @@ def recover(
             upto = None
             if committed_end is not None:
                 upto = max(committed_end(wal, number, manifest), partition.applied)
-            replayed += replay(wal, partition, upto)
+            try:
+                replayed += replay(wal, partition, upto)
+            except DamagedError:
+                if manifest is None or not manifest.cell_files or partition.index.log_start > 0:
+                    raise
+                # Perhaps of a file of cells, of which little is looked at before it is needed. The log has everything.
+                report(f"partition {number}: perhaps the checkpoint cannot be used, folding the log again")
+                again = Partition(number, dedup_window_ns=dedup_window_ns, indexes=wal.partitions, salt=salt)
+                replayed += replay(wal, again, upto)
+                # So it was not the log.
+                checkpoint.discard(checkpoints.at(folder(number)))
+                manifests.pop(number)
+                partition = partitions[number] = again
         except DamagedError as error:
             wal.mark_damaged(number)
             partition.error = _error(f"{error.message}; {WAY_OUT}")
@@ -242,7 +256,11 @@ def restore(
     fold_parts = {
         name.removeprefix("fold."): part for name, part in state.items() if name.startswith("fold.")
     }
-    partition.fold = Fold.restore(partition.partition, fold_parts, hash_seed=salt)
+    spilled = [open_file(disk, name, name, partition.partition) for name in manifest.cell_files]
+    alert_files = [open_alerts(disk, name, name, partition.partition) for name in manifest.alert_files]
+    partition.fold = Fold.restore(
+        partition.partition, fold_parts, hash_seed=salt, spilled=spilled, alert_files=alert_files
+    )
     # The judge's schemas go ahead of the fold's from here on; at the checkpoint they are the same.
     partition.schemas = copy.deepcopy(partition.fold.schemas)
     windows = state["windows"]

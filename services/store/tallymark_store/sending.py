@@ -149,7 +149,7 @@ class Sending:
         held = self._held.get(name)
         if held is None and len(self._held) < HELD_MAX:
             held = self._held[name] = _Held(number, name, manifest, self._clock.monotonic_ns())
-            names = [manifest.state_file, *(file for file, _, _ in manifest.id_files)]
+            names = checkpoint.files_of(manifest)
             self._holds.take(held, number, manifest.offset, frozenset(names))
             self._spawn(self._reckon(held, names))
         return held

@@ -515,6 +515,11 @@ class Snapshots:
             salt=self._salt,
         )
         restore(partition, disk, incoming.staged(transfer.manifest), self._salt, self._id_bytes)
+        # They are here under the names that they have while they come in.
+        for file, name in zip(partition.fold.spilled.files, transfer.manifest.cell_files, strict=True):
+            file.name = name
+        for part, name in zip(partition.fold.alert_files.files, transfer.manifest.alert_files, strict=True):
+            part.name = name
         partition.high_watermark = transfer.offer.offset
         return partition
 
@@ -562,7 +567,7 @@ class Snapshots:
         else:
             is_published = True
         if store.partitions.get(number) is not partition:
-            checkpoint.discard(disk)  # the copy began anew meanwhile
+            checkpoint.discard(disk, keeps_cells=True)  # the copy began anew meanwhile
             return
         if is_published:
             self._manifests[number] = transfer.manifest

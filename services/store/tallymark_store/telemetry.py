@@ -171,8 +171,15 @@ ID_BYTES = Family(
     _PARTITION,
 )
 CELLS = Family("tallymark_partition_cells", "gauge", "Period and day cells.", _PARTITION)
+CELLS_ON_DISK = Family(
+    "tallymark_partition_cells_on_disk", "gauge", "Cells that are in files only.", _PARTITION
+)
+CELL_FILES = Family("tallymark_partition_cell_files", "gauge", "Files of cells.", _PARTITION)
 ALERTS = Family(
     "tallymark_partition_alerts", "gauge", "Alert records, since the partition began.", _PARTITION
+)
+ALERTS_ON_DISK = Family(
+    "tallymark_partition_alerts_on_disk", "gauge", "Alert records that are in files only.", _PARTITION
 )
 FOLD_BYTES = Family(
     "tallymark_partition_totals_bytes", "gauge", "Memory of cells, sets and alerts.", _PARTITION
@@ -271,7 +278,10 @@ def _add_partition(scrape: Scrape, partition: Partition, replica: Replica | None
     scrape.add(IDS_ON_DISK, partition.dedup.spilled_count, label)
     scrape.add(ID_BYTES, partition.dedup.memory_bytes + partition.windows.memory_bytes, label)
     scrape.add(CELLS, partition.fold.cell_count, label)
+    scrape.add(CELLS_ON_DISK, partition.fold.spilled_cell_count, label)
+    scrape.add(CELL_FILES, len(partition.fold.spilled.files), label)
     scrape.add(ALERTS, partition.fold.alert_count, label)
+    scrape.add(ALERTS_ON_DISK, partition.fold.alert_files.end, label)
     scrape.add(FOLD_BYTES, partition.fold.memory_bytes(), label)
     if replica is None:
         return

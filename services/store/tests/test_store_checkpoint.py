@@ -206,7 +206,7 @@ def test_a_newer_format_is_refused() -> None:
     disk = MemoryDisk()
     manifest = msgspec.structs.replace(take(disk, None, 5), format_version=99)
     checkpoint.publish(disk, manifest)
-    with pytest.raises(checkpoint.CheckpointError, match=r"99.*reads version 3"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"99.*reads versions 3 and 4"):
         checkpoint.load_manifest(disk)
 
 

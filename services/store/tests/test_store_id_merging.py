@@ -14,7 +14,7 @@ import pytest
 from tallymark_protocol.identifiers import encode_event_id
 from tallymark_protocol.messages import Appended
 from tallymark_runtime.disk import MemoryDisk
-from tallymark_store import checkpoint, id_budget
+from tallymark_store import checkpoint, memory_budget
 from tallymark_store.dedup import DedupIndex
 from tallymark_store.id_budget import IdBudget, resident_from
 from tallymark_store.id_merging import MERGED_IDS_MAX, plan_merge
@@ -69,13 +69,13 @@ def test_few_files_are_left_and_ids_are_written_again_a_few_times() -> None:
 
 def test_the_setting() -> None:
     """Negative: no bound; 0: half of the machine's; ids get a quarter of it."""
-    assert id_budget.memory_of(-1) is None
-    assert id_budget.ids_of(-1) is None
-    assert id_budget.ids_of(4_000) == 1_000
-    half = id_budget.memory_of(0)
+    assert memory_budget.memory_of(-1) is None
+    assert memory_budget.ids_of(-1) is None
+    assert memory_budget.ids_of(4_000) == 1_000
+    half = memory_budget.memory_of(0)
     assert half is not None
     assert half > 2**27
-    assert id_budget.ids_of(0) == half // 4
+    assert memory_budget.ids_of(0) == half // 4
 
 
 def index_of(n: int) -> DedupIndex:

@@ -47,7 +47,14 @@ def _partition(number, *, log_end=10, high_watermark=8, applied=6, epoch=0, erro
         error=error,
         dedup=type("Dedup", (), {"memory_bytes": 50, "spilled_count": 9, "__len__": lambda self: 3})(),
         windows=sized,
-        fold=SimpleNamespace(cell_count=4, alert_count=8, memory_bytes=lambda: 512),
+        fold=SimpleNamespace(
+            cell_count=4,
+            spilled_cell_count=3,
+            spilled=SimpleNamespace(files=["one", "two"]),
+            alert_count=8,
+            alert_files=SimpleNamespace(end=7),
+            memory_bytes=lambda: 512,
+        ),
     )
 
 
@@ -146,6 +153,9 @@ def test_positions_roles_and_lag_are_told_by_partition():
     assert told("waiting_answers", partition="0") == 2
     assert told("remembered_ids", partition="0") == 3
     assert told("remembered_ids_on_disk", partition="0") == 9
+    assert told("cells_on_disk", partition="0") == 3
+    assert told("cell_files", partition="0") == 2
+    assert told("alerts_on_disk", partition="0") == 7
     assert told("remembered_bytes", partition="0") == 150
     assert told("alerts", partition="0") == 8
     assert (told("cells", partition="0"), told("totals_bytes", partition="0")) == (4, 512)

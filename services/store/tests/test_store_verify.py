@@ -17,18 +17,27 @@ from tallymark_store.replicas_file import SLOT_BYTES
 from .verify_helpers import METRICS, Directory
 
 
-async def small(*, recycled: bool = False) -> Directory:
-    """A directory with everything in it: two partitions, two checkpoints, an archive of several files, a tail."""
+async def small(*, recycled: bool = False, spilled: bool = False) -> Directory:
+    """A directory with everything in it: two partitions, two checkpoints, an archive of several files, a tail.
+
+    With `spilled` nearly all cells are in files, several a partition.
+    """
     directory = Directory()
-    for _ in range(3 if not recycled else 40):
+    for turn in range(3 if not recycled else 40):
         directory.send(40, 0)
         directory.send(25, 1)
+        if spilled and turn < 3:
+            await directory.spilled()
     directory.checkpoint()
     await directory.archived()
     directory.send(30, 0)
     directory.send(30, 1)
     await directory.archived()
     directory.send(10, 1)
+    if spilled:
+        await directory.spilled()
+        assert directory.driver.partitions[0].fold.cell_bytes() == 0
+        assert directory.driver.partitions[0].fold.alert_files.end > 3
     directory.checkpoint()
     directory.send(15, 0)
     if recycled:
@@ -38,10 +47,11 @@ async def small(*, recycled: bool = False) -> Directory:
     return directory
 
 
+@pytest.mark.parametrize("spilled", [False, True])
 @pytest.mark.parametrize("recycled", [False, True])
-async def test_nothing_is_found_where_nothing_is_wrong(recycled: bool) -> None:
+async def test_nothing_is_found_where_nothing_is_wrong(recycled: bool, spilled: bool) -> None:
     """Log, checkpoints, archive and all totals agree, also where the log's beginning is gone; nothing is changed."""
-    directory = await small(recycled=recycled)
+    directory = await small(recycled=recycled, spilled=spilled)
     writes = directory.disk.write_count
     report = directory.verify()
     assert [finding.sentence for finding in report.findings] == []
@@ -49,6 +59,7 @@ async def test_nothing_is_found_where_nothing_is_wrong(recycled: bool) -> None:
     assert report.counted["checkpoints"] == 2
     assert report.counted["archive files"] == 4
     assert report.counted["totals compared"] > 10
+    assert report.counted.get("files of cells and alerts", 0) > (3 if spilled else -1)
     assert report.counted["archived events compared with the log"] > 60
     assert directory.disk.write_count == writes
 
@@ -77,13 +88,17 @@ def positions_of(directory: Directory, path: str, rng: random.Random, count: int
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("recycled", [False, True])
-async def test_a_flipped_byte_is_found_wherever_it_is(recycled: bool) -> None:
+@pytest.mark.parametrize(
+    ("recycled", "spilled"), [(False, False), (True, False), (False, True), (True, True)]
+)
+async def test_a_flipped_byte_is_found_wherever_it_is(recycled: bool, spilled: bool) -> None:
     """Each file, at many positions: the finding names the file, or the other one that it is compared with."""
-    directory = await small(recycled=recycled)
+    directory = await small(recycled=recycled, spilled=spilled)
     rng = random.Random(5)
     flips = 0
     for path in files_of(directory):
+        if spilled and "/cells-" not in path and "/alerts-" not in path:
+            continue  # as without
         for position in positions_of(directory, path, rng, 10 if recycled else 20):
             bit = rng.randrange(8)
             directory.disk.flip_bit(path, position, bit)
@@ -94,13 +109,16 @@ async def test_a_flipped_byte_is_found_wherever_it_is(recycled: bool) -> None:
                 continue
             assert report.count > 0, f"{path} at {position}, bit {bit}"
             assert any(path.startswith(finding.file) for finding in report.findings), (path, report.findings)
-    assert flips > 100
+    assert flips > (50 if spilled else 100)
     assert directory.verify().count == 0
 
 
+@pytest.mark.parametrize("spilled", [False, True])
 @pytest.mark.parametrize("recycled", [False, True])
 @pytest.mark.parametrize("metric", range(4))
-async def test_a_total_that_is_not_what_its_events_say_is_found(recycled: bool, metric: int) -> None:
+async def test_a_total_that_is_not_what_its_events_say_is_found(
+    recycled: bool, metric: int, spilled: bool
+) -> None:
     """A cell that went wrong before it was written, under the right checksums: account, metric and both numbers are told."""
     directory = Directory(1)
     for _ in range(40 if recycled else 3):
@@ -111,6 +129,9 @@ async def test_a_total_that_is_not_what_its_events_say_is_found(recycled: bool, 
         ((cells[:, W_KEY] >> 32) & 0xFFFFFFFF == PERIOD) & (cells[:, W_KEY] & 0xFFFFFFFF == metric)
     )
     cells[periods[0], W_COUNT] += 1
+    if spilled:
+        await directory.spilled()
+        assert fold.cell_bytes() == 0
     directory.checkpoint()
     await directory.archived()
     if recycled:
@@ -176,11 +197,11 @@ async def test_an_archive_that_is_not_what_was_accepted_is_found(recycled: bool,
 
 async def test_files_that_are_gone_or_cut_are_found() -> None:
     """A segment, a checkpoint's or an archive's file, REPLICAS or CLUSTER: the finding says which."""
-    for path in files_of(await small()):
+    for path in files_of(await small(spilled=True)):
         if path == "LOCK" or path.endswith("wal-start"):
             continue  # without the latter, the whole log is read
         for cut in (False, True):
-            directory = await small()
+            directory = await small(spilled=True)
             if path not in files_of(directory):
                 continue
             if cut:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tallymark_protocol.identifiers import encode_event_id
-from tallymark_protocol.model import AggType, DimensionFilter, UniqueType
+from tallymark_protocol.model import AggType, AlertThreshold, DimensionFilter, UniqueType
 from tallymark_runtime.catalog import Cluster
 from tallymark_runtime.clock import ManualClock
 from tallymark_runtime.disk import MemoryDisk
@@ -21,12 +21,18 @@ from tallymark_store.replication.ports import DurableState
 from tallymark_store.verify import Report, verify_store
 
 from .payload_builder import event
-from .store_driver import BASE, WINDOW, Driver, metric
+from .spilled_driver import SpilledDriver
+from .store_driver import BASE, WINDOW, metric
 
 SECOND = 10**9
 METRICS = (
     metric(5, code="sum", agg_type=AggType.SUM, filters=[DimensionFilter(key="z", values=["1", "2"])]),
-    metric(6, code="calls", agg_type=AggType.COUNT),
+    metric(
+        6,
+        code="calls",
+        agg_type=AggType.COUNT,
+        thresholds=[AlertThreshold(code="t", value=3, recurring=True)],
+    ),
     metric(7, code="peak", agg_type=AggType.MAX),
     metric(8, code="users", agg_type=AggType.COUNT_UNIQUE, unique_type=UniqueType.STRING),
     metric(9, code="last", agg_type=AggType.LATEST),
@@ -41,7 +47,7 @@ class Directory:
     """A store's folder on a disk in memory, as a store that was stopped leaves it."""
 
     def __init__(self, partitions: int = 2, *, archive: bool = True) -> None:
-        self.driver = Driver(partition_count=partitions)
+        self.driver = SpilledDriver(partition_count=partitions)
         self.disk: MemoryDisk = self.driver.disk
         self.cluster = Cluster(partitions, cluster_id="ab" * 16, dedup_window_ns=WINDOW)
         self.sequence = 0
@@ -105,6 +111,12 @@ class Directory:
         for number in self.driver.partitions:
             self.driver.checkpoint(number)
         self.driver.wal_start()
+
+    async def spilled(self) -> None:
+        """Take all cells and alert records out of memory."""
+        spilling = self.driver.spilling()
+        await spilling.relieve()
+        await spilling.relieve_alerts()
 
     async def archived(self) -> None:
         assert self.archiver is not None

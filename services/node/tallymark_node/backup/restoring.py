@@ -216,7 +216,7 @@ class Restorer:
             manifest = msgspec.msgpack.decode(part.checkpoint, type=checkpoint.Manifest)
         except msgspec.DecodeError as error:
             raise RemoteProtocolError(f"the backup's checkpoint makes no sense: {error}") from None
-        wanted = {manifest.state_file, *(name for name, _, _ in manifest.id_files)}
+        wanted = set(checkpoint.files_of(manifest))
         if wanted != {item.name for item in part.checkpoint_files} or manifest.offset > part.end:
             raise RemoteProtocolError(
                 f"the backup of partition {part.partition} lacks files of its checkpoint"

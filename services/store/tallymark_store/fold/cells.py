@@ -23,6 +23,9 @@ because the chain was full. Metrics with dimensions have a second index entry fo
 HEAD_KEY, so that a day is enumerated without knowing its combinations.
 
 COUNT ignores the value: of its cells only the words 0 to 3, 9, 10 and 11 are meaningful.
+
+A row whose cell has gone to a file (see `units`) is **freed**: word 2 is FREE, word 0 one plus the next freed row, 0 at
+the end of the list; the others are zero.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ import numpy as np
 
 from tallymark_protocol.kernels import intrinsics
 from tallymark_store.fold.compiling import inlined, kernel, prefetch
+from tallymark_store.fold.counters import N_CELLS, N_FREE_CELL, N_FREE_CELLS
 from tallymark_store.fold.index import CAPACITY, LOW32, SHARDS, STRIDE, U32, ZERO, home_of, shard_of, tag_of
 
 fold_multiply: Any = intrinsics.fold_multiply
@@ -55,6 +59,7 @@ CELL_BYTES = 8 * CELL_WORDS
 NO_COMBO = 0
 HEAD_KEY = 0xFFFFFFFE  # in hashes only
 PERIOD = 0xFFFFFFFF
+FREE = -1  # a key of no slot
 
 HEAD = 1 << 30  # in aux
 OVERFLOW = 1 << 31
@@ -204,3 +209,27 @@ def next_of(cells: Any, row: Any) -> Any:
 def set_links(cells: Any, row: Any, next_row: Any, aux: Any) -> None:
     """Write both halves of a cell's links."""
     cells[row, W_LINKS] = ((next_row + 1) & _MASK32) | (aux << 32)
+
+
+@inlined
+def new_row(cells: Any, counters: Any) -> Any:
+    """A row for a cell; all but its key is zero."""
+    row = counters[N_FREE_CELL] - 1
+    if row >= 0:
+        counters[N_FREE_CELL] = cells[row, W_ACCOUNT]
+        counters[N_FREE_CELLS] -= 1
+    else:
+        row = counters[N_CELLS]  # fresh rows are zero
+        counters[N_CELLS] = row + 1
+    return row
+
+
+@inlined
+def free_row(cells: Any, counters: Any, row: Any) -> None:
+    """Give back a cell's row; its index entries are gone."""
+    for word in range(CELL_WORDS):
+        cells[row, word] = 0
+    cells[row, W_KEY] = FREE
+    cells[row, W_ACCOUNT] = counters[N_FREE_CELL]
+    counters[N_FREE_CELL] = row + 1
+    counters[N_FREE_CELLS] += 1

@@ -14,6 +14,7 @@ import numpy as np
 from tallymark_protocol.kernels.intrinsics import hash_bytes, mix64
 from tallymark_store.fold.cells import (
     CELL_WORDS,
+    FREE,
     HEAD,
     OVERFLOW,
     PERIOD,
@@ -25,10 +26,10 @@ from tallymark_store.fold.cells import (
     head_of,
 )
 from tallymark_store.fold.compiling import inlined, kernel
+from tallymark_store.fold.counters import N_ALERT_BASE, N_ALERTS, N_CELLS, N_MEMBERS
 from tallymark_store.fold.dimensions import C_CODES, V_END, V_START, VALUES, WIDTH
-from tallymark_store.fold.kernel import N_ALERTS, N_CELLS, N_MEMBERS
 from tallymark_store.fold.thresholds import A_SLOT, ALERT_WORDS
-from tallymark_store.fold.uniques import M_OWNER, MEMBER_WORDS
+from tallymark_store.fold.uniques import FREE_MEMBER, M_OWNER, MEMBER_WORDS
 
 _MASK32 = 0xFFFFFFFF
 _STEP = np.uint64(0x9E3779B97F4A7C15)
@@ -69,6 +70,8 @@ def _combo_digest(combos: Any, values: Any, pool: Any, combo: Any) -> Any:
 def _digest_cells(cells: Any, count: Any, rows: Any, combos: Any, values: Any, pool: Any, uids: Any) -> Any:
     total = np.uint64(0)
     for row in range(count):
+        if cells[row, W_KEY] == FREE:
+            continue
         identity = _cell_identity(cells, uids, row)
         combo = (cells[row, W_KEY] >> 32) & _MASK32
         h = identity ^ _KIND_CELL
@@ -94,6 +97,8 @@ def _digest_members(cells: Any, members: Any, count: Any, uids: Any) -> Any:
     total = np.uint64(0)
     for e in range(count):
         owner = members[e, M_OWNER]
+        if owner == FREE_MEMBER:
+            continue
         h = _cell_identity(cells, uids, owner & _MASK32) ^ _KIND_MEMBER
         h = _join(h, owner >> 32)
         for word in range(1, MEMBER_WORDS):
@@ -103,11 +108,11 @@ def _digest_members(cells: Any, members: Any, count: Any, uids: Any) -> Any:
 
 
 @kernel
-def _digest_alerts(alerts: Any, count: Any, uids: Any) -> Any:
+def _digest_alerts(alerts: Any, first: Any, count: Any, uids: Any) -> Any:
     total = np.uint64(0)
     for i in range(count):
         slot = alerts[i, A_SLOT] & _MASK32
-        h = _join(_join(_KIND_ALERT, np.int64(i)), uids[slot])
+        h = _join(_join(_KIND_ALERT, np.int64(first + i)), uids[slot])
         h = _join(h, alerts[i, A_SLOT] >> 32)
         for word in range(ALERT_WORDS):
             if word != A_SLOT:
@@ -124,4 +129,4 @@ def digest_state(state: Any, dims: Any, uids: Any) -> Any:
         state.cells, counters[N_CELLS], state.rows, dims.combos, dims.values, dims.pool, uids
     )
     total += _digest_members(state.cells, state.members, counters[N_MEMBERS], uids)
-    return total + _digest_alerts(state.alerts, counters[N_ALERTS], uids)
+    return total + _digest_alerts(state.alerts, counters[N_ALERT_BASE], counters[N_ALERTS], uids)

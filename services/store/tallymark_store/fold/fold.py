@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from operator import gt
 from typing import Any, NamedTuple
 
@@ -20,19 +22,32 @@ from tallymark_protocol.model import AggType
 from tallymark_protocol.payload import C_ACCOUNT, C_EVENTS, C_PROPERTY_BYTES, C_PROPERTY_SETS
 from tallymark_protocol.schema import MetricRecord, decode_record, encode_record
 from tallymark_store.fold import cells as cell_layout
-from tallymark_store.fold import reads, thresholds, uniques
+from tallymark_store.fold import evicting, reads, thresholds, uniques, units
+from tallymark_store.fold.alert_files import AlertFile, AlertFiles
 from tallymark_store.fold.arena import Arena
-from tallymark_store.fold.cells import CELL_WORDS, W_KEY, W_LINKS
+from tallymark_store.fold.cells import CELL_WORDS, FREE, W_KEY, W_LINKS
+from tallymark_store.fold.counters import (
+    COUNTERS,
+    N_ALERT_BASE,
+    N_ALERTS,
+    N_CELLS,
+    N_FREE_CELL,
+    N_FREE_CELLS,
+    N_FREE_MEMBER,
+    N_FREE_MEMBERS,
+    N_MEMBERS,
+    N_NEED,
+    N_NEED_FILE,
+    N_NEED_RECORD,
+    N_ROWS,
+    N_SPILLED,
+    N_SPILLED_MEMBERS,
+)
 from tallymark_store.fold.digest import digest_state
 from tallymark_store.fold.dimensions import WIDTH, Dimensions
 from tallymark_store.fold.index import Index
 from tallymark_store.fold.kernel import (
     BLOCK,
-    COUNTERS,
-    N_ALERTS,
-    N_CELLS,
-    N_MEMBERS,
-    N_ROWS,
     SCRATCH_FIELDS,
     Scratch,
     StateArrays,
@@ -42,6 +57,14 @@ from tallymark_store.fold.kernel import (
 )
 from tallymark_store.fold.runs import P_BASE, P_SLOTS, P_SLOTS_END, P_VERDICTS, P_VERDICTS_END, fold_run
 from tallymark_store.fold.schemas import SchemaTable
+from tallymark_store.fold.spilled import (
+    UNIT_RECORDS_MAX,
+    Piece,
+    SpilledFile,
+    SpilledFileError,
+    SpilledFiles,
+    damage,
+)
 from tallymark_store.fold.thresholds import ALERT_WORDS
 from tallymark_store.fold.uniques import MEMBER_WORDS, reindex_members
 
@@ -49,12 +72,19 @@ Ints = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 
 SNAPSHOT_VERSION = 1
+SPILLED_VERSION = 2  # of a snapshot that is not all: there are files besides
 
 _CELLS_RESERVED = 1 << 30
 _MEMBERS_RESERVED = 1 << 31
 _ROWS_RESERVED = 1 << 28
 _ALERTS_RESERVED = 1 << 27
 _ROOM_AHEAD = 1 << 16  # rows
+_ENTRIES_AT_ONCE = 1 << 18  # of sets, looked at
+_NO_SIZES: npt.NDArray[np.int32] = np.zeros(0, dtype=np.int32)
+_INDEX_BYTES = 24  # of the index, a cell: an entry or two at a load of nearly a half
+_SAMPLE = 4_096  # cells that are looked at to find out how old the coldest are
+_COPIED_RECORDS = 2 * UNIT_RECORDS_MAX  # of files that a scan looks at together
+_HIGHEST = 2**63 - 1
 _MEMO_MIN = 64
 _MEMO_MAX = 1 << 18
 _NO_VERDICTS: Bytes = np.zeros(0, dtype=np.uint8)
@@ -141,6 +171,8 @@ class Fold:
             np.zeros(WORK_WORDS, dtype=np.uint64),
         )
         self._room: tuple[int, ...] = (0, 0, 0, 0)  # rows of the four arenas that are sure to be there
+        self.spilled = SpilledFiles(partition)
+        self.alert_files = AlertFiles(partition)  # of the records before those in memory
         self._state = self._arrays()
 
     def _arrays(self) -> StateArrays:
@@ -155,6 +187,7 @@ class Fold:
             self._rows.array,
             self._alerts.array,
             self._counters,
+            self.spilled.table,
         )
 
     # ------------------------------------------------------------ writing
@@ -211,6 +244,9 @@ class Fold:
             self.dimensions.make_room()
             if position == n:
                 break
+            if self._counters[N_NEED]:
+                self._bring_back()
+                scratch = self._make_room(n, per_event, widest, sets, property_bytes)
         self.applied = base_offset + n
 
     def apply_run(self, data: Bytes, columns: Ints, places: Ints) -> None:
@@ -258,6 +294,11 @@ class Fold:
             self.dimensions.make_room()
             if batch == count:
                 break
+            if self._counters[N_NEED]:
+                self._bring_back()
+                scratch = self._make_room(
+                    int(columns[:, C_EVENTS].sum()), per_event, widest, sets, property_bytes
+                )
         self.applied = int(places[-1, P_BASE] + columns[-1, C_EVENTS])
 
     def _make_room(self, n: int, per_event: int, widest: int, sets: int, property_bytes: int) -> Scratch:
@@ -266,8 +307,10 @@ class Fold:
         `per_event` is the most thresholds of a metric in the payloads, `widest` the most dimensions, `sets` the most
         property sets in one payload, `property_bytes` what all of them can add.
         """
-        cells, members, rows, alerts = self._counters.tolist()
+        cells, members, rows, alerts = self._counters[: N_ALERTS + 1].tolist()
         needed = (cells + 2 * n, members + n, rows + per_event * n, alerts + per_event * n)
+        if self.spilled.files:  # an event may bring back its period, and a small day
+            needed = (needed[0] + 3 * n, needed[1] + 2 * n, needed[2] + limits.THRESHOLDS_MAX * n, needed[3])
         if any(map(gt, needed, self._room)):
             arenas = (self._cells, self._members, self._rows, self._alerts)
             # Ahead of need, so that most batches find room: nothing is touched, let alone written, by it.
@@ -294,13 +337,205 @@ class Fold:
                 memo.fill(-1)
         return scratch
 
+    # ------------------------------------------------------------ files
+
+    def _bring_back(self) -> None:
+        """Bring the unit back that a kernel has stopped for."""
+        length, number, record = self._counters[[N_NEED, N_NEED_FILE, N_NEED_RECORD]].tolist()
+        self._counters[N_NEED] = 0
+        if length < 0:
+            raise self.spilled.damaged(number)
+        self._cells.ensure(int(self._counters[N_CELLS]) + length)
+        self._rows.ensure(int(self._counters[N_ROWS]) + limits.THRESHOLDS_MAX)
+        self._members.ensure(self.member_rows + units.MEMBERS_A_RECORD * length)
+        self._state = self._arrays()
+        done = 0
+        while True:
+            state = self._state
+            done = int(
+                units.load_unit(
+                    state.cells, state.table, state.shards, state.members, state.member_table, state.member_shards,
+                    state.rows, state.counters, state.files, number, record, length, done,
+                    self.dimensions.combo_count, True, self._seed,
+                )
+            )  # fmt: skip
+            if done < 0:
+                raise self.spilled.damaged(number)
+            if self._cell_index.make_room() | self._member_index.make_room():
+                self._state = self._arrays()
+            if done == length:
+                return
+
+    def coldest(self, fraction: float, log_time_ns: int) -> Ints:
+        """What is to leave memory so that about a fraction of the cells does: a cut for `Piece`."""
+        live = int(self._counters[N_CELLS] - self._counters[N_FREE_CELLS])
+        cut = np.array([log_time_ns, 0, 0], dtype=np.int64)
+        sample = np.arange(0, self.cell_rows, max(1, self.cell_rows // _SAMPLE), dtype=np.int64)
+        if not live or not len(sample):
+            return cut
+        ends, touched = np.empty_like(sample), np.zeros_like(sample)
+        evicting.ends_of(self._state, self.schemas.arrays, sample, ends, touched)
+        is_over, is_open = (ends >= 0) & (ends <= log_time_ns), ends > log_time_ns
+        total = np.count_nonzero(self._state.cells[sample, W_KEY] != FREE)
+        wanted = math.ceil(fraction * total)
+        over = np.sort(touched[is_over])
+        if wanted <= len(over) and fraction < 1.0:
+            cut[evicting.CUT_OVER] = over[max(wanted - 1, 0)] + 1 if len(over) else 0
+            return cut
+        cut[evicting.CUT_OVER] = _HIGHEST
+        still_open = np.sort(touched[is_open])
+        wanted = min(wanted - len(over), len(still_open))
+        if wanted > 0:
+            cut[evicting.CUT_OPEN] = still_open[wanted - 1] + 1
+        if fraction >= 1.0:
+            cut[evicting.CUT_OPEN] = _HIGHEST
+        return cut
+
+    def set_sizes(self) -> Iterator[npt.NDArray[np.int32]]:
+        """Count, some at a time, how many entries the set of each row of a cell has; the same array again and again."""
+        sizes = np.zeros(self.cell_rows, dtype=np.int32)
+        yield sizes
+        for first in range(0, self.member_rows, _ENTRIES_AT_ONCE):
+            end = min(first + _ENTRIES_AT_ONCE, self.member_rows)
+            evicting.count_entries(self._state.members, first, end, sizes)
+            yield sizes
+
+    def collect(
+        self, piece: Piece, first: int, end: int, set_sizes: npt.NDArray[np.int32] = _NO_SIZES
+    ) -> int:
+        """Copy the cold units that begin in the rows [first, end) to a piece; returns the row to go on with.
+
+        That is before `end` where the piece is full. See `cell_rows` for where rows end. Sets go that are in
+        `set_sizes`; call `collect_sets` then.
+        """
+        row, piece.record_count, piece.unit_count = evicting.collect_units(
+            self._state, self.schemas.arrays, first, min(end, self.cell_rows), piece.cut, piece.records,
+            piece.record_count, piece.units, piece.unit_count, UNIT_RECORDS_MAX,
+            set_sizes[: len(piece.set_units)], piece.set_units,
+        )  # fmt: skip
+        return int(row)
+
+    def collect_sets(self, piece: Piece) -> Iterator[None]:
+        """Copy the entries of a piece's sets, some at a time."""
+        if not piece.set_units.any():
+            return
+        for first in range(0, self.member_rows, _ENTRIES_AT_ONCE):
+            evicting.copy_entries(
+                self._state.members, first, min(first + _ENTRIES_AT_ONCE, self.member_rows), piece.set_units,
+                piece.units, piece.records, piece.entry_rows,
+            )  # fmt: skip
+            yield
+
+    def add_spilled(self, file: SpilledFile) -> None:
+        """There is a new file, of units that are in memory; `evict` them now."""
+        self.spilled.add(file)
+        self._state = self._arrays()
+
+    def replace_spilled(self, old: Sequence[SpilledFile], new: SpilledFile) -> None:
+        """Files, neighbours in age, have been merged into a new one."""
+        self.spilled.replace(old, new)
+        self._state = self._arrays()
+
+    def evict(self, piece: Piece, first: int, end: int) -> int:
+        """Take the units [first, end) of a piece that is in a file out of memory, but those that were touched since.
+
+        Returns how many went.
+        """
+        return int(
+            evicting.evict_units(
+                self._state, self.schemas.arrays.slots, piece.units, first, min(end, piece.unit_count), piece.records,
+                piece.entry_rows, self._seed,
+            )
+        )  # fmt: skip
+
+    def _copy_state(self, cells: int) -> StateArrays:
+        """A state without an index, for copies of units that scans are to see, with room for so many records."""
+        # Untouched memory costs nothing.
+        rows = np.empty((limits.THRESHOLDS_MAX * cells, 2), dtype=np.int64)
+        return self._state._replace(
+            cells=np.zeros((cells, CELL_WORDS), dtype=np.int64),
+            members=np.empty((units.MEMBERS_A_RECORD * cells, MEMBER_WORDS), dtype=np.int64),
+            rows=rows,
+            counters=np.zeros(COUNTERS, dtype=np.int64),
+        )
+
+    def spilled_copies(
+        self, kind: int = -1, first: int = -_HIGHEST - 1, end: int = _HIGHEST
+    ) -> Iterator[StateArrays]:
+        """What only files have, of a kind and with a start in [first, end), some at a time; valid until the next.
+
+        Raises:
+            DamagedError: a file is.
+        """
+        if not self.spilled.files:
+            return
+        copy = self._copy_state(_COPIED_RECORDS)
+        for number, file in enumerate(self.spilled.files):
+            record, stop = (0, file.records) if kind < 0 else file.records_of(kind)
+            record = self._first_unit(number, record, stop)
+            while record < stop:
+                copy.counters[:] = 0
+                copy.cells[:, W_LINKS] = 0
+                record = int(
+                    units.copy_units(
+                        self._state, self.schemas.arrays.slots, number, record, stop, kind, first, end,
+                        self.dimensions.combo_count, self._seed, copy,
+                    )
+                )  # fmt: skip
+                if record < 0:
+                    raise self.spilled.damaged(number)
+                if copy.counters[N_CELLS]:
+                    yield copy
+
+    def _first_unit(self, number: int, record: int, end: int) -> int:
+        """The first record from one on that a unit begins with."""
+        if record == 0:
+            return 0
+        found = int(units.next_unit(self.spilled.table, number, record, end))
+        if found < 0:
+            raise self.spilled.damaged(number)
+        return found
+
+    def _copies_of(
+        self, kind: int, account: int, starts: Iterable[int], cells: int, *, is_whole: bool = True
+    ) -> StateArrays | None:
+        """Copies of an account's units of a kind that only files have; None where there are none.
+
+        Not `is_whole`: of their first cells.
+        """
+        if not self.spilled.files:
+            return None
+        copy = self._copy_state(cells)
+        for start in starts:
+            while True:
+                needed = int(
+                    units.copy_unit(
+                        self._state, self.schemas.arrays.slots, kind, account, start, self.dimensions.combo_count,
+                        self._seed, is_whole, copy,
+                    )
+                )  # fmt: skip
+                if needed < 0:
+                    raise self.spilled.damaged(-1)
+                if needed == 0:
+                    break
+                larger = self._copy_state(2 * (int(copy.counters[N_CELLS]) + needed))
+                larger.cells[: len(copy.cells)] = copy.cells
+                larger.rows[: len(copy.rows)] = copy.rows
+                larger.members[: len(copy.members)] = copy.members
+                larger.counters[:] = copy.counters
+                copy = larger
+        return copy if copy.counters[N_CELLS] else None
+
     # ------------------------------------------------------------ reading one account
 
     def period_stats(self, account: int, slot: int, time_ns: int) -> tuple[Stats | None, int, int]:
         """The running total of the billing period that contains `time_ns`, and that period's [start, end)."""
         start, end = self.schemas.period_of(slot, time_ns)
         row = int(reads.find_period(self._state, _signed(account), slot, start, self._seed))
-        return (None if row < 0 else self._cell_stats(row, slot)), start, end
+        if row >= 0:
+            return self._cell_stats(self._state.cells[row], slot), start, end
+        copy = self._copies_of(2 * slot + 1, _signed(account), [start], 16, is_whole=False)
+        return (None if copy is None else self._cell_stats(copy.cells[0], slot)), start, end
 
     def day_rows(
         self,
@@ -333,18 +568,55 @@ class Fold:
             if n <= room and n_overflowed <= days:
                 break
             room, days = max(n, room), max(n_overflowed, days)
+        state = self._state
+        bad_days = overflowed[:n_overflowed].tolist()
+        if self.spilled.files:
+            state, found, bad_days = self._with_spilled_days(
+                _signed(account), slot, day_start_from, day_start_to, wanted, found[:n], bad_days
+            )
+            n = len(found)
         if n == 0:
-            return DayRows([], overflowed[:n_overflowed].tolist())
+            return DayRows([], bad_days)
         dimensions = np.array(group_by or [], dtype=np.int64)
         merged = np.empty((n, reads.MERGED_FIELDS), dtype=np.int64)
         groups = _table(n)
-        count = reads.merge_days(self._state, combos, found, n, dimensions, per_day, groups, merged)
+        count = reads.merge_days(state, combos, found, n, dimensions, per_day, groups, merged)
         rows = []
         for row in merged[:count].tolist():
-            combo = int(self._state.cells[row[reads.G_ROW], W_KEY]) >> 32
+            combo = int(state.cells[row[reads.G_ROW], W_KEY]) >> 32
             group = self.dimensions.group(combo, group_by) if group_by else []
             rows.append(DayRow(group, _stats(agg, row[reads.G_COUNT :]), row[reads.G_DAY]))
-        return DayRows(rows, overflowed[:n_overflowed].tolist())
+        return DayRows(rows, bad_days)
+
+    def _with_spilled_days(
+        self,
+        account: int,
+        slot: int,
+        first: int,
+        end: int,
+        selection: Ints,
+        found: Ints,
+        overflowed: list[int],
+    ) -> tuple[StateArrays, Ints, list[int]]:
+        """What `collect_days` found in memory, and what only files have of the same days, in one array of cells."""
+        starts = []
+        day = first
+        while day < end:
+            starts.append(day)
+            day = self.schemas.day_of(slot, day)[1]
+        copy = self._copies_of(2 * slot, account, starts, 1_024)
+        if copy is None:
+            return self._state, found, overflowed
+        rows = _collect(
+            lambda out: reads.scan_days(copy, self.dimensions.arrays.combos, slot, first, end, selection, out)
+        )
+        bad = sorted({int(copy.cells[-1 - row, cell_layout.W_START]) for row in rows if row < 0})
+        cells = copy.cells[rows[rows >= 0]]
+        if bad:
+            cells = cells[~np.isin(cells[:, cell_layout.W_START], bad)]
+        cells = np.concatenate([self._state.cells[found], cells])
+        cells = cells[np.argsort(cells[:, cell_layout.W_START], kind="stable")]
+        return self._state._replace(cells=cells), np.arange(len(cells)), sorted([*overflowed, *bad])
 
     def select(self, slot: int, filters: list[tuple[str, list[str]]]) -> Ints:
         """Filters as a selection for the reads; see `Dimensions.selection` for what is refused."""
@@ -362,14 +634,17 @@ class Fold:
 
     def top_period(self, slot: int, period_start: int, n: int) -> TopAccounts:
         """The n accounts with the largest total in the billing period that begins at `period_start`."""
-        found = _collect(lambda out: reads.scan_period(self._state, slot, period_start, out))
         agg = self._agg(slot)
         lo, hi, _, _ = _RANKED_BY[agg]
-        table = self._state.cells[found]
-        best = _rank(table[:, cell_layout.W_ACCOUNT], table[:, lo], None if hi is None else table[:, hi], n)
+        best: Ints = np.empty((0, CELL_WORDS), dtype=np.int64)
+        for state in self._everywhere(2 * slot + 1, period_start, period_start + 1):
+            found = _collect(partial(reads.scan_period, state, slot, period_start))
+            table = np.concatenate([best, state.cells[found]])
+            best = table[
+                _rank(table[:, cell_layout.W_ACCOUNT], table[:, lo], None if hi is None else table[:, hi], n)
+            ]
         accounts = [
-            (int(table[i, cell_layout.W_ACCOUNT]) & (2**64 - 1), self._cell_stats(int(found[i]), slot))
-            for i in best
+            (int(cell[cell_layout.W_ACCOUNT]) & (2**64 - 1), self._cell_stats(cell, slot)) for cell in best
         ]
         return TopAccounts(accounts, [])
 
@@ -377,14 +652,20 @@ class Fold:
         """The n accounts with the largest aggregate over the days that begin in [first, end). See `day_rows`."""
         agg = self._agg(slot)
         assert agg != AggType.COUNT_UNIQUE
-        combos = self.dimensions.arrays.combos
         wanted = NO_SELECTION if selection is None else selection
-        found = _collect(lambda out: reads.scan_days(self._state, combos, slot, first, end, wanted, out))
+        parts, marks = [], []
+        for cells, rows in self.day_cells(slot, first, end, wanted):
+            parts.append(cells[np.where(rows < 0, -1 - rows, rows)])
+            marks.append(rows < 0)
+        table = np.concatenate(parts)
+        found = np.arange(len(table))
+        found = np.where(np.concatenate(marks), -1 - found, found)
+        state = self._state._replace(cells=table)
         merged = np.empty((len(found), reads.MERGED_FIELDS), dtype=np.int64)
         flags = np.zeros(len(found), dtype=np.bool_)
-        count = reads.merge_accounts(self._state, found, len(found), _table(len(found)), merged, flags)
+        count = reads.merge_accounts(state, found, len(found), _table(len(found)), merged, flags)
         merged, flags = merged[:count], flags[:count]
-        owners = self._state.cells[merged[:, reads.G_ROW], cell_layout.W_ACCOUNT]
+        owners = table[merged[:, reads.G_ROW], cell_layout.W_ACCOUNT]
         overflowed = np.sort(owners[flags].view(np.uint64)).tolist()
         merged, owners = merged[~flags], owners[~flags]
         _, _, lo, hi = _RANKED_BY[agg]
@@ -394,12 +675,70 @@ class Fold:
         ]
         return TopAccounts(accounts, overflowed)
 
+    def _everywhere(self, kind: int, first: int, end: int) -> Iterator[StateArrays]:
+        """The state, and then copies of what only files have: see `spilled_copies`."""
+        yield self._state
+        yield from self.spilled_copies(kind, first, end)
+
+    def day_cells(self, slot: int, first: int, end: int, selection: Ints) -> Iterator[tuple[Ints, Ints]]:
+        """Day cells of all accounts that pass, of the days that begin in [first, end): arrays, and rows in them.
+
+        The head of a day that overflowed is listed as -1 - row; its chain's cells are listed, too. An array is valid
+        until the next one is asked for.
+        """
+        combos = self.dimensions.arrays.combos
+        for state in self._everywhere(2 * slot, first, end):
+            # Untouched memory costs nothing; a cell is listed once, a head of an overflowed day twice.
+            room = 2 * int(state.counters[N_CELLS])
+            scan = partial(reads.scan_days, state, combos, slot, first, end, selection)
+            yield state.cells, _collect(scan, room)
+
     # ------------------------------------------------------------ alerts
 
     @property
     def alert_count(self) -> int:
         """How many alert records there are; also the position of the next one."""
-        return int(self._counters[N_ALERTS])
+        return self.alert_files.end + int(self._counters[N_ALERTS])
+
+    @property
+    def _alert_table(self) -> Ints:
+        """The alert records that are in memory."""
+        table: Ints = self._state.alerts[: int(self._counters[N_ALERTS])]
+        return table
+
+    def alert_bytes(self) -> int:
+        """Bytes of memory that alert records take."""
+        return int(self._counters[N_ALERTS]) * thresholds.ALERT_BYTES
+
+    def oldest_alerts(self, count: int) -> Ints:
+        """The oldest records in memory, for a file; they stay as they are, whatever is folded."""
+        assert 0 < count <= len(self._alert_table), "they are in memory"
+        return self._alert_table[:count]
+
+    def forget_alerts(self, file: AlertFile) -> None:
+        """The oldest records in memory are in a file now."""
+        # Not in place: somebody may be looking at those that go.
+        count = file.end - file.start
+        left = self._alert_table[count:].copy()
+        self.alert_files.add(file)
+        self._alerts.array[: len(left)] = left
+        self._counters[N_ALERTS] = len(left)
+        self._counters[N_ALERT_BASE] = self.alert_files.end
+
+    def _alert_parts(self, start: int, end: int) -> Iterator[tuple[int, Ints]]:
+        """The records of the positions [start, end), some at a time, each time with the first one's position.
+
+        Raises:
+            DamagedError: a file is damaged.
+        """
+        for position, rows in self.alert_files.rows(start, end):
+            if int((rows[:, thresholds.A_SLOT] & 0xFFFFFFFF).max()) >= self.schemas.count:
+                raise damage(self.partition, "one of its files of alert records")
+            yield position, rows
+        base = self.alert_files.end
+        if end > base:
+            first = max(start, base)
+            yield first, self._alert_table[first - base : end - base]
 
     def alerts(
         self,
@@ -424,10 +763,28 @@ class Fold:
         *,
         choice: AlertChoice | None = None,
     ) -> list[int]:
-        """At most `limit` positions in [start, end), ascending, of alert records that match (None: all do)."""
+        """At most `limit` positions in [start, end), ascending, of alert records that match (None: all do).
+
+        Raises:
+            DamagedError: a file is damaged.
+        """
         start = max(start, 0)
-        table = self._state.alerts[start : max(min(end, self.alert_count), start)]
+        end = min(end, self.alert_count)
         limit = max(limit, 0)
+        if account is None and slot is None and choice is None:
+            return list(range(start, min(start + limit, max(end, start))))
+        found: list[int] = []
+        for position, table in self._alert_parts(start, end):
+            matching = self._matching(table, account, slot, choice)
+            found += (position + matching[: limit - len(found)]).tolist()
+            if len(found) == limit:
+                break
+        return found
+
+    def _matching(
+        self, table: Ints, account: int | None, slot: int | None, choice: AlertChoice | None
+    ) -> Ints:
+        """Which rows of a table of alert records match."""
         wanted: npt.NDArray[np.bool_] | None = None
         if account is not None:
             wanted = table[:, thresholds.A_ACCOUNT] == _signed(account)
@@ -442,25 +799,50 @@ class Fold:
                 if self.schemas.record(slot).schema.code in choice.metric_codes
             ]
             wanted = _both(wanted, np.isin(table[:, thresholds.A_SLOT] & 0xFFFFFFFF, slots))
-        if wanted is None:
-            return list(range(start, start + min(limit, len(table))))
-        return (start + np.flatnonzero(wanted)[:limit]).tolist()  # type: ignore[no-any-return]
+        return np.arange(len(table)) if wanted is None else np.flatnonzero(wanted)
 
     def alerts_at(self, positions: Sequence[int]) -> list[AlertRecord]:
-        """The alert records at these positions."""
+        """The alert records at these positions, which ascend.
+
+        Raises:
+            DamagedError: a file is damaged.
+        """
+        places: Ints = np.asarray(positions, dtype=np.int64)
+        base = self.alert_files.end
+        found: list[AlertRecord] = []
+        if len(places) and places[0] < base:
+            spilled = places[places < base]
+            for first, table in self._alert_parts(int(spilled[0]), int(spilled[-1]) + 1):
+                here = spilled[(spilled >= first) & (spilled < first + len(table))]
+                try:
+                    found += self._alerts_of(here, table[here - first])
+                except IndexError:
+                    raise damage(self.partition, "one of its files of alert records") from None
+            places = places[len(spilled) :]
+        return found + self._alerts_of(places, self._alert_table[places - base])
+
+    def _alerts_of(self, positions: Ints, rows: Ints) -> list[AlertRecord]:
         # Copied at once, and little-endian: 128-bit numbers are their two words as they lie there.
-        rows = self._state.alerts[positions].astype("<i8", copy=False)
+        rows = rows.astype("<i8", copy=False)
         data = rows.tobytes()
         return [
             self._alert(position, row, data[k * thresholds.ALERT_BYTES : (k + 1) * thresholds.ALERT_BYTES])
-            for k, (position, row) in enumerate(zip(positions, rows.tolist(), strict=True))
+            for k, (position, row) in enumerate(zip(positions.tolist(), rows.tolist(), strict=True))
         ]
 
     def alert_at_time(self, time_ns: int) -> int:
-        """The position of the first alert record raised at `time_ns` or later; `alert_count` where there is none."""
+        """The position of the first alert record raised at `time_ns` or later; `alert_count` where there is none.
+
+        Raises:
+            DamagedError: a file is damaged.
+        """
         # Append times never fall along the log.
-        times = self._state.alerts[: self.alert_count, thresholds.A_APPEND]
-        return bisect_left(range(len(times)), time_ns, key=lambda position: int(times[position]))
+        base = self.alert_files.end
+        position = self.alert_files.at_time(time_ns)
+        if position < base:
+            return position
+        times = self._alert_table[:, thresholds.A_APPEND]
+        return base + bisect_left(range(len(times)), time_ns, key=lambda row: int(times[row]))
 
     def _alert(self, position: int, row: list[int], data: bytes) -> AlertRecord:
         slot, index = row[thresholds.A_SLOT] & 0xFFFFFFFF, row[thresholds.A_SLOT] >> 32
@@ -488,21 +870,49 @@ class Fold:
 
     @property
     def cell_count(self) -> int:
-        """Period and day cells."""
+        """Period and day cells, wherever they are."""
+        return int(self._counters[N_CELLS] - self._counters[N_FREE_CELLS] + self._counters[N_SPILLED])
+
+    @property
+    def cell_rows(self) -> int:
+        """Rows of cells that are in use, or have been."""
         return int(self._counters[N_CELLS])
 
     @property
+    def spilled_cell_count(self) -> int:
+        """Cells that only files have."""
+        return int(self._counters[N_SPILLED])
+
+    def cell_bytes(self) -> int:
+        """Bytes of memory that cells take, with their share of the index."""
+        return (self.cell_count - self.spilled_cell_count) * (cell_layout.CELL_BYTES + _INDEX_BYTES)
+
+    def set_bytes(self) -> int:
+        """Bytes of memory that the entries of sets take, with their share of the index."""
+        live = self.member_count - int(self._counters[N_SPILLED_MEMBERS])
+        return live * (uniques.MEMBER_BYTES + _INDEX_BYTES)
+
+    @property
     def member_count(self) -> int:
-        """Entries of all COUNT_UNIQUE sets, removed ones included."""
+        """Entries of all COUNT_UNIQUE sets, removed ones included, wherever they are."""
+        return int(
+            self._counters[N_MEMBERS] - self._counters[N_FREE_MEMBERS] + self._counters[N_SPILLED_MEMBERS]
+        )
+
+    @property
+    def member_rows(self) -> int:
+        """Rows of entries that are in use, or have been."""
         return int(self._counters[N_MEMBERS])
 
     def memory_bytes(self) -> int:
         """Bytes of memory that the state uses."""
         return (
-            self.cell_count * cell_layout.CELL_BYTES
-            + self.member_count * uniques.MEMBER_BYTES
+            (self.cell_count - self.spilled_cell_count) * cell_layout.CELL_BYTES
+            + self.spilled.memory_bytes
+            + (self.member_count - int(self._counters[N_SPILLED_MEMBERS])) * uniques.MEMBER_BYTES
             + int(self._counters[N_ROWS]) * 16
-            + int(self._counters[N_ALERTS]) * thresholds.ALERT_BYTES
+            + self.alert_bytes()
+            + self.alert_files.memory_bytes
             + self._cell_index.memory_bytes
             + self._member_index.memory_bytes
             + self.dimensions.memory_bytes
@@ -512,6 +922,13 @@ class Fold:
     def digest(self) -> int:
         """A 64-bit digest of the logical state: equal on replicas that applied the same log up to one offset."""
         total = int(digest_state(self._state, self.dimensions.arrays, self.schemas.uids))
+        for copy in self.spilled_copies():
+            total += int(digest_state(copy, self.dimensions.arrays, self.schemas.uids))
+        counters: Ints = np.zeros(COUNTERS, dtype=np.int64)
+        for position, rows in self._alert_parts(0, self.alert_files.end):
+            counters[[N_ALERT_BASE, N_ALERTS]] = position, len(rows)
+            copy = self._state._replace(alerts=np.array(rows), counters=counters)
+            total += int(digest_state(copy, self.dimensions.arrays, self.schemas.uids))
         for slot in range(self.schemas.count):
             state = encode_record(self.schemas.record(slot)) + repr(self.schemas.declared(slot)).encode()
             total += int.from_bytes(hashlib.blake2b(state, digest_size=8).digest(), "little")
@@ -519,9 +936,21 @@ class Fold:
 
     def snapshot(self) -> dict[str, npt.NDArray[Any] | bytes]:
         """Copy the whole state, at once: what is folded afterwards doesn't show in it."""
-        cells, members, rows, alerts = self._counters.tolist()
+        cells, members, rows, alerts = self._counters[: N_ALERTS + 1].tolist()
+        is_whole = not self._counters[N_FREE_CELLS] and not self.spilled.files and not self.alert_files.files
+        version = SNAPSHOT_VERSION if is_whole else SPILLED_VERSION
         return {
-            "fold_meta": np.array([SNAPSHOT_VERSION, self.partition, self.applied], dtype=np.int64),
+            "fold_meta": np.array(
+                [
+                    version,
+                    self.partition,
+                    self.applied,
+                    int(self._counters[N_SPILLED]),
+                    int(self._counters[N_SPILLED_MEMBERS]),
+                    self.alert_files.end,
+                ],
+                dtype=np.int64,
+            ),
             "fold_schemas": msgspec.msgpack.encode(self._history),
             "cells": self._cells.array[:cells].copy(),
             "members": self._members.array[:members].copy(),
@@ -531,8 +960,23 @@ class Fold:
         }
 
     @classmethod
-    def restore(cls, partition: int, parts: dict[str, Any], *, hash_seed: int = 0) -> Fold:
-        """Make the fold of a snapshot.
+    def restore(
+        cls,
+        partition: int,
+        parts: dict[str, Any],
+        *,
+        hash_seed: int = 0,
+        spilled: Sequence[SpilledFile] = (),
+        alert_files: Sequence[AlertFile] = (),
+    ) -> Fold:
+        """Make the fold of a snapshot and the files that there were when it was taken.
+
+        Args:
+            partition: whose it is.
+            parts: what `snapshot` has returned.
+            hash_seed: as of a new one.
+            spilled: the files of cells, the newest first.
+            alert_files: the files of alert records, the oldest first.
 
         Raises:
             RemoteProtocolError: the parts aren't a snapshot of this partition.
@@ -546,13 +990,27 @@ class Fold:
                     ("cells", CELL_WORDS), ("members", MEMBER_WORDS), ("threshold_rows", 2), ("alerts", ALERT_WORDS)
                 )
             ]  # fmt: skip
-            if meta[:2] != [SNAPSHOT_VERSION, partition]:
+            if meta[0] not in (SNAPSHOT_VERSION, SPILLED_VERSION):
+                raise ValueError(f"it is of version {meta[0]}")
+            if meta[0] == SPILLED_VERSION and meta[3] and not spilled:
+                raise ValueError("its files of cells are missing")
+            filed = AlertFiles(partition, alert_files)
+            if filed.end != (meta[5] if meta[0] == SPILLED_VERSION else 0):
+                raise ValueError(f"its files of alert records end at position {filed.end}")
+            if meta[1] != partition:
                 raise ValueError(f"it is of version and partition {meta[:2]}")
             self = cls(partition, hash_seed=hash_seed)
             for offset, encoded in history:
                 self.schemas.put(decode_record(encoded), offset)
             self.dimensions = Dimensions.restore(parts, seed=hash_seed)
-        except (KeyError, ValueError, TypeError, IndexError, msgspec.DecodeError) as error:
+        except (
+            KeyError,
+            ValueError,
+            TypeError,
+            IndexError,
+            msgspec.DecodeError,
+            SpilledFileError,
+        ) as error:
             raise RemoteProtocolError(f"malformed snapshot of partition {partition}: {error}") from error
         self._history = history
         self.applied = meta[2]
@@ -561,6 +1019,12 @@ class Fold:
             arena.ensure(len(table))
             arena.array[: len(table)] = table
             self._counters[number] = len(table)
+        if meta[0] == SPILLED_VERSION:
+            self._counters[[N_SPILLED, N_SPILLED_MEMBERS]] = meta[3:5]
+            self._take_up_freed()
+        self.spilled = SpilledFiles(partition, spilled)
+        self.alert_files = filed
+        self._counters[N_ALERT_BASE] = filed.end
         self._cell_index = Index(2 * len(tables[0]))
         self._member_index = Index(len(tables[1]))
         self._state = self._arrays()
@@ -568,14 +1032,46 @@ class Fold:
         self._reindex()
         return self
 
+    def _take_up_freed(self) -> None:
+        """Link the freed rows of cells anew, and move the rows of thresholds together."""
+        cells = self._cells.array[: self.cell_rows]
+        free = np.flatnonzero(cells[:, W_KEY] == FREE)
+        cells[free, cell_layout.W_ACCOUNT] = np.append(free[1:] + 1, 0)[: len(free)]
+        self._counters[N_FREE_CELLS] = len(free)
+        self._counters[N_FREE_CELL] = int(free[0]) + 1 if len(free) else 0
+        members = self._members.array[: self.member_rows]
+        free = np.flatnonzero(members[:, uniques.M_OWNER] == uniques.FREE_MEMBER)
+        members[free, uniques.M_LO] = np.append(free[1:] + 1, 0)[: len(free)]
+        self._counters[N_FREE_MEMBERS] = len(free)
+        self._counters[N_FREE_MEMBER] = int(free[0]) + 1 if len(free) else 0
+        links = cells[:, W_LINKS]
+        owners = np.flatnonzero(
+            ((cells[:, W_KEY] >> 32) & 0xFFFFFFFF == cell_layout.PERIOD)
+            & (cells[:, W_KEY] != FREE)
+            & ((links >> 8) & 0xFF > 0)
+        )
+        counts = (links[owners] >> 8) & 0xFF
+        before = ((links[owners] >> 32) & 0xFFFFFFFF) - 1
+        after = np.cumsum(counts) - counts
+        total = int(counts.sum())
+        places = np.repeat(before - after, counts) + np.arange(total)
+        if places.max(initial=-1) >= int(self._counters[N_ROWS]):
+            raise RemoteProtocolError(
+                f"malformed snapshot of partition {self.partition}: a reference leads nowhere"
+            )
+        self._rows.array[:total] = self._rows.array[places]
+        self._rows.array[total : int(self._counters[N_ROWS])] = 0
+        self._counters[N_ROWS] = total
+        cells[owners, W_LINKS] = (links[owners] & 0xFFFFFFFF) | ((after + 1) << 32)
+
     def _reindex(self) -> None:
         """Fill the empty indexes; whenever a shard is due to grow, make room and go on."""
         cell, member = 0, 0
-        while cell < self.cell_count:
+        while cell < self.cell_rows:
             cell = int(reindex_cells(self._state, cell, self._seed))
             if self._cell_index.make_room():
                 self._state = self._arrays()
-        while member < self.member_count:
+        while member < self.member_rows:
             state = self._state
             member = int(
                 reindex_members(
@@ -583,7 +1079,7 @@ class Fold:
                     state.member_shards,
                     state.members,
                     member,
-                    self.member_count,
+                    self.member_rows,
                     self._seed,
                 )
             )
@@ -592,19 +1088,22 @@ class Fold:
 
     def _check_references(self, partition: int) -> None:
         """Refuse numbers that would send a kernel outside its arrays."""
-        cells = self._cells.array[: self.cell_count]
+        cells = self._cells.array[: self.cell_rows]
+        owners = self._members.array[: self.member_rows, uniques.M_OWNER]
+        owners = owners[owners != uniques.FREE_MEMBER] & 0xFFFFFFFF
+        is_sound = owners.max(initial=-1) < len(cells) and not (cells[owners, W_KEY] == FREE).any()
+        cells = cells[cells[:, W_KEY] != FREE]
         combos = (cells[:, W_KEY] >> 32) & 0xFFFFFFFF
         is_period = combos == cell_layout.PERIOD
         links = cells[:, W_LINKS]
         row_ends = ((links >> 32) & 0xFFFFFFFF) - 1 + ((links >> 8) & 0xFF)
-        owners = self._members.array[: self.member_count, uniques.M_OWNER] & 0xFFFFFFFF
-        slots = self._alerts.array[: self.alert_count, thresholds.A_SLOT] & 0xFFFFFFFF
+        slots = self._alerts.array[: int(self._counters[N_ALERTS]), thresholds.A_SLOT] & 0xFFFFFFFF
         sound = (
             (cells[:, W_KEY] & 0xFFFFFFFF).max(initial=-1) < self.schemas.count
             and combos[~is_period].max(initial=-1) < self.dimensions.combo_count
             and row_ends[is_period].max(initial=-1) <= int(self._counters[N_ROWS])
-            and (links & 0xFFFFFFFF)[~is_period].max(initial=0) <= self.cell_count
-            and owners.max(initial=-1) < self.cell_count
+            and (links & 0xFFFFFFFF)[~is_period].max(initial=0) <= self.cell_rows
+            and is_sound
             and slots.max(initial=-1) < self.schemas.count
             and self.dimensions.sound
         )
@@ -616,8 +1115,8 @@ class Fold:
     def _agg(self, slot: int) -> AggType:
         return AggType(int(self.schemas.agg_types[slot]))
 
-    def _cell_stats(self, row: int, slot: int) -> Stats:
-        cell = self._state.cells[row].tolist()
+    def _cell_stats(self, words: Ints, slot: int) -> Stats:
+        cell = words.tolist()
         flags = cell[W_LINKS] & 0xFF
         return _stats(self._agg(slot), cell[cell_layout.W_COUNT : W_LINKS], flags)
 
@@ -654,9 +1153,9 @@ def _table(n: int) -> Ints:
     return np.full(1 << max(2 * n - 1, 1).bit_length(), -1, dtype=np.int64)
 
 
-def _collect(scan: Any) -> Ints:
+def _collect(scan: Any, room: int = 4_096) -> Ints:
     """Call a kernel that fills an array and says how many it found, with a larger one if need be."""
-    found: Ints = np.empty(4_096, dtype=np.int64)
+    found: Ints = np.empty(room, dtype=np.int64)
     n = scan(found)
     if n > len(found):
         found = np.empty(n, dtype=np.int64)

@@ -9,7 +9,7 @@ sequence, by a quarter at a time: loads stay between 0.4 and 0.5, so that most l
 (a search of unforeseeable length costs more than the memory), and no single step moves more than a 64th.
 Shards lie `stride` entries apart in one reserved range, so they grow in place. Kernels don't grow them (they can't
 allocate, see `compiling`): they mark the index FULL and stop between two events, or two rows where an index is filled
-anew; the caller makes room and goes on. Nothing is ever deleted from an index.
+anew; the caller makes room and goes on. What is deleted leaves no mark: entries behind it move up.
 
 However keys fall, a shard never runs full: it is at most half full before each event, as a shard due to grow becomes
 larger by a quarter, at least by twice STEP_MAX, and one event adds at most STEP_MAX entries.
@@ -108,6 +108,38 @@ def insert(table: Any, shards: Any, h: Any, row: Any) -> None:
     shards[shard, COUNT] = count
     entry = (tag_of(h) << U32) | np.uint64(row + 1)
     _place(table, shard * shards[SHARDS, STRIDE], capacity, entry)
+
+
+@kernel
+def remove(table: Any, shards: Any, h: Any, row: Any) -> None:
+    """Delete the entry of a row, which is in."""
+    shard = shard_of(h)
+    capacity = shards[shard, CAPACITY]
+    base = shard * shards[SHARDS, STRIDE]
+    tag = tag_of(h)
+    entry = (tag << U32) | np.uint64(row + 1)
+    hole = home_of(tag, capacity)
+    while table[base + hole] != entry:
+        assert table[base + hole] != ZERO
+        hole += 1
+        if hole == capacity:
+            hole = np.int64(0)
+    at = hole
+    while True:
+        at += 1
+        if at == capacity:
+            at = np.int64(0)
+        other = table[base + at]
+        if other == ZERO:
+            break
+        # It may move up unless its search begins behind the hole.
+        home = home_of(other >> U32, capacity)
+        stays = hole < home <= at if hole <= at else hole < home or home <= at
+        if not stays:
+            table[base + hole] = other
+            hole = at
+    table[base + hole] = ZERO
+    shards[shard, COUNT] -= 1
 
 
 @kernel

@@ -31,6 +31,7 @@ from tallymark_protocol.payload import (
     value_at,
 )
 from tallymark_store.fold.cells import (
+    FREE,
     HEAD,
     HEAD_KEY,
     LENGTH_MASK,
@@ -54,11 +55,13 @@ from tallymark_store.fold.cells import (
     guess_cell,
     head_of,
     is_cell,
+    new_row,
     next_of,
     set_links,
 )
 from tallymark_store.fold.compiling import kernel, prefetch
-from tallymark_store.fold.dimensions import resolve_set
+from tallymark_store.fold.counters import N_CELLS, N_NEED, N_NEED_FILE, N_NEED_RECORD
+from tallymark_store.fold.dimensions import N_COMBOS, resolve_set
 from tallymark_store.fold.index import FULL, SHARDS, entry_position, insert
 from tallymark_store.fold.schemas import (
     S_AGG,
@@ -69,15 +72,9 @@ from tallymark_store.fold.schemas import (
 )
 from tallymark_store.fold.thresholds import check
 from tallymark_store.fold.uniques import apply_operation, member_hash, unique_value
+from tallymark_store.fold.units import DAMAGED, find_in_memory, find_unit, load_unit, unit_length
 
 Ints = npt.NDArray[np.int64]
-
-# Counters of a state: rows in use.
-N_CELLS = 0
-N_MEMBERS = 1
-N_ROWS = 2
-N_ALERTS = 3
-COUNTERS = 4
 
 BLOCK = 64
 
@@ -119,6 +116,7 @@ class StateArrays(NamedTuple):
     rows: Ints  # int64[n, 2]: totals at which thresholds fire next
     alerts: Ints  # int64[n, ALERT_WORDS]
     counters: Ints
+    files: Ints  # int64[n, FILE_FIELDS]: see `units`
 
 
 class Scratch(NamedTuple):
@@ -156,12 +154,10 @@ def _resolve(
 def _new_cell(
     cells: Any, table: Any, shards: Any, counters: Any, h: Any, account: Any, start: Any, key: Any
 ) -> Any:
-    row = counters[N_CELLS]
-    # Fresh rows are zero.
+    row = new_row(cells, counters)
     cells[row, W_ACCOUNT] = account
     cells[row, W_START] = start
     cells[row, W_KEY] = key
-    counters[N_CELLS] = row + 1
     insert(table, shards, h, row)
     return row
 
@@ -316,7 +312,7 @@ def _check_thresholds(
     elif agg == _LATEST:
         lo = cells[cell, W_LAST_VALUE]
         hi = lo >> 63
-    rows_used, alerts_used = check(
+    check(
         cells,
         cell,
         slot,
@@ -324,9 +320,8 @@ def _check_thresholds(
         slot * _THRESHOLDS_MAX,
         count,
         rows,
-        counters[N_ROWS],
         alerts,
-        counters[N_ALERTS],
+        counters,
         lo,
         hi,
         start,
@@ -334,8 +329,101 @@ def _check_thresholds(
         offset,
         append_ns,
     )
-    counters[N_ROWS] = rows_used
-    counters[N_ALERTS] = alerts_used
+
+
+@kernel
+def _bring_unit(
+    cells: Any,
+    table: Any,
+    shards: Any,
+    members: Any,
+    member_table: Any,
+    member_shards: Any,
+    rows: Any,
+    counters: Any,
+    files: Any,
+    is_set: Any,
+    kind: Any,
+    account: Any,
+    start: Any,
+    combo_count: Any,
+    seed: Any,
+) -> Any:
+    """Bring back a unit that isn't in memory, if a file has it; False where the caller of the kernel has to.
+
+    What is to be done then is in the counters from N_NEED on.
+    """
+    f, record = find_unit(files, 0, len(files), kind, account, start)
+    if f == DAMAGED:
+        counters[N_NEED] = -1
+        counters[N_NEED_FILE] = record
+        return False
+    if f < 0:
+        return True
+    length = unit_length(files, f, record)
+    if length > 0 and (length <= 2 or (kind & 1 and not is_set)):
+        done = load_unit(
+            cells, table, shards, members, member_table, member_shards, rows, counters, files, f, record, length, 0,
+            combo_count, True, seed,
+        )  # fmt: skip
+        if done == length:
+            return True
+        length = np.int64(-1)
+    counters[N_NEED] = length if length > 0 else -1
+    counters[N_NEED_FILE] = f
+    counters[N_NEED_RECORD] = record
+    return False
+
+
+@kernel
+def _bring_back(
+    block: Any,
+    j: Any,
+    slot: Any,
+    slots: Any,
+    cells: Any,
+    table: Any,
+    shards: Any,
+    members: Any,
+    member_table: Any,
+    member_shards: Any,
+    rows: Any,
+    counters: Any,
+    files: Any,
+    combo_count: Any,
+    seed: Any,
+) -> Any:
+    """Have in memory what files have of an event's period and day; False as `_bring_unit`."""
+    account = block[j, _ACCOUNT]
+    start = block[j, _PERIOD_START]
+    key = cell_key(slot, PERIOD)
+    row = block[j, _PERIOD_ROW]
+    if row < 0 or not is_cell(cells, row, account, start, key):
+        row = find_cell(table, shards, cells, np.uint64(block[j, _PERIOD_HASH]), account, start, key)
+        block[j, _PERIOD_ROW] = row
+        if row < 0 and not _bring_unit(
+            cells, table, shards, members, member_table, member_shards, rows, counters, files,
+            block[j, _AGG] == _COUNT_UNIQUE, (slot << 1) | 1, account, start, combo_count, seed,
+        ):  # fmt: skip
+            return False
+    if block[j, _AGG] == _COUNT_UNIQUE:
+        return True
+    start = block[j, _DAY_START]
+    combo = block[j, _COMBO]
+    if combo >= 0:
+        key = cell_key(slot, combo)
+        row = block[j, _DAY_ROW]
+        if row < 0 or not is_cell(cells, row, account, start, key):
+            row = find_cell(table, shards, cells, np.uint64(block[j, _DAY_HASH]), account, start, key)
+            block[j, _DAY_ROW] = row
+        if row >= 0:
+            return True
+    if find_in_memory(cells, table, shards, slots, slot << 1, account, start, seed) >= 0:
+        return True
+    return _bring_unit(
+        cells, table, shards, members, member_table, member_shards, rows, counters, files, False, slot << 1, account,
+        start, combo_count, seed,
+    )  # fmt: skip
 
 
 @kernel
@@ -354,6 +442,8 @@ def fold_events(
     seed: Any,
 ) -> Any:
     """Fold a payload's accepted events from event `first` on. Returns the event to go on with; at the end, n.
+
+    Where it stops with a number in the counter N_NEED, a unit has to be brought back first.
 
     `verdicts` is uint8[n], or empty when all are accepted. Dense arrays must have room for everything the payload
     can add (see `Fold.apply`).
@@ -374,6 +464,8 @@ def fold_events(
     rows = state.rows
     alerts = state.alerts
     counters = state.counters
+    files = state.files
+    has_files = len(files) > 0
     combo_shards = dims.combo_shards
     value_shards = dims.value_shards
     block = scratch.block
@@ -416,6 +508,13 @@ def fold_events(
                 | value_shards[SHARDS, FULL]
             ) != 0:
                 return i
+            if has_files:
+                combo_count = dims.counters[N_COMBOS]
+                if not _bring_back(
+                    block, j, slot, slots, cells, table, shards, members, member_table, member_shards, rows, counters,
+                    files, combo_count, seed,
+                ):  # fmt: skip
+                    return i
             account = block[j, _ACCOUNT]
             offset = base_offset + i
             time = block[j, _TIME]
@@ -430,11 +529,11 @@ def fold_events(
                 cell = _new_cell(cells, table, shards, counters, h, account, start, key)
             if agg == _COUNT_UNIQUE:
                 lo, hi = unique_value(data, columns, i, uids[slot], work)
-                change, added = apply_operation(
+                cells[cell, W_LO] += apply_operation(
                     member_table,
                     member_shards,
                     members,
-                    counters[N_MEMBERS],
+                    counters,
                     member_hash(cell, lo, hi, seed),
                     cell,
                     lo,
@@ -443,8 +542,6 @@ def fold_events(
                     offset,
                     operation_at(data, columns, i),
                 )
-                counters[N_MEMBERS] += added
-                cells[cell, W_LO] += change
                 cells[cell, W_COUNT] += 1
             elif agg == _COUNT:
                 add_count(cells, cell, time, offset)
@@ -524,6 +621,8 @@ def reindex_cells(state: Any, first: Any, seed: Any) -> Any:
         account = cells[row, W_ACCOUNT]
         start = cells[row, W_START]
         key = cells[row, W_KEY]
+        if key == FREE:
+            continue
         insert(table, shards, cell_hash(account, start, key, seed), row)
         combo = (key >> 32) & 0xFFFFFFFF
         if combo != PERIOD and combo != NO_COMBO and head_of(cells, row) & HEAD != 0:

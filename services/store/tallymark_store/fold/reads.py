@@ -36,8 +36,8 @@ from tallymark_store.fold.cells import (
     next_of,
 )
 from tallymark_store.fold.compiling import kernel
+from tallymark_store.fold.counters import N_CELLS
 from tallymark_store.fold.dimensions import C_CODES, selected
-from tallymark_store.fold.kernel import N_CELLS
 from tallymark_store.fold.schemas import S_DIMENSIONS, find_day
 
 # Fields of an accumulator.

@@ -20,6 +20,7 @@ import numpy as np
 
 from tallymark_store.fold.cells import W_LINKS
 from tallymark_store.fold.compiling import inlined, kernel
+from tallymark_store.fold.counters import N_ALERTS, N_FREE_ROWS, N_ROWS
 from tallymark_store.fold.index import ZERO
 from tallymark_store.fold.schemas import T_HI, T_LO, T_RECURRING
 
@@ -93,10 +94,32 @@ def next_multiple(lo: Any, hi: Any, r_lo: Any, r_hi: Any, d_lo: Any, d_hi: Any) 
 
 
 @kernel
-def _new_row(cells: Any, cell: Any, thresholds: Any, first: Any, count: Any, rows: Any, used: Any) -> None:
+def new_threshold_rows(rows: Any, counters: Any, count: Any) -> Any:
+    """The first of `count` rows that nobody uses."""
+    first = counters[N_FREE_ROWS + count - 1] - 1
+    if first >= 0:
+        counters[N_FREE_ROWS + count - 1] = rows[first, 0]
+    else:
+        first = counters[N_ROWS]
+        counters[N_ROWS] = first + count
+    return first
+
+
+@kernel
+def free_threshold_rows(rows: Any, counters: Any, first: Any, count: Any) -> None:
+    """Give back the rows of a cell."""
+    rows[first, 0] = counters[N_FREE_ROWS + count - 1]
+    counters[N_FREE_ROWS + count - 1] = first + 1
+
+
+@kernel
+def _new_row(
+    cells: Any, cell: Any, thresholds: Any, first: Any, count: Any, rows: Any, counters: Any
+) -> None:
     word = cells[cell, W_LINKS]
     have = (word >> 8) & 0xFF
     old = ((word >> 32) & _MASK32) - 1
+    used = new_threshold_rows(rows, counters, count)
     for t in range(count):
         if t < have:
             rows[used + t, 0] = rows[old + t, 0]
@@ -104,6 +127,8 @@ def _new_row(cells: Any, cell: Any, thresholds: Any, first: Any, count: Any, row
         else:
             rows[used + t, 0] = thresholds[first + t, T_LO]
             rows[used + t, 1] = thresholds[first + t, T_HI]
+    if have > 0:
+        free_threshold_rows(rows, counters, old, have)
     cells[cell, W_LINKS] = ((used + 1) << 32) | (count << 8) | (word & 0xFF)
 
 
@@ -116,23 +141,21 @@ def check(
     first: Any,
     count: Any,
     rows: Any,
-    rows_used: Any,
     alerts: Any,
-    alerts_used: Any,
+    counters: Any,
     lo: Any,
     hi: Any,
     start: Any,
     end: Any,
     offset: Any,
     append_ns: Any,
-) -> Any:
+) -> None:
     """Compare a period cell's aggregate (int64 words) with its thresholds after the event at `offset`.
 
-    The metric's thresholds are `thresholds[first:first + count]`. Returns the used (rows, alerts) after it.
+    The metric's thresholds are `thresholds[first:first + count]`.
     """
     if (cells[cell, W_LINKS] >> 8) & 0xFF != count:
-        _new_row(cells, cell, thresholds, first, count, rows, rows_used)
-        rows_used += count
+        _new_row(cells, cell, thresholds, first, count, rows, counters)
     row = ((cells[cell, W_LINKS] >> 32) & _MASK32) - 1
     for t in range(count):
         next_lo = rows[row + t, 0]
@@ -156,6 +179,7 @@ def check(
             last_hi = np.int64(q_hi)
             rows[row + t, 0], rows[row + t, 1] = next_multiple(lo, hi, r_lo, r_hi, d_lo, d_hi)
         cells[cell, W_LINKS] |= 1 << t
+        alerts_used = counters[N_ALERTS]
         alerts[alerts_used, A_ACCOUNT] = cells[cell, 0]
         alerts[alerts_used, A_SLOT] = slot | (t << 32)
         alerts[alerts_used, A_START] = start
@@ -168,5 +192,4 @@ def check(
         alerts[alerts_used, A_LAST_HI] = last_hi
         alerts[alerts_used, A_OFFSET] = offset
         alerts[alerts_used, A_APPEND] = append_ns
-        alerts_used += 1
-    return rows_used, alerts_used
+        counters[N_ALERTS] = alerts_used + 1

@@ -12,6 +12,8 @@ An entry is 40 bytes, five 64-bit words, in one dense array::
 
 Values are numbers as they are (of UINT64 the bits), strings as BLAKE2b-128 over the metric's uid and the text with
 its tag.
+
+A freed entry (its set has gone to a file, see `units`) has the owner FREE_MEMBER; word 1 is one plus the next freed one.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from tallymark_protocol.payload import (
     value_at,
 )
 from tallymark_store.fold.compiling import inlined, kernel
+from tallymark_store.fold.counters import N_FREE_MEMBER, N_FREE_MEMBERS, N_MEMBERS
 from tallymark_store.fold.index import (
     CAPACITY,
     FULL,
@@ -53,6 +56,7 @@ M_TIME = 3
 M_OFFSET = 4
 MEMBER_WORDS = 5
 MEMBER_BYTES = 8 * MEMBER_WORDS
+FREE_MEMBER = -1
 
 _MASK32 = 0xFFFFFFFF
 _REMOVE = int(OperationType.REMOVE)
@@ -79,12 +83,34 @@ def member_hash(row: Any, lo: Any, hi: Any, seed: Any) -> Any:
     return mix64(mix64(np.uint64(row) + np.uint64(seed)) ^ mix64(np.uint64(lo) ^ mix64(np.uint64(hi))))
 
 
+@inlined
+def new_member(members: Any, counters: Any) -> Any:
+    """A row for an entry, whatever is in it."""
+    e = counters[N_FREE_MEMBER] - 1
+    if e >= 0:
+        counters[N_FREE_MEMBER] = members[e, M_LO]
+        counters[N_FREE_MEMBERS] -= 1
+    else:
+        e = counters[N_MEMBERS]
+        counters[N_MEMBERS] = e + 1
+    return e
+
+
+@inlined
+def free_member(members: Any, counters: Any, e: Any) -> None:
+    """Give back an entry's row; its index entry is gone."""
+    members[e, M_OWNER] = FREE_MEMBER
+    members[e, M_LO] = counters[N_FREE_MEMBER]
+    counters[N_FREE_MEMBER] = e + 1
+    counters[N_FREE_MEMBERS] += 1
+
+
 @kernel
 def apply_operation(
     table: Any,
     shards: Any,
     members: Any,
-    count: Any,
+    counters: Any,
     h: Any,
     row: Any,
     lo: Any,
@@ -95,7 +121,7 @@ def apply_operation(
 ) -> Any:
     """Apply one operation on a value of the set of period cell `row`; `offset` is above all before it.
 
-    Returns (change of the number of members, number of entries added).
+    Returns the change of the number of members.
     """
     added = np.int64(0) if operation == _REMOVE else np.int64(1)
     shard = shard_of(h)
@@ -111,22 +137,23 @@ def apply_operation(
             e = np.int64(entry & LOW32) - 1
             if members[e, M_LO] == lo and members[e, M_HI] == hi and members[e, M_OWNER] & _MASK32 == row:
                 if time < members[e, M_TIME]:
-                    return np.int64(0), np.int64(0)
+                    return np.int64(0)
                 before = np.int64(0) if members[e, M_OWNER] >> 32 == _REMOVE else np.int64(1)
                 members[e, M_OWNER] = row | (operation << 32)
                 members[e, M_TIME] = time
                 members[e, M_OFFSET] = offset
-                return added - before, np.int64(0)
+                return added - before
         position += 1
         if position == capacity:
             position = 0
-    members[count, M_OWNER] = row | (operation << 32)
-    members[count, M_LO] = lo
-    members[count, M_HI] = hi
-    members[count, M_TIME] = time
-    members[count, M_OFFSET] = offset
-    insert(table, shards, h, count)
-    return added, np.int64(1)
+    e = new_member(members, counters)
+    members[e, M_OWNER] = row | (operation << 32)
+    members[e, M_LO] = lo
+    members[e, M_HI] = hi
+    members[e, M_TIME] = time
+    members[e, M_OFFSET] = offset
+    insert(table, shards, h, e)
+    return added
 
 
 @kernel
@@ -135,6 +162,8 @@ def reindex_members(table: Any, shards: Any, members: Any, first: Any, count: An
     for e in range(first, count):
         if shards[SHARDS, FULL] != 0:
             return np.int64(e)
+        if members[e, M_OWNER] == FREE_MEMBER:
+            continue
         h = member_hash(members[e, M_OWNER] & _MASK32, members[e, M_LO], members[e, M_HI], seed)
         insert(table, shards, h, e)
     return count

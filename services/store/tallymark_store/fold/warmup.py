@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
+import numpy.typing as npt
 
 from tallymark_protocol import layout, payload
 from tallymark_protocol.errors import Reason
 from tallymark_protocol.model import AggType, AlertThreshold, DimensionFilter, MetricSchema
 from tallymark_protocol.schema import MetricRecord
 from tallymark_protocol.zones import UTC
-from tallymark_store.fold import runs
+from tallymark_store.fold import evicting, runs, units
 from tallymark_store.fold.fold import Fold
+from tallymark_store.fold.spilled import Piece, SpilledFile, merged_records, pack_in_memory
+
+Ints = npt.NDArray[np.int64]
 
 
 def _payload(code: bytes) -> bytes:
@@ -22,6 +28,33 @@ def _payload(code: bytes) -> bytes:
         layout.PAYLOAD_MAGIC, length, 1, 1, layout.CONSTANT, 1, 0, len(code), 0, 0, 0, 0, 0
     )
     return header + entry + sections
+
+
+def _file_of(fold: Fold, records: Iterator[Ints], record_count: int, unit_count: int) -> SpilledFile:
+    return SpilledFile("f", pack_in_memory(fold.partition, records, record_count, unit_count), fold.partition)
+
+
+def _warm_up_files(fold: Fold) -> None:
+    """Spill, merge, look, and bring back."""
+    evicting.count_entries(fold._state.members, 0, 0, np.zeros(0, dtype=np.int32))
+    for _ in range(2):
+        piece = Piece(fold.coldest(1.0, 0), fold.cell_rows, 1)
+        for sizes in fold.set_sizes():
+            fold.collect(piece, 0, fold.cell_rows, sizes)
+        evicting.copy_entries(
+            fold._state.members, 0, 0, piece.set_units, piece.units, piece.records, piece.entry_rows
+        )
+        fold.add_spilled(_file_of(fold, piece.sorted_records(), piece.record_count, piece.unit_count))
+    fold.evict(piece, 0, piece.unit_count)
+    files = list(fold.spilled.files)
+    records = sum(file.records for file in files)
+    fold.replace_spilled(files, _file_of(fold, merged_records(fold.partition, files), records, records))
+    state = fold._state
+    units.next_unit(state.files, 0, 1, records)
+    units.load_unit(
+        state.cells, state.table, state.shards, state.members, state.member_table, state.member_shards, state.rows,
+        state.counters, state.files, 0, 0, 0, 0, fold.dimensions.combo_count, True, fold._seed,
+    )  # fmt: skip
 
 
 def warm_up() -> None:
@@ -62,4 +95,14 @@ def warm_up() -> None:
     fold.dimensions.mask(selection)
     fold.alerts(0)
     restored = Fold.restore(0, fold.snapshot())
-    assert restored.digest() == fold.digest()
+    digest = restored.digest()
+    assert digest == fold.digest()
+    _warm_up_files(fold)
+    assert digest == fold.digest()
+    fold.period_stats(1, slot, 0)
+    fold.day_rows(1, slot, start, end)
+    fold.top_period(slot, start, 1)
+    place = payload.place_payload(data, 0, len(data), columns)
+    assert place == payload.OK
+    fold.apply(data, columns, None, 5, 0)  # brings them back
+    assert fold.spilled_cell_count == 0

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from tallymark_store.fold import Fold
 from tallymark_store.fold import cells as c
 from tallymark_store.fold.dimensions import C_CODES, V_END, V_START, VALUES, WIDTH
-from tallymark_store.fold.kernel import N_CELLS
 from tallymark_store.partition import Partition
 from tallymark_store.verify.findings import Report
-from tallymark_store.verify.totals import compare, running_totals
+from tallymark_store.verify.totals import all_cells, compare, running_totals
 
 NAMED_MAX = 20  # of one kind
 
@@ -78,12 +77,10 @@ _Key = tuple[int, int, int, tuple[str, ...]]
 
 def _days(fold: Fold) -> dict[_Key, list[int]]:
     """Day cells that are not the same by bytes on both sides would be many where a state is rotten: all are told."""
-    state, dims = fold._state, fold.dimensions.arrays  # read-only, and as bulky as it is
-    cells: npt.NDArray[Any] = state.cells[: int(state.counters[N_CELLS])]
-    cells = cells[(cells[:, c.W_KEY] >> 32) & 0xFFFFFFFF != c.PERIOD]
+    dims = fold.dimensions.arrays
     texts: dict[int, tuple[str, ...]] = {}
     found: dict[_Key, list[int]] = {}
-    for row in cells.tolist():
+    for row in _day_rows(fold):
         combination = (row[c.W_KEY] >> 32) & 0xFFFFFFFF
         if combination not in texts:
             codes = dims.combos[combination, C_CODES : C_CODES + WIDTH].tolist()
@@ -91,6 +88,11 @@ def _days(fold: Fold) -> dict[_Key, list[int]]:
         key = row[c.W_ACCOUNT] % 2**64, row[c.W_KEY] & 0xFFFFFFFF, row[c.W_START], texts[combination]
         found[key] = row[c.W_COUNT : c.W_LINKS]
     return found
+
+
+def _day_rows(fold: Fold) -> Iterator[list[int]]:
+    for cells in all_cells(fold):
+        yield from cells[(cells[:, c.W_KEY] >> 32) & 0xFFFFFFFF != c.PERIOD].tolist()
 
 
 def _value(dims: Any, code: int) -> str:

@@ -24,6 +24,8 @@ from tallymark_runtime.catalog import Cluster
 from tallymark_runtime.disk import Disk, DiskError, FileMissingError
 from tallymark_store import checkpoint, recovery
 from tallymark_store.checkpointer import folder
+from tallymark_store.fold.alert_files import AlertFile
+from tallymark_store.fold.spilled import SpilledFile
 from tallymark_store.partition import Partition
 from tallymark_store.replicas_file import NAME as REPLICAS
 from tallymark_store.replicas_file import SLOT_BYTES, _Body, _parse
@@ -243,11 +245,7 @@ class _PartitionCheck:
             manifest = checkpoint.load_manifest(disk)
             listed: set[str] = set()
             if manifest is not None:
-                listed = {
-                    "MANIFEST",
-                    manifest.state_file,
-                    *(name for name, _, _ in manifest.id_files),
-                }
+                listed = {"MANIFEST", *checkpoint.files_of(manifest)}
             for name in names:
                 if name not in listed and name != "MANIFEST":
                     report.note(
@@ -271,6 +269,8 @@ class _PartitionCheck:
                 )
             partition = self._partition()
             recovery.restore(partition, disk, manifest, 0)
+            if not self._are_files_sound(partition):
+                return None
         except (checkpoint.CheckpointError, RemoteProtocolError) as error:
             report.find(str(error), file=self._checkpoints, partition=number)
             return None
@@ -284,6 +284,24 @@ class _PartitionCheck:
             )
             return None
         return partition
+
+    def _are_files_sound(self, partition: Partition) -> bool:
+        """Look at every byte of the files of cells and alerts; damage is a finding."""
+        count = self._report.count
+        fold = partition.fold
+        files: list[SpilledFile | AlertFile] = [*fold.spilled.files, *fold.alert_files.files]
+        for file in files:
+            for position in file.damage():
+                self._report.progress(f"partition {self._number}: {file.name}")
+                if position >= 0:
+                    self._report.find(
+                        "a block of this file of cells or alert records is not as it was written",
+                        file=f"{self._checkpoints}/{file.name}",
+                        position=position,
+                        partition=self._number,
+                    )
+            self._report.looked_at("files of cells and alerts")
+        return self._report.count == count
 
     # ------------------------------------------------------------ the log from its first record
 

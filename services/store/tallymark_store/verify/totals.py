@@ -9,6 +9,7 @@ part of the accounts at a time, however many events there are.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -19,7 +20,7 @@ import pyarrow.compute as pc
 from tallymark_protocol.model import AggType
 from tallymark_store.fold import Fold
 from tallymark_store.fold import cells as c
-from tallymark_store.fold.kernel import N_CELLS
+from tallymark_store.fold.counters import N_CELLS
 from tallymark_store.fold.schemas import (
     K_FIXED,
     K_LIFETIME,
@@ -175,12 +176,17 @@ def period_starts(schemas: SchemaTable, slot: int, times: Ints) -> Ints:
 
 
 def running_totals(fold: Fold, share: tuple[int, int] = (0, 1)) -> npt.NDArray[Any]:
-    """The period cells of a fold, as `PeriodTotals.result` gives them."""
-    state = fold._state  # read-only, and as bulky as it is
-    cells = state.cells[: int(state.counters[N_CELLS])]
-    chosen = (cells[:, c.W_KEY] >> 32) & 0xFFFFFFFF == c.PERIOD
-    chosen &= _is_share(cells[:, c.W_ACCOUNT].view(np.uint64), share)
-    cells = cells[chosen]
+    """The period cells of a fold, those that only files have included, as `PeriodTotals.result` gives them.
+
+    Raises:
+        DamagedError: a file is damaged.
+    """
+    parts = []
+    for cells in all_cells(fold):
+        chosen = (cells[:, c.W_KEY] >> 32) & 0xFFFFFFFF == c.PERIOD
+        chosen &= _is_share(cells[:, c.W_ACCOUNT].view(np.uint64), share)
+        parts.append(cells[chosen])
+    cells = np.concatenate(parts)
     totals = np.zeros(len(cells), TOTAL)
     totals["slot"] = cells[:, c.W_KEY] & 0xFFFFFFFF
     totals["account"] = cells[:, c.W_ACCOUNT].view(np.uint64)
@@ -194,6 +200,19 @@ def running_totals(fold: Fold, share: tuple[int, int] = (0, 1)) -> npt.NDArray[A
         for name in ignored:
             totals[name][aggs == agg] = 0
     return _ordered(totals)
+
+
+def all_cells(fold: Fold) -> Iterator[Ints]:
+    """All cells of a fold, some at a time, each array valid until the next: those in memory, then what only files have.
+
+    Raises:
+        DamagedError: a file is damaged.
+    """
+    state = fold._state  # read-only, and as bulky as it is
+    cells = state.cells[: int(state.counters[N_CELLS])]
+    yield cells[cells[:, c.W_KEY] != c.FREE]
+    for copy in fold.spilled_copies():
+        yield copy.cells[: int(copy.counters[N_CELLS])]
 
 
 # What cells of an aggregation don't tell.

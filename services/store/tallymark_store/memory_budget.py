@@ -1,0 +1,44 @@
+"""How the setting `memory_bytes` bounds a store's memory, and how that is divided.
+
+One part each is for what can also be on disk, of all partitions together; what a part doesn't use nobody else gets, so
+that none of them depends on what the others do:
+
+    half        cells and sets, with what their files keep in memory (`spilling`)
+    a quarter   remembered event ids, likewise (`id_budget`)
+    an eighth   alert records (`alert_spilling`)
+    the rest    what has no bound of its own, and work under way: reads, merges, checkpoints
+"""
+
+from __future__ import annotations
+
+import os
+
+UNBOUNDED = -1  # of the setting
+_CELLS_SHARE = 2  # one part in so many
+_IDS_SHARE = 4
+_ALERTS_SHARE = 8
+
+
+def memory_of(setting: int) -> int | None:
+    """The bytes of memory that a setting gives a store: 0 half of the machine's, `UNBOUNDED` no bound (None)."""
+    if setting < 0:
+        return None
+    return setting or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def cells_of(setting: int) -> int | None:
+    """The part of it that is for cells and sets."""
+    memory = memory_of(setting)
+    return None if memory is None else memory // _CELLS_SHARE
+
+
+def ids_of(setting: int) -> int | None:
+    """The part of it that is for remembered ids."""
+    memory = memory_of(setting)
+    return None if memory is None else memory // _IDS_SHARE
+
+
+def alerts_of(setting: int) -> int | None:
+    """The part of it that is for alert records."""
+    memory = memory_of(setting)
+    return None if memory is None else memory // _ALERTS_SHARE
