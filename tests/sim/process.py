@@ -85,6 +85,7 @@ class Process:
         self.installed = 0  # snapshots, likewise
         self.archived = 0  # events, likewise
         self.merges = 0  # of archived files, likewise
+        self.dropped = 0  # events that were kept for their time, likewise
         self._archive_rng = archive_rng
         self._world = world
         self._network = network
@@ -184,6 +185,7 @@ class Process:
             if self.node.archiver is not None:
                 self.archived += self.node.archiver.events_archived
                 self.merges += self.node.archiver.merges
+                self.dropped += self.node.archiver.events_dropped
         if self.node is not None and self.node.driver is not None:
             # They reserve a lot of address space, which a run of many lives would use up.
             for partition in self.node.driver.partitions.values():

@@ -84,7 +84,8 @@ def main() -> int:
     print(
         f"{sum(r.recycled_bytes > 0 for r in done)} seeds dropped {sum(r.recycled_bytes for r in done) // 1024} KiB of log, "
         f"{sum(r.installed > 0 for r in done)} of them installed {sum(r.installed for r in done)} snapshots; "
-        f"{sum(r.archived for r in done)} events archived, {sum(r.merges for r in done)} merges"
+        f"{sum(r.archived for r in done)} events archived, {sum(r.merges for r in done)} merges, "
+        f"{sum(r.dropped for r in done)} dropped"
     )
     print("faults:", ", ".join(f"{kind} {times}" for kind, times in sorted(faults.items())))
     return 1 if failed else 0

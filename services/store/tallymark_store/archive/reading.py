@@ -197,6 +197,7 @@ class ArchiveReader:
         return ArchiveDamagedError(
             f"partition {self.partition}: the archive's file {listed.name} is damaged: {why}",
             partition=self.partition,
+            reader=self,
         )
 
     def _failed(self, listed: ArchiveFile, error: Exception, why: str) -> TallymarkError:
@@ -302,6 +303,8 @@ class ArchiveView:
     def __init__(self, reader: ArchiveReader, manifest: Manifest, generation: _Generation) -> None:
         self.start_offset = manifest.start_offset
         self.end_offset = manifest.end_offset
+        self.gaps = manifest.gaps
+        self.dropped = manifest.dropped
         self._reader = reader
         self._files = manifest.files
         self._generation = generation
