@@ -131,7 +131,7 @@ class Backups:
                 crc: int = await self._offload(incoming.checksum, disk, name, size)
                 files.append(BackupFile("checkpoint", name, size, crc))
                 held.files[name] = disk, size
-            listed = None if archive is None else archive.manifest
+            listed = None if archive is None else archives.all_here(archive.manifest)
             if archive is not None and listed is not None:
                 for file in listed.files:
                     files.append(BackupFile("archive", file.name, file.bytes, file.crc32c))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -11,12 +12,15 @@ import pytest
 from tallymark_protocol.errors import TallymarkError
 from tallymark_protocol.messages import StoreEvents
 from tallymark_protocol.zones import TIME_END_NS
-from tallymark_store import checkpoint
+from tallymark_runtime.disk import MemoryDisk
+from tallymark_store import checkpoint, recovery
 from tallymark_store.archive import archiver as archiver_module
 from tallymark_store.archive import incoming, policy
 from tallymark_store.archive import manifest as manifests
 from tallymark_store.archive.manifest import ArchiveError, ArchiveFile, Manifest
+from tallymark_store.calls import Calls
 from tallymark_store.reads import Reads
+from tallymark_store.scan.archived import ArchiveDamagedError
 from tallymark_store.scan.source import WalSource
 from tallymark_store.sending import Sending
 from tallymark_store.wal import WalConfig
@@ -35,6 +39,7 @@ from .test_store_archive_snapshots import (
     log_start,
     manifest_of,
 )
+from .test_store_archiver import World
 
 
 @pytest.fixture
@@ -240,3 +245,51 @@ def test_no_merge_reaches_across_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
     more = (*files, *archive_of((50, 60), end=60).files)
     assert policy.next_merge(more, ((20, 30),)) == (2, 5)
     assert policy.next_merge(more, ((20, 25),)) == (2, 5)
+
+
+def test_a_stale_archive_on_its_way_in_damages_nothing_at_a_start() -> None:
+    """One that came with another snapshot is left out and cleared; the archive that is in force stays as it is."""
+    root = MemoryDisk()
+    disk = root.at("archive").at("p-0000")
+    good = Manifest(0, "x", 40, start_offset=40)
+    manifests.publish(disk, good)
+    incoming.complete(disk, Manifest(0, "x", 30))
+    reports: list[str] = []
+    recovery._finish_archive(root, 0, 40, reports.append)
+    assert disk.list() == [manifests.NAME]
+    assert manifests.load(disk) == good
+    assert "left out: the archive that has come in ends at offset 30" in reports[0]
+
+
+async def test_a_late_readers_error_does_not_condemn_a_new_archive() -> None:
+    """It is told by which reader it was found: one of an archive that was replaced since only has its read begun anew."""
+    world = World()
+    world.send(12)
+    await world.archiver.take_all()
+    earlier = world.archiver.archives[0].reader
+    world.archiver.reopen(0)
+    await world.archiver.open_all()
+    error = earlier.damaged(world.manifest().files[0], "it is missing")  # type: ignore[union-attr]
+    assert error.reader is earlier
+    assert not world.archiver.damaged(0, error.message, error.reader)
+    assert world.archiver.end_offset(0) == world.end
+    calls: Any = SimpleNamespace(
+        _store=SimpleNamespace(folding=SimpleNamespace(check_kept=lambda _: None)),
+        archive_damaged=world.archiver.damaged,
+    )
+    reads = iter([error, "answer"])
+
+    async def in_steps(*_: Any) -> Any:
+        found = next(reads)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    calls._in_steps = in_steps
+    partition: Any = SimpleNamespace(partition=0, index=SimpleNamespace(log_start=7))
+    assert await Calls._stepped(calls, partition, lambda: None) == "answer"  # type: ignore[arg-type,return-value]
+    present = world.archiver.archives[0].reader.damaged(world.manifest().files[0], "it is missing")  # type: ignore[union-attr]
+    reads = iter([present])
+    with pytest.raises(ArchiveDamagedError):
+        await Calls._stepped(calls, partition, lambda: None)  # type: ignore[arg-type,return-value]
+    assert world.archiver.end_offset(0) == 0

@@ -38,6 +38,7 @@ from tallymark_store.archive import incoming, policy, retention
 from tallymark_store.archive import manifest as manifests
 from tallymark_store.archive.columns import MalformedError, Slice
 from tallymark_store.archive.cut import cut
+from tallymark_store.archive.home import Home, HomedDisk
 from tallymark_store.archive.manifest import ArchiveError, ArchiveFile, Manifest
 from tallymark_store.archive.merge import merge, verify
 from tallymark_store.archive.names import MetricNames
@@ -60,6 +61,7 @@ SLICE_BYTES: Final = 32 * 1024 * 1024  # of the log, likewise
 SLICE_RECORDS: Final = 32_768
 RUN_EVENTS: Final = 65_536  # decoded by one kernel call
 RULES_NS: Final = 10_000_000_000  # how often it is looked what is to be dropped
+HOME_POLL_S: Final = 5.0  # how often it is looked whether a file is to be copied to its home
 TOOK_BOUNDS_NS: Final = tuple(int(seconds * 1e9) for seconds in (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100))
 
 
@@ -113,6 +115,8 @@ class Archiver:
         interval_s: or after so long, if there are any.
         report: told, in sentences, what needs attention.
         offload: runs what takes long, or waits for the disk.
+        home: where files go that are never merged any more; None: they stay.
+        cache: the folder for what is fetched from there.
 
     Attributes:
         archives: by partition; those that were opened.
@@ -133,6 +137,8 @@ class Archiver:
         interval_s: float,
         report: Callable[[str], None],
         offload: Offload = asyncio.to_thread,
+        home: Home | None = None,
+        cache: Disk | None = None,
     ) -> None:
         self.archives: dict[int, Archive] = {}
         self.events_archived = 0
@@ -157,6 +163,14 @@ class Archiver:
         self._awaited: set[int] = set()
         self._damaged: dict[int, str] = {}  # by partition, what a read has found
         self._stopping = False
+        self._home = home
+        if home is not None:
+            home.on_evicted = self._evicted
+        self._cache = cache
+        self._folders: dict[int, Disk] = {}
+        self._told: dict[
+            int, tuple[Manifest | None, frozenset[str]]
+        ] = {}  # by partition, what its home was told last, and which files that lists
 
     async def run(self) -> None:
         """Archive for ever, whatever is due."""
@@ -172,6 +186,68 @@ class Archiver:
                 self.failures += 1
                 _log.exception("nothing could be archived")
                 await asyncio.sleep(RETRY_S)
+
+    async def run_home(self) -> None:
+        """Copy files to their home for ever, once they are final."""
+        while True:
+            await asyncio.sleep(POLL_S)
+            try:
+                moved = await self.send_home()
+            except DiskError as error:
+                self.failures += 1
+                _log.warning("nothing could be copied to the archive's home: %s", error)
+                await asyncio.sleep(RETRY_S)
+            except Exception:
+                self.failures += 1
+                _log.exception("nothing could be copied to the archive's home")
+                await asyncio.sleep(RETRY_S)
+            else:
+                if not moved:
+                    await asyncio.sleep(HOME_POLL_S)
+
+    async def send_home(self) -> int:
+        """Copy what is final to its home, a file of each partition; how many that were.
+
+        Nothing of archiving waits for it.
+
+        Raises:
+            DiskError: that failed; what is here stays.
+        """
+        moved = 0
+        for number, archive in sorted(self.archives.items()):
+            disk = archive.disk
+            if not isinstance(disk, HomedDisk):
+                continue
+            file = next((f for f in archive.manifest.files if not f.at_home and policy.is_full(f)), None)
+            if file is not None:
+                sent = await self._in_thread(disk.send, file)
+                moved += await self._list_at_home(number, archive, file, sent)
+            told, names = self._told.get(number, (None, frozenset()))
+            manifest = archive.manifest
+            at_home = any(f.at_home for f in manifest.files)
+            if manifest is not told and self._is_current(number, archive) and (at_home or names):
+                listed = await self._in_thread(disk.tell, manifest, names)
+                self._told[number] = manifest, listed
+        return moved
+
+    def _evicted(self, number: int, name: str) -> None:
+        archive = self.archives.get(number)
+        if archive is not None:
+            archive.reader.release(name)
+
+    async def _list_at_home(
+        self, number: int, archive: Archive, file: ArchiveFile, sent: ArchiveFile
+    ) -> bool:
+        """Say in the manifest that a file is at home, if it still is one of the archive."""
+        async with self._lock:
+            files = archive.manifest.files
+            if self.archives.get(number) is not archive or file not in files:
+                return False
+            if not self._is_current(number, archive) or number in self._taking_in:
+                return False
+            changed = tuple(sent if f is file else f for f in files)
+            await self._publish(archive, msgspec.structs.replace(archive.manifest, files=changed))
+            return True
 
     async def take_due(self) -> None:
         """Archive what is due, and merge what is to be merged.
@@ -305,15 +381,19 @@ class Archiver:
             self.archives.pop(number, None)
         if self._refused.get(number) == copy_id:
             return None
-        disk = self._disk.at(folder(number))
+        disk = self.folder(number)
         try:
-            found: Manifest | None = await self._in_thread(manifests.load, disk, self._kept(number))
+            found: Manifest | None = await self._in_thread(
+                manifests.load, disk, self._kept(number), self._home is not None
+            )
         except ArchiveError as error:
             await self._begin_anew(number, str(error))
             return None
         if found is not None and (found.copy_id != copy_id or found.partition != number):
             await self._in_thread(manifests.discard, disk)
             found = None
+        if found is not None and isinstance(disk, HomedDisk):
+            await self._in_thread(disk.knows, found.files)
         if self._store.partitions.get(number) is None:
             return None  # the copy was removed while the disk was asked
         index = self._store.partitions[number].index
@@ -345,7 +425,7 @@ class Archiver:
             self._refuse(number, why)
             return
         self._report(f"partition {number}: archiving from the beginning: {why}")
-        await self._in_thread(manifests.discard, self._disk.at(folder(number)))
+        await self._in_thread(manifests.discard, self.folder(number))
 
     def _refuse_gap(self, number: int, manifest: Manifest) -> None:
         start = self._store.partitions[number].index.log_start
@@ -430,9 +510,19 @@ class Archiver:
         began_ns = self._clock.monotonic_ns()
         metadata = _metadata(number, file.start_offset, file.end_offset)
         rules = archive.rules
-        swept: retention.Swept = await self._in_thread(
-            retention.sweep, archive.disk, file, rules, metadata, self._check
-        )
+        try:
+            swept: retention.Swept = await self._in_thread(
+                retention.sweep, archive.disk, file, rules, metadata, self._check
+            )
+        except DiskError as error:
+            if not file.at_home:
+                raise
+            # Its home can't be reached: it is for the next time, and nothing else waits for it.
+            self.failures += 1
+            _log.warning("nothing could be dropped of a file at the archive's home: %s", error)
+            archive.swept.add(file.name)
+            archive.rules = {}  # what goes is looked for anew
+            return
         if not self._is_current(number, archive):
             return
         if swept.dropped:
@@ -456,11 +546,15 @@ class Archiver:
         except ArchiveDamagedError as error:
             raise ArchiveError(error.message) from error
         archive.is_certain = False
+        disk = archive.disk
         kept = self._kept(archive.manifest.partition)
         await self._in_thread(manifests.publish, archive.disk, manifest, kept)
         archive.manifest = manifest
         archive.is_certain = True
         archive.reader.switch(manifest)
+        if isinstance(disk, HomedDisk):
+            await self._in_thread(disk.knows, manifest.files)
+            disk.lists_only(manifest.files)
 
     # ------------------------------------------------------------ snapshots
 
@@ -511,7 +605,14 @@ class Archiver:
 
     def folder(self, number: int) -> Disk:
         """Where a partition's archive is."""
-        return self._disk.at(folder(number))
+        found = self._folders.get(number)
+        if found is None:
+            found = self._disk.at(folder(number))
+            if self._home is not None:
+                assert self._cache is not None, "what has a home is fetched from there"
+                found = HomedDisk(found, self._cache.at(folder(number)), self._home, number)
+            self._folders[number] = found
+        return found
 
     @contextlib.asynccontextmanager
     async def taking_in(self, number: int) -> AsyncIterator[None]:
@@ -693,14 +794,21 @@ def complete_incoming(
         ArchiveError: a file is not what was offered.
         DiskError: the disk refused.
     """
+    own = incoming.own_archive(disk, offered.partition, copy_id)
+    if own is not None and isinstance(disk, HomedDisk):
+        disk.knows(own.files)
+    known = {} if own is None else {file.name: file for file in own.files}
     files = []
     for file in offered.files:
         if file.start_offset >= offset:
             break
+        file = msgspec.structs.replace(file, at_home=False)  # the sender's home is another one
         staged = incoming.staged_name(file.name)
         if file.end_offset <= offset:
-            if not incoming.is_sound(disk, staged, file) and not incoming.is_sound(disk, file.name, file):
-                raise ArchiveError(f"the archive's file {file.name} is not what was offered")
+            if not incoming.is_sound(disk, staged, file):
+                if not incoming.is_sound(disk, file.name, file):
+                    raise ArchiveError(f"the archive's file {file.name} is not what was offered")
+                file = known.get(file.name, file)  # which may be at home
             files.append(file)
             continue
         if not incoming.is_sound(disk, staged, file):
@@ -710,7 +818,6 @@ def complete_incoming(
         head = cut(disk, staged, file, offset, name, metadata, check)
         files += [] if head is None else [head]
         disk.remove(staged)
-    own = incoming.own_archive(disk, offered.partition, copy_id)
     lost: list[incoming.Part] = []
     for part in () if own is None else incoming.own_parts(own, offered, offset):
         check()

@@ -117,6 +117,7 @@ def write_part(
     written = writer.close()
     return msgspec.structs.replace(
         file,
+        at_home=False,
         rows=rows,
         bytes=written.size,
         crc32c=written.crc32c,

@@ -138,6 +138,8 @@ def finish(disk: Disk, partition: int, offset: int, kept: frozenset[str] = froze
         raise ArchiveError(f"the archive that has come in ends at offset {manifest.end_offset}")
     for listed in manifest.files:
         staged = staged_name(listed.name)
+        if listed.at_home and staged not in names:
+            continue
         _check_size(disk, staged if staged in names else listed.name, listed)
     for listed in manifest.files:
         if staged_name(listed.name) in names:

@@ -46,6 +46,7 @@ class ArchiveFile(msgspec.Struct, frozen=True):
     max_time_ns: int
     tail_bytes: int = 0  # behind its pages: indexes and footer; 0: not known
     tail_crc32c: int = 0  # of these
+    at_home: bool = False  # whether it is at the archive's home (`home`): then it needn't be here
     rewritten: int = 0  # how often it was written again without events that were dropped
 
 
@@ -168,9 +169,17 @@ def file_name(start_offset: int, end_offset: int, rewritten: int = 0) -> str:
     return f"events-{start_offset:020d}-{end_offset:020d}{again}.parquet"
 
 
+def all_here(manifest: Manifest) -> Manifest:
+    """The same for whoever gets the files themselves: none of them has a home."""
+    return msgspec.structs.replace(
+        manifest, files=tuple(msgspec.structs.replace(file, at_home=False) for file in manifest.files)
+    )
+
+
 def versioned(manifest: Manifest) -> Manifest:
     """A manifest that says which version it is of, to be written."""
-    version = LACKS_VERSION if manifest.gaps or manifest.dropped else FORMAT_VERSION
+    is_whole = not manifest.gaps and not manifest.dropped and not any(file.at_home for file in manifest.files)
+    version = FORMAT_VERSION if is_whole else LACKS_VERSION
     return msgspec.structs.replace(manifest, format_version=version)
 
 
@@ -243,7 +252,7 @@ def _problem(manifest: Manifest) -> str:
     return ""
 
 
-def load(disk: Disk, kept: frozenset[str] = frozenset()) -> Manifest | None:
+def load(disk: Disk, kept: frozenset[str] = frozenset(), has_home: bool = False) -> Manifest | None:
     """The archive in a folder, once what neither it lists nor `kept` is removed; None where there is none.
 
     Raises:
@@ -260,7 +269,12 @@ def load(disk: Disk, kept: frozenset[str] = frozenset()) -> Manifest | None:
         file.close()
     disk.sync_dir()  # it may have got its name just before a crash: nothing may rely on it before that is durable
     _remove_others(disk, {NAME, *(listed.name for listed in manifest.files), *kept})
+    names = set(disk.list())
     for listed in manifest.files:
+        if listed.at_home and listed.name not in names:
+            if not has_home:
+                raise ArchiveError(f"the archive's file {listed.name} is at its home, and none is set")
+            continue
         try:
             found = disk.open(listed.name)
         except FileMissingError:

@@ -53,11 +53,13 @@ class ArchiveFiles:
 
     Attributes:
         manifest: as it was read; None where there is none, or none that can be read.
+        away: names of files that are elsewhere.
         is_sound: whether nothing was found.
     """
 
     def __init__(self, disk: Disk, folder: str, number: int, report: Report) -> None:
         self.manifest: Manifest | None = None
+        self.away: set[str] = set()
         self._disk = disk
         self._folder = folder
         self._number = number
@@ -89,6 +91,11 @@ class ArchiveFiles:
             )
         self._cutoffs = {item.metric_uid: item.before_ns for item in self.manifest.dropped}
         listed = {manifests.NAME, *(file.name for file in self.manifest.files)}
+        self.away = {file.name for file in self.manifest.files if file.at_home and file.name not in names}
+        if self.away:
+            report.note(
+                f"{len(self.away)} files of {folder} are at the archive's home only, and were not looked at"
+            )
         for name in names:
             if name not in listed:
                 report.note(f"{folder}/{name} is not listed by the manifest, and means nothing")
@@ -114,6 +121,8 @@ class ArchiveFiles:
         if self.manifest is None:
             return
         for place, file in enumerate(self.manifest.files):
+            if file.name in self.away:
+                continue
             self._report.progress(
                 f"partition {self._number}: archive file {place + 1} of {len(self.manifest.files)}"
             )
@@ -196,18 +205,23 @@ class ArchiveFiles:
                 found=manifest.end_offset,
             )
             return
-        at = 0
+        at = manifest.start_offset
         for file in manifest.files:
             self._check_empty(source, names, max(at, source.log_start), file.start_offset)
             start = max(file.start_offset, source.log_start)
-            if start < file.end_offset:
+            if start < file.end_offset and file.name not in self.away:
                 self._report.progress(f"partition {self._number}: archive against log from offset {start} on")
                 self._compare(file, source, names, start)
             at = file.end_offset
         self._check_empty(source, names, max(at, source.log_start), manifest.end_offset)
         for item in manifest.dropped:
             gone = self._gone[item.metric_uid]
-            if source.log_start <= item.start_offset and not item.is_at_most and gone != item.events:
+            if (
+                source.log_start <= item.start_offset
+                and not item.is_at_most
+                and not self.away
+                and gone != item.events
+            ):
                 self._find(
                     manifests.NAME,
                     f"not so many events of metric {item.metric!r} as were written down as dropped are missing",
