@@ -6,6 +6,7 @@ Reads the files in a process's folder as anybody would: by the manifest, and wit
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable
 
 from tallymark_store.archive import manifest as manifests
 from tallymark_store.archive.incoming import is_sound
@@ -21,13 +22,18 @@ _OPERATIONS = ("none", "add", "remove")
 _COLUMNS = ("offset", "account", "metric", "value", "operation")
 
 
-def check_archive(process: Process, number: int, accepted: list[LoggedEvent]) -> None:
+def check_archive(
+    process: Process, number: int, accepted: list[LoggedEvent], append_ns: Callable[[int], int]
+) -> None:
     """Below its end a copy's archive holds just the accepted events, once each; from there on they are in its log.
+
+    But for those that were dropped, which are just as many as it says, of the times that it says.
 
     Args:
         process: at rest.
         number: of the partition.
         accepted: all that were ever committed of it, by offset.
+        append_ns: when the event at an offset was appended; their times are the same.
 
     Raises:
         SimulationError: it doesn't.
@@ -60,6 +66,19 @@ def check_archive(process: Process, number: int, accepted: list[LoggedEvent]) ->
         (event.offset, event.account, event.metric, event.value, _OPERATIONS[event.operation])
         for event in accepted[:end]
     ]
+    for item in manifest.dropped:
+        held = {row[0] for row in found}
+        gone = [
+            event
+            for event in expected
+            if event[2] == item.metric
+            and event[0] not in held
+            and item.start_offset <= event[0] < item.end_offset
+            and item.start_ns <= append_ns(event[0]) < min(item.end_ns, item.before_ns)
+        ]
+        if len(gone) != item.events and not (item.is_at_most and len(gone) < item.events):
+            raise SimulationError(f"{where}: {len(gone)} events are gone, and {item} says otherwise")
+        expected = sorted(set(expected) - set(gone))
     if sorted(found) != expected:
         wrong = sorted(set(found) ^ set(expected))[:3]
         raise SimulationError(

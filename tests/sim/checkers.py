@@ -7,6 +7,7 @@ it, and holds everybody else to it. `Model` reads that log along and says what i
 from __future__ import annotations
 
 import bisect
+import functools
 import random
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -58,6 +59,20 @@ class CommittedLog:
         return self._records[self.partitions[number].find(offset)]
 
 
+class Gone(NamedTuple):
+    """A copy that has begun anew as another."""
+
+    end: int  # up to where it was on disk
+    at_ns: int  # when it was
+    epochs: dict[int, int]  # of its records, by where they end
+
+
+def epochs_of(index: PartitionIndex) -> dict[int, int]:
+    """The epochs of a log's records, by where they end."""
+    ends = (index.column("base_offset") + index.column("count")).tolist()
+    return {index.log_start: index.start_epoch} | dict(zip(ends, index.column("epoch").tolist(), strict=True))
+
+
 class Seen:
     """What one copy showed last."""
 
@@ -65,6 +80,7 @@ class Seen:
         "applied",
         "copy_id",
         "damaged",
+        "epochs",
         "high_watermark",
         "life",
         "log_end",
@@ -82,6 +98,7 @@ class Seen:
         self.log_end = 0
         self.role = Role.FOLLOWER
         self.damaged = ""  # copy id under which it was damaged, in this life
+        self.epochs: dict[int, int] = {}  # of its records then, by where they end
         self.promised = 0  # also of earlier lives
         self.promised_by = ""  # the copy that promised
         self.state: DurableState | None = (
@@ -102,8 +119,7 @@ class Checkers:
         partitions: int,
     ) -> None:
         self.committed: list[list[Committed]] = [[] for _ in range(partitions)]
-        # By partition and copy id: copies that have begun anew as others, up to where they were on disk, and when that was.
-        self._gone: dict[tuple[int, str], tuple[int, int]] = {}
+        self._gone: dict[tuple[int, str], Gone] = {}  # by partition and copy id
         self.ends = [0] * partitions  # of what is known to be committed; exclusive
         self.models = [Model(number) for number in range(partitions)]
         self.crossings = [Crossings(number) for number in range(partitions)]
@@ -152,8 +168,9 @@ class Checkers:
                     # A damaged copy begins anew. What it had on disk when it said so may be counted a moment longer,
                     # as that of a disk that was lost, under its own id only; nobody elects a leader with it.
                     end = process.durable_ends.get(number, 0)
-                    self._gone[number, seen.copy_id] = end, self._world.now_ns
+                    self._gone[number, seen.copy_id] = Gone(end, self._world.now_ns, seen.epochs)
                 seen.damaged = seen.damaged if seen.life == process.life else ""
+                seen.epochs = {}
                 seen.life, seen.copy_id = process.life, replica.copy_id
                 seen.high_watermark = seen.applied = seen.log_end = 0
                 seen.role = Role.FOLLOWER
@@ -185,6 +202,10 @@ class Checkers:
         """LOG-1: whoever takes over has everything that was ever committed."""
         if replica.role is Role.DAMAGED:
             seen.damaged = replica.copy_id
+            store = process.store
+            index = None if store is None else store.wal.partitions.get(number)
+            if index is not None:
+                seen.epochs = epochs_of(index)
         elif replica.role in (Role.STARTING, Role.LEADER) and self.committed[number]:
             last, end = self.committed[number][-1], self.ends[number]
             if replica.log.log_end < end or replica.log.epoch_before(end) != last.epoch:
@@ -288,6 +309,11 @@ class Checkers:
             replica.epoch,
         )
 
+    def _append_ns(self, number: int, offset: int) -> int:
+        """When a committed event was appended: its own time, too, as none is sent with one."""
+        at = bisect.bisect_right(self.committed[number], offset, key=lambda record: record.base) - 1
+        return self.committed[number][at].append_ns
+
     def _ending(self, number: int, offset: int) -> Committed | None:
         """The committed record that ends at an offset."""
         at = bisect.bisect_left(self.committed[number], offset, key=lambda record: record.base) - 1
@@ -336,7 +362,7 @@ class Checkers:
         members = replica.membership.members
         for member in members:
             other = self._processes.get(member.node_id)
-            if self._had(number, member.copy_id, end) or (
+            if self._had(number, member.copy_id, end, last_epoch) or (
                 other is not None and self._has(other, number, end, last_epoch)
             ):
                 holders.append(member.node_id)
@@ -346,10 +372,13 @@ class Checkers:
                 f"{[m.node_id for m in members]} only {holders} have that on disk"
             )
 
-    def _had(self, number: int, copy_id: str, end: int) -> bool:
-        """Whether a copy that has begun anew as another one, just now, had the log up to `end`, when it said so."""
-        gone_end, gone_ns = self._gone.get((number, copy_id), (0, 0))
-        return gone_end >= end and self._world.now_ns - gone_ns < 3 * SECOND
+    def _had(self, number: int, copy_id: str, end: int, epoch: int) -> bool:
+        """Whether a copy that has begun anew as another one, just now, had this log up to `end`, when it said so."""
+        gone = self._gone.get((number, copy_id))
+        if gone is None or gone.end < end or self._world.now_ns - gone.at_ns >= 3 * SECOND:
+            return False
+        # What lies before its log's start was committed, and so is the same everywhere.
+        return end < min(gone.epochs, default=0) or gone.epochs.get(end) == epoch
 
     def _has(self, process: Process, number: int, end: int, epoch: int) -> bool:
         """Whether a copy surely has the log up to `end` on its disk. One that is down is believed to."""
@@ -435,7 +464,7 @@ class Checkers:
                     raise SimulationError(f"LOG-2: {process} partition {number} holds {found}, not {record}")
             if index.log_end < self.ends[number]:
                 raise SimulationError(f"LOG-1: {process} partition {number} ends at {index.log_end}")
-            check_archive(process, number, self.accepted[number])
+            check_archive(process, number, self.accepted[number], functools.partial(self._append_ns, number))
             if number not in recounted and not process.is_tainted:
                 recounted.add(number)
                 book = CommittedLog(number, self.committed[number], self._payloads[number])

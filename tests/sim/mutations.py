@@ -14,6 +14,7 @@ import msgspec
 
 from tallymark_store import checkpointer, recovery, snapshots
 from tallymark_store.archive import archiver, incoming
+from tallymark_store.archive import manifest as manifests
 from tallymark_store.copies import Copies
 from tallymark_store.dedup import IdFile
 from tallymark_store.fold.spilled import SpilledFiles
@@ -61,12 +62,19 @@ def _mutation(
     reads: int = 5,
     chunks: int = 36,
     recycle: bool = False,
+    retains: bool = False,
     spills: bool = False,
 ) -> Callable[[Callable[[], list[Patch]]], Callable[[], list[Patch]]]:
     def register(patches: Callable[[], list[Patch]]) -> Callable[[], list[Patch]]:
         name = patches.__name__
         options = Options(
-            kinds=kinds, mean_ms=mean_ms, reads=reads, chunks=chunks, recycle=recycle, spills=spills
+            kinds=kinds,
+            mean_ms=mean_ms,
+            reads=reads,
+            chunks=chunks,
+            recycle=recycle,
+            retains=retains,
+            spills=spills,
         )
         _REGISTRY[name] = Mutation(name, what, options, patches)
         return patches
@@ -495,6 +503,11 @@ def install_without_archived_files() -> list[Patch]:
         return owned(manifest, copy_id, offset, files[1:])
 
     return [(incoming, "owned", fewer)]
+
+
+@_mutation("raw events are dropped that nobody writes down", "kill", "power", recycle=True, retains=True)
+def drop_without_writing_down() -> list[Patch]:
+    return [(manifests, "added", lambda before, more: tuple(before))]
 
 
 # ---------------------------------------------------------------- reads

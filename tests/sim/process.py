@@ -86,6 +86,7 @@ class Process:
         self.archived = 0  # events, likewise
         self.merges = 0  # of archived files, likewise
         self.spilled = 0  # units of cells, and alert records, that left memory, likewise
+        self.dropped = 0  # events that were kept for their time, likewise
         self._archive_rng = archive_rng
         self._world = world
         self._network = network
@@ -185,6 +186,7 @@ class Process:
             if self.node.archiver is not None:
                 self.archived += self.node.archiver.events_archived
                 self.merges += self.node.archiver.merges
+                self.dropped += self.node.archiver.events_dropped
             if self.node.spilling is not None:
                 self.spilled += self.node.spilling.spilled_units + self.node.spilling.spilled_alerts
         if self.node is not None and self.node.driver is not None:

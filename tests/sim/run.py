@@ -87,7 +87,8 @@ def main() -> int:
     print(
         f"{sum(r.recycled_bytes > 0 for r in done)} seeds dropped {sum(r.recycled_bytes for r in done) // 1024} KiB of log, "
         f"{sum(r.installed > 0 for r in done)} of them installed {sum(r.installed for r in done)} snapshots; "
-        f"{sum(r.archived for r in done)} events archived, {sum(r.merges for r in done)} merges; "
+        f"{sum(r.archived for r in done)} events archived, {sum(r.merges for r in done)} merges, "
+        f"{sum(r.dropped for r in done)} dropped; "
         f"{sum(r.spilled > 0 for r in done)} seeds spilled {sum(r.spilled for r in done)} units and alert records"
     )
     print("faults:", ", ".join(f"{kind} {times}" for kind, times in sorted(faults.items())))

@@ -24,7 +24,7 @@ from tallymark_protocol.schema import encode_record, make_record
 from tallymark_runtime.assignments import Assignment, Copy, assignment_key, copy_key
 from tallymark_runtime.catalog import Leader, leader_key, metric_key
 from tallymark_runtime.coordinator import Put
-from tallymark_store.archive import policy
+from tallymark_store.archive import archiver, policy, retention
 from tallymark_store.node import StoreConfig
 from tallymark_store.replication.effects import Role
 from tallymark_store.replication.ports import Member
@@ -36,6 +36,7 @@ from .clients import Clients, Connection, Ledger, Part
 from .clock import EPOCH_NS, SimClock
 from .coordination import Etcd
 from .faults import Faults, draw_kinds
+from .logbook import SEATS
 from .loop import MILLISECOND, SECOND, SimulationError, World
 from .network import Network, Weather
 from .process import Process
@@ -45,6 +46,8 @@ from .trace import Trace
 
 LEASE_S = 2.0
 LIVE_NS = 8 * SECOND  # after healing, by when a new write must be answered: twice the lease, and starting up
+DAY_NS = SECOND  # that raw events are kept for, where they are
+RETAINED = ("m0", SEATS)  # metrics of which they are, in some runs
 REST_NS = 40 * SECOND  # by when everything must have come to rest
 
 
@@ -60,6 +63,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     reads: int = 18
     mean_ms: int = 0  # between faults; 0: drawn
     recycle: bool | None = None  # whether stores drop their log below checkpoints; None: drawn
+    retains: bool | None = (
+        None  # whether metrics keep raw events for a time only; None: drawn; with `recycle`
+    )
     spills: bool | None = None  # whether stores have no memory for what can also be on disk; None: drawn
 
 
@@ -78,6 +84,7 @@ class Result(msgspec.Struct, frozen=True):
     archived: int = 0  # events, by all copies
     merges: int = 0  # of archived files
     spilled: int = 0  # units of cells, and alert records, by all copies
+    dropped: int = 0  # events that were kept for their time, by all copies
 
 
 class Failure(SimulationError):
@@ -139,6 +146,10 @@ class Simulation:
                 archive_events=recycle_rng.choice((20, 100, 400)),
                 archive_interval_s=recycle_rng.choice((0.3, 1.0)),
             )
+        retain_rng = random.Random(seed ^ 0xDA75)
+        self.retains = does_recycle and (
+            retain_rng.random() < 0.5 if options.retains is None else options.retains
+        )
         spill_rng = random.Random(seed ^ 0xD15C)
         does_spill = spill_rng.random() < 0.4 if options.spills is None else options.spills
         if does_spill:
@@ -287,7 +298,11 @@ class Simulation:
         """
         try:
             # Files of a few events, so that they are merged over and over, and some are full.
-            with mock.patch.multiple(policy, FAN_IN=3, BASE_ROWS=40, ROWS_MAX=360):
+            with (
+                mock.patch.multiple(policy, FAN_IN=3, BASE_ROWS=40, ROWS_MAX=360),
+                mock.patch.object(retention, "DAY_NS", DAY_NS),
+                mock.patch.object(archiver, "RULES_NS", DAY_NS // 4),
+            ):
                 self._run()
         except BaseException as error:
             cause = self.defect or error
@@ -314,11 +329,14 @@ class Simulation:
             sum(process.archived for process in self.processes.values()),
             sum(process.merges for process in self.processes.values()),
             sum(process.spilled for process in self.processes.values()),
+            sum(process.dropped for process in self.processes.values()),
         )
 
     def _run(self) -> None:
         rng, world, options = self.rng, self.world, self.options
         for schema in SCHEMAS:
+            if self.retains and schema.code in RETAINED:
+                schema = msgspec.structs.replace(schema, retain_raw_days=1)
             put = Put(metric_key(schema.code), encode_record(make_record(0, schema)))
             self._metrics_revision = self.etcd.txn([], [put], []).revision
         for process in self.processes.values():

@@ -10,7 +10,10 @@ import pytest
 from tallymark_protocol.errors import NotFoundError, UnavailableError
 from tallymark_runtime.coordinator import CompactedError, Put, absent
 from tallymark_runtime.disk import MemoryDisk
+from tallymark_store.wal import PartitionIndex, RecordKind, RecordMeta
 
+from .checkers import Checkers, Gone, epochs_of
+from .clients import Ledger
 from .clock import SimClock
 from .coordination import Etcd, SimCoordinator
 from .disk import Gate, SimDisk
@@ -327,3 +330,27 @@ def test_sim_lease_ends_when_told() -> None:
 
     machine.result(loop, main())
     assert machine.world.now_ns < 100 * MILLISECOND
+
+
+def test_a_copy_that_is_gone_counts_for_what_it_had_only() -> None:
+    """Not for another record that ends at the same offset, nor for long, nor under another id."""
+    machine = Machine()
+    checkers = Checkers(machine.world, random.Random(1), machine.trace, Ledger(), {}, 1)
+    index = PartitionIndex(0, 10)
+    index.start_epoch = 3
+    for epoch, count in ((3, 5), (4, 1), (4, 4), (7, 2)):
+        meta = RecordMeta(0, RecordKind.EVENTS, epoch, index.log_end, count, 1)
+        index.append(meta, segment=0, position=0, length=1)
+    epochs = epochs_of(index)
+    checkers._gone[0, "old"] = Gone(20, machine.world.now_ns, epochs)
+    assert epochs == {10: 3, 15: 3, 16: 4, 20: 4, 22: 7}
+    for end, epoch, had in (
+        (5, 9, True), (10, 3, True), (10, 2, False), (15, 3, True), (15, 4, False), (17, 4, False), (20, 4, True),
+        (20, 7, False), (22, 7, False),
+    ):  # fmt: skip
+        assert checkers._had(0, "old", end, epoch) is had, (end, epoch)
+    assert not checkers._had(0, "new", 15, 3)
+    checkers._gone[0, "other"] = Gone(20, machine.world.now_ns, {})
+    assert not checkers._had(0, "other", 15, 3)
+    machine.world.run(machine.world.now_ns + 4 * SECOND, lambda: False)
+    assert not checkers._had(0, "old", 15, 3)

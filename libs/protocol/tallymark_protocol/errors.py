@@ -48,6 +48,7 @@ class ErrorCode(enum.IntEnum):
     UNKNOWN_METRIC = 32
     METRIC_EXISTS = 33
     NOT_FOUND = 34
+    EVENTS_DROPPED = 35  # raw events that are needed were kept for their time, and dropped
 
     # The request may succeed later, or elsewhere.
     OVERLOADED = 48
@@ -193,6 +194,7 @@ _CLASS_OF_CODE: dict[int, type[TallymarkError]] = {
     ErrorCode.UNKNOWN_METRIC: NotFoundError,
     ErrorCode.METRIC_EXISTS: AlreadyExistsError,
     ErrorCode.NOT_FOUND: NotFoundError,
+    ErrorCode.EVENTS_DROPPED: InvalidRequestError,
     ErrorCode.OVERLOADED: BackpressureError,
     ErrorCode.DISK_FULL: BackpressureError,
     ErrorCode.NOT_LEADER: UnavailableError,

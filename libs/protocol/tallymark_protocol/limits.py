@@ -55,6 +55,7 @@ WEBHOOK_RETRY_NS_MAX = 72 * 3_600 * 10**9  # from a delivery's first attempt to 
 SCHEMA_BYTES_MAX = 1024 * 1024  # a metric's schema, encoded; it must fit into one etcd request
 THRESHOLD_VALUE_MAX = 2**63 - 1
 GRACE_SECONDS_MAX = 10 * 366 * 86_400  # ten years
+RETAIN_RAW_DAYS_MAX = 36_600  # a hundred years
 ERROR_MESSAGE_BYTES_MAX = 4_096  # longer ones are cut
 
 HANDSHAKE_BYTES_MAX = 64 * 1024  # body of a frame before the handshake, and of control frames after it

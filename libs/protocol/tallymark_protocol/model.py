@@ -92,6 +92,8 @@ class MetricSchema(msgspec.Struct, frozen=True, kw_only=True):
     unique_type: UniqueType = UniqueType.UINT64  # COUNT_UNIQUE only
     grace_seconds: int | None = None  # None: a period is never sealed
     description: str = ""
+    # Raw events are kept for at least so many days, and are then dropped; totals never are. None: for ever.
+    retain_raw_days: int | None = None
 
 
 EventId = str | bytes | uuid.UUID | int

@@ -78,6 +78,10 @@ def validate(schema: MetricSchema, *, check_zone: bool = True) -> None:
             raise _invalid(
                 f"grace_seconds must be 0 to {limits.GRACE_SECONDS_MAX}, not {schema.grace_seconds}"
             )
+    if schema.retain_raw_days is not None and not 1 <= schema.retain_raw_days <= limits.RETAIN_RAW_DAYS_MAX:
+        raise _invalid(
+            f"retain_raw_days must be 1 to {limits.RETAIN_RAW_DAYS_MAX}, or None, not {schema.retain_raw_days}"
+        )
     size = len(canonical(schema))
     if size > limits.SCHEMA_BYTES_MAX:
         raise _invalid(f"the schema has {size} bytes encoded, more than {limits.SCHEMA_BYTES_MAX}")
@@ -98,8 +102,8 @@ def check_metric_code(code: str) -> None:
 def check_update(old: MetricSchema, new: MetricSchema) -> None:
     """Check that a metric's schema may become another: thresholds and dimension values may be added.
 
-    Additions go to the end, because totals refer to positions. The description is free to change. `new` must have
-    passed `validate`.
+    Additions go to the end, because totals refer to positions. The description is free to change, and so is for how
+    long raw events are kept, of which no total depends. `new` must have passed `validate`.
 
     Raises:
         InvalidRequestError: with a sentence that names what can't change.
@@ -281,6 +285,7 @@ class _WireSchema(msgspec.Struct, forbid_unknown_fields=True):
     unique_type: UniqueType
     grace_seconds: int | None
     description: str
+    retain_raw_days: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class _WireRecord(msgspec.Struct, forbid_unknown_fields=True):
@@ -372,6 +377,7 @@ def _to_wire(schema: MetricSchema) -> _WireSchema:
         unique_type=schema.unique_type,
         grace_seconds=schema.grace_seconds,
         description=schema.description,
+        retain_raw_days=msgspec.UNSET if schema.retain_raw_days is None else schema.retain_raw_days,
     )
 
 
@@ -396,6 +402,7 @@ def _from_wire(wire: _WireSchema) -> MetricSchema:
         unique_type=wire.unique_type,
         grace_seconds=wire.grace_seconds,
         description=wire.description,
+        retain_raw_days=None if wire.retain_raw_days is msgspec.UNSET else wire.retain_raw_days,
     )
     try:
         validate(schema, check_zone=False)

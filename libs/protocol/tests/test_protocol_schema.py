@@ -70,6 +70,8 @@ def threshold(value: object, code: str = "t") -> list[AlertThreshold]:
         changed(filters=dimension("", "v" * 1_024, key="k" * 128)),
         changed(thresholds=[AlertThreshold(code=str(i), value=5) for i in range(8)]),
         changed(description="d" * 1_024),
+        changed(retain_raw_days=1),
+        changed(retain_raw_days=limits.RETAIN_RAW_DAYS_MAX),
     ],
 )
 def test_valid_schemas_pass(schema):
@@ -130,6 +132,8 @@ def test_valid_schemas_pass(schema):
         (changed(time_zone="Mars/Olympus"), "time_zone 'Mars/Olympus'"),
         (changed(time_zone=""), "time_zone must not be empty"),
         (changed(time_zone="z" * 129), "time_zone .* 129 bytes"),
+        (changed(retain_raw_days=0), "retain_raw_days must be 1 to"),
+        (changed(retain_raw_days=limits.RETAIN_RAW_DAYS_MAX + 1), "retain_raw_days must be 1 to"),
         (changed(description="d" * 1_025), "description .* 1025 bytes"),
         (changed(description=None), r"\$.description"),
         ("schema", "must be a MetricSchema, not str"),
@@ -178,6 +182,7 @@ def test_a_metric_code_alone():
         changed(thresholds=FULL.thresholds + threshold(7)),
         changed(filters=[DimensionFilter(key="provider", values=["aws", "gcp", "azure"]), FULL.filters[1]]),
         changed(thresholds=tuple(FULL.thresholds), filters=tuple(FULL.filters)),
+        changed(retain_raw_days=30),
     ],
 )
 def test_updates_that_may_be(new):
@@ -246,6 +251,7 @@ def test_canonical_bytes_tell_schemas_apart():
         changed(grace_seconds=None),
         changed(grace_seconds=0),
         changed(description=""),
+        changed(retain_raw_days=7),
     ]
     assert len({canonical(schema) for schema in variants}) == len(variants)
     for schema in variants:

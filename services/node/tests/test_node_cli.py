@@ -36,7 +36,7 @@ def test_metrics_live_through_create_list_update_delete(tally):
         *("metrics", "create", "life", "--agg", "sum", "--period", "calendar", "--cycle-day", 15),
         *("--zone", "Europe/Berlin", "--dimension", "provider=aws,gcp", "-d", "region", "--scaled"),
         *("--threshold", "free=10.5", "--threshold", "every=1:recurring", "--grace", "3d"),
-        *("--description", "seconds of compute", "--json"),
+        *("--description", "seconds of compute", "--retain-raw-days", 90, "--json"),
     )
     assert document(made) == {
         "code": "life",
@@ -52,6 +52,7 @@ def test_metrics_live_through_create_list_update_delete(tally):
         "unique_type": "UINT64",
         "grace_seconds": 259_200,
         "description": "seconds of compute",
+        "retain_raw_days": 90,
     }
     shown = tally("metrics", "list", "--scaled").stdout
     assert "calendar from day 15, Europe/Berlin, sealed 3d after its end" in shown

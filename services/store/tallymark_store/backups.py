@@ -35,6 +35,7 @@ from tallymark_protocol.messages import (
 from tallymark_runtime.clock import Clock
 from tallymark_runtime.disk import Disk, FileMissingError
 from tallymark_store import checkpoint, incoming
+from tallymark_store.archive import manifest as archives
 from tallymark_store.checkpointer import folder
 from tallymark_store.recycling import Holds
 from tallymark_store.store import Offload, Store
@@ -130,7 +131,7 @@ class Backups:
                 crc: int = await self._offload(incoming.checksum, disk, name, size)
                 files.append(BackupFile("checkpoint", name, size, crc))
                 held.files[name] = disk, size
-            listed = None if archive is None else archive.manifest
+            listed = None if archive is None else archives.all_here(archive.manifest)
             if archive is not None and listed is not None:
                 for file in listed.files:
                     files.append(BackupFile("archive", file.name, file.bytes, file.crc32c))
@@ -152,7 +153,7 @@ class Backups:
             log_start=start,
             log_end=held.end,
             checkpoint=b"" if manifest is None else msgspec.msgpack.encode(manifest),
-            archive=b"" if listed is None else msgspec.json.encode(listed),
+            archive=b"" if listed is None else msgspec.json.encode(archives.versioned(listed)),
             files=files,
             digest=digest,
         )

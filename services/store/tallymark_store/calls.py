@@ -82,7 +82,8 @@ class Calls:
         self.hold_log: Callable[[int, int], AbstractContextManager[None]] = lambda _, __: nullcontext()
         # The archive of a partition as it is now, and what becomes of one that is damaged.
         self.archive_view: Callable[[int], Archived | None] = lambda _: None
-        self.archive_damaged: Callable[[int, str], None] = lambda _, __: None
+        # Told by whose reader; False where the archive is another one by now.
+        self.archive_damaged: Callable[[int, str, object], bool] = lambda _, __, ___: True
         self._store = store
         self._catalog = catalog
         self._clock = clock
@@ -259,10 +260,10 @@ class Calls:
             return await self._in_steps(partition, plan())
         except ArchiveDamagedError as error:
             self._store.folding.check_kept(partition)  # else it was another copy's, and is gone
-            self.archive_damaged(partition.partition, error.message)
-            if partition.index.log_start > 0:
+            is_present = self.archive_damaged(partition.partition, error.message, error.reader)
+            if is_present and partition.index.log_start > 0:
                 raise
-            return await self._in_steps(partition, plan())  # the log has everything
+            return await self._in_steps(partition, plan())  # the log has everything, or another archive has
 
     async def _in_steps(self, partition: Partition, read: TotalsRead | EventsRead) -> Message:
         """Do a read's scan in steps, with the loop running in between; those that read files in a thread."""

@@ -39,6 +39,7 @@ from tallymark_runtime.coordinator import Coordinator, Get
 from tallymark_runtime.disk import Disk
 from tallymark_runtime.epochs import read_base
 from tallymark_runtime.lease import LeaseKeeper, LeaseThread
+from tallymark_runtime.objects import open_target
 from tallymark_store import checkpoint, id_budget, memory_budget, recovery, spilling
 from tallymark_store.appends import Requester
 from tallymark_store.backups import Backups
@@ -86,6 +87,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True):
     archive: str = ""  # "on", or "": no archive
     archive_events: int = 500_000
     archive_interval_s: float = 300.0
+    archive_url: str = ""  # where final files of the archive go; empty: they stay
+    archive_cache_bytes: int = 8 << 30  # of those, so much is here as well
     dedup_window_ns: int = limits.DEDUP_WINDOW_NS
     # Of memory, for what can also be on disk; 0: half of the machine's; negative: no bound.
     memory_bytes: int = memory_budget.UNBOUNDED
@@ -282,6 +285,8 @@ class StoreNode:
         ]
         if self.archiver is not None:
             self._tasks.append(loop.create_task(self.archiver.run()))
+            if config.archive_url:
+                self._tasks.append(loop.create_task(self.archiver.run_home()))
         if config.replication_factor == 1:
             await self._wait_leading(store)
 
@@ -289,7 +294,12 @@ class StoreNode:
         from tallymark_store.archive.archiver import (
             Archiver,
         )  # and with it pyarrow: not for those without an archive
+        from tallymark_store.archive.home import Home
 
+        home = None
+        if self._config.archive_url:
+            target = open_target(f"{self._config.archive_url.rstrip('/')}/{self._config.node_id}")
+            home = Home(target, self._config.archive_cache_bytes)
         return Archiver(
             store,
             self._disk.at("archive"),
@@ -298,6 +308,8 @@ class StoreNode:
             interval_s=self._config.archive_interval_s,
             report=self._report,
             offload=self._offload,
+            home=home,
+            cache=self._disk.at("archive-cache") if home is not None else None,
         )
 
     async def _wait_for_namesake(self) -> None:

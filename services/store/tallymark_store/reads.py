@@ -54,7 +54,7 @@ from tallymark_store.fold.schemas import DAY_NS
 from tallymark_store.scan import kernels as k
 from tallymark_store.scan import plan as p
 from tallymark_store.scan import ranking
-from tallymark_store.scan.archived import Archived, usable
+from tallymark_store.scan.archived import Archived, is_covered, usable
 from tallymark_store.scan.events import EventsScan
 from tallymark_store.scan.metric import GroupKey, ScanDimension, ScanMetric
 from tallymark_store.scan.source import MemorySource, RecordRows, RecordSource, rows_between
@@ -390,14 +390,17 @@ class Reads:
         self, metric: ScanMetric, rows: RecordRows, archived: Archived | None
     ) -> tuple[int, int]:
         """The half-open range outside which the metric has no event."""
-        start = self._source.log_start if archived is None else archived.start_offset
-        if metric.first_offset < start:
+        if not is_covered(self._source, archived, metric.first_offset, metric.end_offset):
             return 0, TIME_END_NS
         bounds = []
         if archived is not None:
             last = min(metric.end_offset, self._fold.applied)
             found = archived.time_bounds(metric.first_offset, last)
             bounds += [] if found is None else [found]
+            # What was dropped is in cells: days before what is left aren't empty.
+            bounds += [
+                (item.start_ns, item.end_ns) for item in archived.dropped if item.metric_uid == metric.uid
+            ]
         if len(rows.base_offset):
             bounds.append((int(rows.min_time_ns.min()), int(rows.max_time_ns.max()) + 1))
         if not bounds:

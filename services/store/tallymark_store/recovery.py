@@ -219,7 +219,7 @@ def _newest(
         manifest = None
     if start > 0 and manifest is None:
         if incoming.is_noted(disk):
-            _finish_archive(root, number, start, reason)
+            _finish_archive(root, number, start, report)
         manifest = incoming.finish(disk, number, start)
         if manifest is None:
             raise DamagedError(
@@ -230,14 +230,15 @@ def _newest(
     return manifest
 
 
-def _finish_archive(root: Disk, number: int, start: int, reason: str) -> None:
+def _finish_archive(root: Disk, number: int, start: int, report: Callable[[str], None]) -> None:
     """Put the archive in force that came in with a snapshot, if one did; before the checkpoint, which is the mark."""
+    disk = root.at("archive").at(folder(number))
     try:
-        incoming_archive.finish(root.at("archive").at(folder(number)), number, start)
+        incoming_archive.finish(disk, number, start)
     except ArchiveError as error:
-        raise DamagedError(
-            f"partition {number}: the log begins at offset {start}, and {reason}: {error}", partition=number
-        ) from error
+        # The state doesn't need it; and nothing is added to an archive that ends below the log.
+        report(f"partition {number}: the archive that had come in is left out: {error}")
+        incoming_archive.clear(disk)
 
 
 def restore(

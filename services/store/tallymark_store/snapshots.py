@@ -398,7 +398,10 @@ class Snapshots:
             ArchiveError: it isn't what was offered.
         """
         archiver, offer, number = self._archiver, transfer.offer, transfer.number
-        if archiver is None or offer.archive is None:
+        if archiver is None:
+            return
+        if offer.archive is None:
+            await archiver.clear_incoming(number)  # of a try before: none belongs to this snapshot
             return
         disk = archiver.folder(number)
         size, crc = offer.archive

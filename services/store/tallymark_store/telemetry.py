@@ -78,6 +78,11 @@ ARCHIVED_EVENTS = Family(
 ARCHIVE_MERGES = Family(
     "tallymark_store_archive_merges_total", "counter", "Archive files that were made of smaller ones."
 )
+ARCHIVE_DROPPED = Family(
+    "tallymark_store_archive_dropped_total",
+    "counter",
+    "Raw events that were dropped from the archive after their metric's time.",
+)
 ARCHIVE_FAILURES = Family(
     "tallymark_store_archive_failures_total",
     "counter",
@@ -257,6 +262,7 @@ def _add_log(scrape: Scrape, wal: Wal) -> None:
 def _add_archive(scrape: Scrape, archiver: Archiver) -> None:
     scrape.add(ARCHIVED_EVENTS, archiver.events_archived)
     scrape.add(ARCHIVE_MERGES, archiver.merges)
+    scrape.add(ARCHIVE_DROPPED, archiver.events_dropped)
     scrape.add(ARCHIVE_FAILURES, archiver.failures)
     scrape.add_histogram(ARCHIVE_SECONDS, archiver.took_ns)
     for number, archive in sorted(archiver.archives.items()):

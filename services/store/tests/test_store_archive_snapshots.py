@@ -132,6 +132,9 @@ async def behind(cluster: Cluster, *, is_archived: bool = True) -> tuple[str, st
     await caught_up(cluster)
     if is_archived:
         await archive_and_recycle(cluster)
+    else:
+        for other in cluster.nodes:
+            await cluster.nodes[other].checkpointer.take()  # type: ignore[union-attr]
     end = cluster.nodes[name].store.partitions[0].log_end
     cluster.kill(name)
     sequence = await fill(cluster, sequence)

@@ -9,12 +9,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tallymark_protocol.schema import update_record
 from tallymark_store.archive import manifest as manifests
+from tallymark_store.archive import retention
 from tallymark_store.archive.writer import open_file, write_file
 from tallymark_store.fold.cells import PERIOD, W_COUNT, W_KEY
 from tallymark_store.replicas_file import SLOT_BYTES
 
-from .verify_helpers import METRICS, Directory
+from .store_driver import BASE
+from .verify_helpers import METRICS, SECOND, Directory
 
 
 async def small(*, recycled: bool = False, spilled: bool = False) -> Directory:
@@ -193,6 +196,66 @@ async def test_an_archive_that_is_not_what_was_accepted_is_found(recycled: bool,
         assert "is not what archive and log say" in told
     else:
         assert "is not what the log accepted" in told
+
+
+@pytest.mark.parametrize("recycled", [False, True])
+async def test_what_was_dropped_after_its_time_is_counted(
+    recycled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is found where just that is gone which is written down; everything else is compared as ever."""
+    monkeypatch.setattr(retention, "DAY_NS", 10 * SECOND)
+    directory = Directory(1)
+    for record in (METRICS[0], METRICS[3]):
+        shorter = msgspec.structs.replace(record.schema, retain_raw_days=1)
+        directory.driver.schema(0, update_record(record, shorter), BASE)
+    for _ in range(40):
+        directory.send(40)
+    directory.checkpoint()
+    for _ in range(5):
+        await directory.archived()
+    directory.send(3)
+    if recycled:
+        directory.recycle()
+        assert directory.driver.partitions[0].index.log_start > 0
+    directory.stop()
+    disk = directory.disk.at("archive").at("p-0000")
+    manifest = manifests.load(disk)
+    assert manifest is not None
+    assert {item.metric for item in manifest.dropped} == {"sum", "users"}
+    report = directory.verify()
+    assert [finding.sentence for finding in report.findings] == []
+    assert report.counted["archived events"] == manifest.rows
+    assert any("compared by their events' number only" in note for note in report.notes) is recycled
+    for place, item in enumerate(manifest.dropped):
+        dropped = list(manifest.dropped)
+        for more in (-1, 1):
+            dropped[place] = msgspec.structs.replace(item, events=item.events + more)
+            manifests.publish(disk, msgspec.structs.replace(manifest, dropped=tuple(dropped)))
+            report = directory.verify()
+            assert any(f"events of metric {item.metric!r}" in found.sentence for found in report.findings)
+    manifests.publish(disk, msgspec.structs.replace(manifest, dropped=()))
+    assert directory.verify().count > 0
+
+
+async def test_an_archive_that_lacks_offsets_is_not_taken_for_all_there_was() -> None:
+    """One that begins late, or has gaps: a note says so, and no total is called wrong for it."""
+    directory = Directory(1)
+    for _ in range(40):
+        directory.send(40)
+    directory.checkpoint()
+    await directory.archived()
+    directory.send(5)
+    directory.recycle()
+    disk = directory.disk.at("archive").at("p-0000")
+    manifest = manifests.load(disk)
+    assert manifest is not None
+    start = manifest.end_offset
+    manifests.publish(disk, msgspec.structs.replace(manifest, files=(), start_offset=start))
+    directory.stop()
+    assert directory.driver.partitions[0].index.log_start <= start
+    report = directory.verify()
+    assert any("its archive begins at offset" in note for note in report.notes)
+    assert [finding.sentence for finding in report.findings] == []
 
 
 async def test_files_that_are_gone_or_cut_are_found() -> None:

@@ -234,6 +234,10 @@ class Restorer:
             manifest = msgspec.json.decode(part.archive, type=manifests.Manifest)
         except msgspec.DecodeError as error:
             raise RemoteProtocolError(f"the backup's archive makes no sense: {error}") from None
+        if manifest.format_version > manifests.LACKS_VERSION:
+            raise RemoteProtocolError(
+                f"the backup's archive has format version {manifest.format_version}, which this software can't read"
+            )
         if {file.name for file in manifest.files} != {item.name for item in part.archive_files}:
             raise RemoteProtocolError(f"the backup of partition {part.partition} lacks files of its archive")
         for item in part.archive_files:

@@ -24,6 +24,19 @@ PERIODS = {
 UNIQUE_TYPES = ("uint64", "int64", "string")
 
 
+class _Retention(click.ParamType[int]):
+    """Days, or 0 for ever."""
+
+    name = "retention"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse what was given."""
+        return 0 if value == "forever" else int(click.IntRange(1).convert(value, param, ctx))
+
+
+RETENTION = _Retention()
+
+
 @click.group()
 def metrics() -> None:
     """Create, list, update and delete metrics: what is counted, and how."""
@@ -68,6 +81,12 @@ _threshold_help = (
     type=click.Choice(UNIQUE_TYPES, case_sensitive=False),
     help="With --agg count_unique: what its values are. [default: uint64]",
 )
+@click.option(
+    "--retain-raw-days",
+    type=click.IntRange(1),
+    metavar="DAYS",
+    help="Drop raw events that are older than this, but never totals. [default: keep them for ever]",
+)
 @click.option("--description", default="", help="For people.")
 @click.option("--scaled", is_flag=True, help="Thresholds are given in units with up to six decimals.")
 @client_command
@@ -82,6 +101,7 @@ async def create(
     threshold: tuple[str, ...],
     grace: str | None,
     unique: str | None,
+    retain_raw_days: int | None,
     description: str,
     scaled: bool,
 ) -> int | None:
@@ -102,6 +122,7 @@ async def create(
         unique_type=UniqueType[(unique or "uint64").upper()],
         grace_seconds=None if grace is None else parse.duration_seconds(grace),
         description=description,
+        retain_raw_days=retain_raw_days,
     )
     async with connected(options) as client:
         try:
@@ -155,6 +176,12 @@ async def list_metrics(options: Options, scaled: bool) -> int | None:
 )
 @click.option("--threshold", multiple=True, metavar="CODE=VALUE[:recurring]", help="Add a threshold.")
 @click.option("--description", help="Set the description.")
+@click.option(
+    "--retain-raw-days",
+    type=RETENTION,
+    metavar="DAYS|forever",
+    help="Drop raw events that are older than this, but never totals. What is dropped doesn't come back.",
+)
 @click.option("--scaled", is_flag=True, help="Thresholds are given in units with up to six decimals.")
 @client_command
 async def update(
@@ -163,9 +190,10 @@ async def update(
     dimension: tuple[str, ...],
     threshold: tuple[str, ...],
     description: str | None,
+    retain_raw_days: int | None,
     scaled: bool,
 ) -> int | None:
-    """Add thresholds or dimension values to the metric CODE, or set its description.
+    """Add thresholds or dimension values to the metric CODE, or set its description or for how long it keeps raw events.
 
     Nothing else of a metric can change. What is there already is left as it is.
     """
@@ -175,8 +203,10 @@ async def update(
 
     additions = parse.added_dimension_values(dimension)
     new_thresholds = parse.thresholds(threshold, scaled=scaled)
-    if not additions and not new_thresholds and description is None:
-        raise InvalidRequestError("nothing to change: give --dimension, --threshold or --description")
+    if not additions and not new_thresholds and description is None and retain_raw_days is None:
+        raise InvalidRequestError(
+            "nothing to change: give --dimension, --threshold, --description or --retain-raw-days"
+        )
     async with connected(options) as client:
         schema = await metric(client, code)
         declared = [item.key for item in schema.filters]
@@ -198,6 +228,7 @@ async def update(
             filters=filters,
             thresholds=[*kept, *(item for item in new_thresholds if item not in kept)],
             description=schema.description if description is None else description,
+            retain_raw_days=schema.retain_raw_days if retain_raw_days is None else retain_raw_days or None,
         )
         if changed != schema:
             changed = await client.metrics.update(changed)
@@ -248,6 +279,7 @@ def schema_json(schema: MetricSchema) -> dict[str, Any]:
         "unique_type": schema.unique_type.name,
         "grace_seconds": schema.grace_seconds,
         "description": schema.description,
+        "retain_raw_days": schema.retain_raw_days,
     }
 
 
@@ -277,6 +309,8 @@ def _period(schema: MetricSchema) -> str:
         text += f", {schema.time_zone}"
     if schema.grace_seconds is not None:
         text += f", sealed {_duration(schema.grace_seconds)} after its end"
+    if schema.retain_raw_days is not None:
+        text += f"; raw events for {schema.retain_raw_days} days"
     return text
 
 

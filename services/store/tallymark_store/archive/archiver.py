@@ -12,6 +12,9 @@ the log is whole beside it. Where the log is dropped below the archive's end (`e
 is the only place that has these events: a damaged one is left as it is then, nothing is added to it, and the log is
 dropped no further. So is one that ends before the log begins, as what is added behind a gap would hide it.
 
+Where a metric wants its raw events kept for a time only, files are written again without those whose time is over
+(`retention`), and the manifest says how many went.
+
 A copy that begins with a snapshot gets the archive below it from whoever sends that (`lend`, `take_in`): nothing is
 archived of a partition meanwhile, and what is lent stays, though it may be merged.
 """
@@ -31,10 +34,11 @@ from tallymark_protocol.errors import ErrorCode, UnavailableError
 from tallymark_runtime.clock import Clock
 from tallymark_runtime.disk import Disk, DiskError
 from tallymark_runtime.instruments import Histogram
-from tallymark_store.archive import incoming, policy
+from tallymark_store.archive import incoming, policy, retention
 from tallymark_store.archive import manifest as manifests
 from tallymark_store.archive.columns import MalformedError, Slice
 from tallymark_store.archive.cut import cut
+from tallymark_store.archive.home import Home, HomedDisk
 from tallymark_store.archive.manifest import ArchiveError, ArchiveFile, Manifest
 from tallymark_store.archive.merge import merge, verify
 from tallymark_store.archive.names import MetricNames
@@ -56,6 +60,8 @@ SLICE_EVENTS: Final = 500_000  # offsets of a slice, but for a single event batc
 SLICE_BYTES: Final = 32 * 1024 * 1024  # of the log, likewise
 SLICE_RECORDS: Final = 32_768
 RUN_EVENTS: Final = 65_536  # decoded by one kernel call
+RULES_NS: Final = 10_000_000_000  # how often it is looked what is to be dropped
+HOME_POLL_S: Final = 5.0  # how often it is looked whether a file is to be copied to its home
 TOOK_BOUNDS_NS: Final = tuple(int(seconds * 1e9) for seconds in (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100))
 
 
@@ -86,6 +92,9 @@ class Archive:
         self.is_certain = True
         self.last_ns = now_ns  # when it was last brought up to date, or opened
         self._names: MetricNames | None = None
+        self.rules: dict[int, retention.Rule] = {}  # by uid, what is to be dropped
+        self.swept: set[str] = set()  # files that hold nothing of that
+        self.next_rules_ns = now_ns  # when it is looked again what is to be dropped
 
     def names(self, partition: Partition) -> MetricNames:
         """The metrics of everything that is folded."""
@@ -106,11 +115,14 @@ class Archiver:
         interval_s: or after so long, if there are any.
         report: told, in sentences, what needs attention.
         offload: runs what takes long, or waits for the disk.
+        home: where files go that are never merged any more; None: they stay.
+        cache: the folder for what is fetched from there.
 
     Attributes:
         archives: by partition; those that were opened.
         events_archived: since the start.
         merges: files made of others, since the start.
+        events_dropped: that were kept for their time, since the start.
         failures: times that something had to be left for later, since the start.
         took_ns: of slices and of merges, from the plan to the manifest's switch.
     """
@@ -125,10 +137,13 @@ class Archiver:
         interval_s: float,
         report: Callable[[str], None],
         offload: Offload = asyncio.to_thread,
+        home: Home | None = None,
+        cache: Disk | None = None,
     ) -> None:
         self.archives: dict[int, Archive] = {}
         self.events_archived = 0
         self.merges = 0
+        self.events_dropped = 0
         self.failures = 0
         self.took_ns = Histogram(TOOK_BOUNDS_NS)
         self._store = store
@@ -148,6 +163,14 @@ class Archiver:
         self._awaited: set[int] = set()
         self._damaged: dict[int, str] = {}  # by partition, what a read has found
         self._stopping = False
+        self._home = home
+        if home is not None:
+            home.on_evicted = self._evicted
+        self._cache = cache
+        self._folders: dict[int, Disk] = {}
+        self._told: dict[
+            int, tuple[Manifest | None, frozenset[str]]
+        ] = {}  # by partition, what its home was told last, and which files that lists
 
     async def run(self) -> None:
         """Archive for ever, whatever is due."""
@@ -163,6 +186,68 @@ class Archiver:
                 self.failures += 1
                 _log.exception("nothing could be archived")
                 await asyncio.sleep(RETRY_S)
+
+    async def run_home(self) -> None:
+        """Copy files to their home for ever, once they are final."""
+        while True:
+            await asyncio.sleep(POLL_S)
+            try:
+                moved = await self.send_home()
+            except DiskError as error:
+                self.failures += 1
+                _log.warning("nothing could be copied to the archive's home: %s", error)
+                await asyncio.sleep(RETRY_S)
+            except Exception:
+                self.failures += 1
+                _log.exception("nothing could be copied to the archive's home")
+                await asyncio.sleep(RETRY_S)
+            else:
+                if not moved:
+                    await asyncio.sleep(HOME_POLL_S)
+
+    async def send_home(self) -> int:
+        """Copy what is final to its home, a file of each partition; how many that were.
+
+        Nothing of archiving waits for it.
+
+        Raises:
+            DiskError: that failed; what is here stays.
+        """
+        moved = 0
+        for number, archive in sorted(self.archives.items()):
+            disk = archive.disk
+            if not isinstance(disk, HomedDisk):
+                continue
+            file = next((f for f in archive.manifest.files if not f.at_home and policy.is_full(f)), None)
+            if file is not None:
+                sent = await self._in_thread(disk.send, file)
+                moved += await self._list_at_home(number, archive, file, sent)
+            told, names = self._told.get(number, (None, frozenset()))
+            manifest = archive.manifest
+            at_home = any(f.at_home for f in manifest.files)
+            if manifest is not told and self._is_current(number, archive) and (at_home or names):
+                listed = await self._in_thread(disk.tell, manifest, names)
+                self._told[number] = manifest, listed
+        return moved
+
+    def _evicted(self, number: int, name: str) -> None:
+        archive = self.archives.get(number)
+        if archive is not None:
+            archive.reader.release(name)
+
+    async def _list_at_home(
+        self, number: int, archive: Archive, file: ArchiveFile, sent: ArchiveFile
+    ) -> bool:
+        """Say in the manifest that a file is at home, if it still is one of the archive."""
+        async with self._lock:
+            files = archive.manifest.files
+            if self.archives.get(number) is not archive or file not in files:
+                return False
+            if not self._is_current(number, archive) or number in self._taking_in:
+                return False
+            changed = tuple(sent if f is file else f for f in files)
+            await self._publish(archive, msgspec.structs.replace(archive.manifest, files=changed))
+            return True
 
     async def take_due(self) -> None:
         """Archive what is due, and merge what is to be merged.
@@ -206,10 +291,18 @@ class Archiver:
         self._refused.pop(number, None)
         self._damaged.pop(number, None)
 
-    def damaged(self, number: int, why: str) -> None:
-        """A read has found that an archive is damaged: nobody shall read it any more."""
+    def damaged(self, number: int, why: str, reader: object = None) -> bool:
+        """A read has found that an archive is damaged: nobody shall read it any more.
+
+        False where that was another one than the one there is now: `reader` is the one that has found it, None the
+        present one.
+        """
+        archive = self.archives.get(number)
+        if archive is not None and reader is not None and archive.reader is not reader:
+            return False
         if self.archives.pop(number, None) is not None:
             self._damaged[number] = why
+        return True
 
     async def _take(self, events: int, interval_ns: int) -> None:
         async with self._lock:
@@ -242,7 +335,12 @@ class Archiver:
                 if not await self._take_slice(number, archive, target):
                     return
         # A long one would hold up others: one, and then it is looked again who is due.
-        chosen = policy.next_merge(archive.manifest.files)
+        self._look_at_rules(number, archive, now_ns if interval_ns else archive.next_rules_ns)
+        file = self._next_sweep(archive)
+        if file is not None and self._is_current(number, archive):
+            await self._sweep(number, archive, file)
+            return
+        chosen = policy.next_merge(archive.manifest.files, archive.manifest.gaps)
         if chosen is not None and self._is_current(number, archive):
             await self._merge(number, archive, *chosen)
 
@@ -283,15 +381,19 @@ class Archiver:
             self.archives.pop(number, None)
         if self._refused.get(number) == copy_id:
             return None
-        disk = self._disk.at(folder(number))
+        disk = self.folder(number)
         try:
-            found: Manifest | None = await self._in_thread(manifests.load, disk, self._kept(number))
+            found: Manifest | None = await self._in_thread(
+                manifests.load, disk, self._kept(number), self._home is not None
+            )
         except ArchiveError as error:
             await self._begin_anew(number, str(error))
             return None
         if found is not None and (found.copy_id != copy_id or found.partition != number):
             await self._in_thread(manifests.discard, disk)
             found = None
+        if found is not None and isinstance(disk, HomedDisk):
+            await self._in_thread(disk.knows, found.files)
         if self._store.partitions.get(number) is None:
             return None  # the copy was removed while the disk was asked
         index = self._store.partitions[number].index
@@ -323,7 +425,7 @@ class Archiver:
             self._refuse(number, why)
             return
         self._report(f"partition {number}: archiving from the beginning: {why}")
-        await self._in_thread(manifests.discard, self._disk.at(folder(number)))
+        await self._in_thread(manifests.discard, self.folder(number))
 
     def _refuse_gap(self, number: int, manifest: Manifest) -> None:
         start = self._store.partitions[number].index.log_start
@@ -379,6 +481,63 @@ class Archiver:
         self.merges += 1
         self.took_ns.observe(self._clock.monotonic_ns() - began_ns)
 
+    def _look_at_rules(self, number: int, archive: Archive, now_ns: int) -> None:
+        """See what is to be dropped by now: by log time, so that it is the same for all copies."""
+        if now_ns < archive.next_rules_ns:
+            return
+        archive.next_rules_ns = now_ns + RULES_NS
+        partition = self._store.partitions[number]
+        if partition.applied < partition.index.log_start:
+            return  # a snapshot is being put in force
+        log_ns = partition.index.append_ns_before(partition.applied)
+        found = retention.rules(partition.fold.schemas, log_ns)
+        if found != archive.rules:
+            archive.rules, archive.swept = found, set()
+
+    @staticmethod
+    def _next_sweep(archive: Archive) -> ArchiveFile | None:
+        """A file that may hold something that is to be dropped."""
+        if not archive.rules:
+            return None
+        latest = max(rule.cutoff_ns for rule in archive.rules.values())
+        for file in archive.manifest.files:
+            if file.min_time_ns < latest and file.name not in archive.swept:
+                return file
+        return None
+
+    async def _sweep(self, number: int, archive: Archive, file: ArchiveFile) -> None:
+        """Drop what is to be dropped of a file, and write down what that was, in one step."""
+        began_ns = self._clock.monotonic_ns()
+        metadata = _metadata(number, file.start_offset, file.end_offset)
+        rules = archive.rules
+        try:
+            swept: retention.Swept = await self._in_thread(
+                retention.sweep, archive.disk, file, rules, metadata, self._check
+            )
+        except DiskError as error:
+            if not file.at_home:
+                raise
+            # Its home can't be reached: it is for the next time, and nothing else waits for it.
+            self.failures += 1
+            _log.warning("nothing could be dropped of a file at the archive's home: %s", error)
+            archive.swept.add(file.name)
+            archive.rules = {}  # what goes is looked for anew
+            return
+        if not self._is_current(number, archive):
+            return
+        if swept.dropped:
+            place = archive.manifest.files.index(file)
+            left = () if swept.file is None else (swept.file,)
+            files = (*archive.manifest.files[:place], *left, *archive.manifest.files[place + 1 :])
+            dropped = manifests.added(archive.manifest.dropped, swept.dropped)
+            await self._publish(
+                archive, msgspec.structs.replace(archive.manifest, files=files, dropped=dropped)
+            )
+            self.events_dropped += sum(item.events for item in swept.dropped)
+        if swept.file is not None and rules is archive.rules:
+            archive.swept.add(swept.file.name)
+        self.took_ns.observe(self._clock.monotonic_ns() - began_ns)
+
     async def _publish(self, archive: Archive, manifest: Manifest) -> None:
         names = {file.name for file in manifest.files}
         # Whoever begins to read while the manifest is switched finds what is removed by then.
@@ -387,11 +546,15 @@ class Archiver:
         except ArchiveDamagedError as error:
             raise ArchiveError(error.message) from error
         archive.is_certain = False
+        disk = archive.disk
         kept = self._kept(archive.manifest.partition)
         await self._in_thread(manifests.publish, archive.disk, manifest, kept)
         archive.manifest = manifest
         archive.is_certain = True
         archive.reader.switch(manifest)
+        if isinstance(disk, HomedDisk):
+            await self._in_thread(disk.knows, manifest.files)
+            disk.lists_only(manifest.files)
 
     # ------------------------------------------------------------ snapshots
 
@@ -442,7 +605,14 @@ class Archiver:
 
     def folder(self, number: int) -> Disk:
         """Where a partition's archive is."""
-        return self._disk.at(folder(number))
+        found = self._folders.get(number)
+        if found is None:
+            found = self._disk.at(folder(number))
+            if self._home is not None:
+                assert self._cache is not None, "what has a home is fetched from there"
+                found = HomedDisk(found, self._cache.at(folder(number)), self._home, number)
+            self._folders[number] = found
+        return found
 
     @contextlib.asynccontextmanager
     async def taking_in(self, number: int) -> AsyncIterator[None]:
@@ -455,7 +625,17 @@ class Archiver:
             self._taking_in.discard(number)
 
     async def missing(self, number: int, manifest: Manifest, offset: int) -> list[int]:
-        """Which files of an archive that is offered are to be fetched: their places. Raises DiskError."""
+        """Which files of an archive that is offered are to be fetched: their places. Raises DiskError.
+
+        What that archive lacks, and this copy's log has, is archived before the log is gone.
+        """
+        async with self._lock:
+            end = max([high for _, high in incoming.holes(manifest, offset)], default=0)
+            archive = await self._opened(number) if end else None
+            target = min(self._target(number) or 0, end)
+            while archive is not None and archive.manifest.end_offset < target:
+                if not await self._take_slice(number, archive, target):
+                    break
         return list(await self._in_thread(incoming.plan, self.folder(number), manifest, offset))
 
     async def take_in(self, number: int, manifest: Manifest, offset: int) -> None:
@@ -466,7 +646,19 @@ class Archiver:
             DiskError: the disk refused.
         """
         copy_id = self._store.replicas[number].copy_id
-        await self._in_thread(complete_incoming, self.folder(number), manifest, copy_id, offset, self._check)
+        made = await self._in_thread(
+            complete_incoming, self.folder(number), manifest, copy_id, offset, self._check
+        )
+        if made.gaps:
+            ranges = ", ".join(f"{start} up to {end}" for start, end in made.gaps)
+            self._report(
+                f"partition {number}: the archive that came with the snapshot of offset {offset} begins at offset "
+                f"{manifest.start_offset}; this copy keeps what it has from before, and neither has offsets {ranges}"
+            )
+
+    async def clear_incoming(self, number: int) -> None:
+        """Forget what has come in for a partition and was not put in force. Raises DiskError."""
+        await self._in_thread(incoming.clear, self.folder(number))
 
     def replaced(self, number: int) -> None:
         """The log begins with a snapshot from now on: its archive is in force once `install` says so."""
@@ -496,7 +688,8 @@ class Archiver:
                 await self._in_thread(incoming.finish, disk, number, offset, self._kept(number))
             except ArchiveError as error:
                 await self._in_thread(incoming.clear, disk)
-                self._refuse(number, str(error))
+                self.failures += 1
+                self._report(f"partition {number}: the archive that had come in is left out: {error}")
             self._awaited.discard(number)
             await self._opened(number)
 
@@ -592,31 +785,64 @@ def merge_files(
 
 def complete_incoming(
     disk: Disk, offered: Manifest, copy_id: str, offset: int, check: Callable[[], None] = lambda: None
-) -> None:
+) -> Manifest:
     """Make an archive that ends at `offset` of offered files, which are here, and note durably that it is whole.
+
+    Where what is offered has nothing, what this copy has archived itself is kept.
 
     Raises:
         ArchiveError: a file is not what was offered.
         DiskError: the disk refused.
     """
+    own = incoming.own_archive(disk, offered.partition, copy_id)
+    if own is not None and isinstance(disk, HomedDisk):
+        disk.knows(own.files)
+    known = {} if own is None else {file.name: file for file in own.files}
     files = []
     for file in offered.files:
         if file.start_offset >= offset:
             break
+        file = msgspec.structs.replace(file, at_home=False)  # the sender's home is another one
         staged = incoming.staged_name(file.name)
         if file.end_offset <= offset:
-            if not incoming.is_sound(disk, staged, file) and not incoming.is_sound(disk, file.name, file):
-                raise ArchiveError(f"the archive's file {file.name} is not what was offered")
+            if not incoming.is_sound(disk, staged, file):
+                if not incoming.is_sound(disk, file.name, file):
+                    raise ArchiveError(f"the archive's file {file.name} is not what was offered")
+                file = known.get(file.name, file)  # which may be at home
             files.append(file)
             continue
         if not incoming.is_sound(disk, staged, file):
             raise ArchiveError(f"the archive's file {file.name} is not what was offered")
         name = incoming.staged_name(manifests.file_name(file.start_offset, offset))
         metadata = _metadata(offered.partition, file.start_offset, offset)
-        part = cut(disk, staged, file, offset, name, metadata, check)
-        files += [] if part is None else [part]
+        head = cut(disk, staged, file, offset, name, metadata, check)
+        files += [] if head is None else [head]
         disk.remove(staged)
-    incoming.complete(disk, incoming.owned(offered, copy_id, offset, tuple(files)))
+    lost: list[incoming.Part] = []
+    for part in () if own is None else incoming.own_parts(own, offered, offset):
+        check()
+        try:
+            files += _own_part(disk, offered.partition, part, check)
+        except ArchiveError:
+            lost.append(part)
+    files.sort(key=lambda file: file.start_offset)
+    made = incoming.owned(incoming.joined(offered, own, lost, offset), copy_id, offset, tuple(files))
+    incoming.complete(disk, made)
+    return made
+
+
+def _own_part(
+    disk: Disk, partition: int, part: incoming.Part, check: Callable[[], None]
+) -> list[ArchiveFile]:
+    """A file of this copy's own archive, as far as it is kept: none where nothing of it is. Raises ArchiveError."""
+    file, first, last = part
+    if not incoming.is_sound(disk, file.name, file):
+        raise ArchiveError(f"the archive's file {file.name} is damaged")
+    if (first, last) == (file.start_offset, file.end_offset):
+        return [file]
+    name = incoming.staged_name(manifests.file_name(first, last))
+    made = cut(disk, file.name, file, last, name, _metadata(partition, first, last), check, first=first)
+    return [] if made is None else [made]
 
 
 def _metadata(partition: int, start: int, end: int) -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""The part of an archive's file below an offset, as a file of its own.
+"""A part of an archive's file, by offsets, as a file of its own.
 
 For copies that begin with a snapshot: the archive that they get may reach beyond it, in a file that can't be taken as it
-is. One row group is held at a time, and what is to be written.
+is; and what they have themselves may reach into what they get. One row group is held at a time, and what is to be
+written.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -26,8 +29,10 @@ def cut(
     new_name: str,
     metadata: Mapping[str, str],
     check: Callable[[], None] = lambda: None,
+    *,
+    first: int | None = None,
 ) -> ArchiveFile | None:
-    """Write what a file holds below `offset`, which lies in its range; None, and no file, where that is nothing.
+    """Write what a file holds at offsets of [first, offset), in its range; None, and no file, where that is nothing.
 
     Args:
         disk: the folder.
@@ -37,20 +42,56 @@ def cut(
         new_name: under which the part is written, durable in content.
         metadata: of the new file.
         check: called between pieces; what it raises ends it.
+        first: inclusive; None: from the file's beginning.
 
     Raises:
         ArchiveError: it can't be read.
         DiskError: the disk refused.
     """
-    assert file.start_offset < offset < file.end_offset, "there is something to cut"
+    first = file.start_offset if first is None else first
+    assert file.start_offset <= first < offset <= file.end_offset, "a part is cut out of it"
+
+    def chosen(_: int, group: pa.Table) -> npt.NDArray[np.bool_]:
+        offsets = group.column("offset").to_numpy()
+        found: npt.NDArray[np.bool_] = (offsets >= first) & (offsets < offset)
+        return found
+
+    made = write_part(disk, file, open_file(disk, name), chosen, new_name, metadata, check)
+    if made is None:
+        return None
+    return msgspec.structs.replace(
+        made, name=file_name(first, offset), start_offset=first, end_offset=offset, rewritten=0
+    )
+
+
+def write_part(
+    disk: Disk,
+    file: ArchiveFile,
+    opened: pq.ParquetFile,
+    choose: Callable[[int, pa.Table], npt.NDArray[np.bool_]],
+    new_name: str,
+    metadata: Mapping[str, str],
+    check: Callable[[], None] = lambda: None,
+) -> ArchiveFile | None:
+    """Write some rows of a file to another one; None, and no file, where that is nothing. Raises as `cut`.
+
+    Args:
+        disk: the folder.
+        file: what is listed of it.
+        opened: the same.
+        choose: given a row group and its number, says which rows.
+        new_name: as for `cut`.
+        metadata: likewise.
+        check: likewise.
+    """
     writer: FileWriter | None = None
     waiting: list[pa.Table] = []
     low = high = 0
     rows = 0
     try:
-        for group in _groups(open_file(disk, name)):
+        for number, group in enumerate(_groups(opened)):
             check()
-            part = group.filter(pa.array(group.column("offset").to_numpy() < offset))
+            part = group.filter(pa.array(choose(number, group)))
             if not part.num_rows:
                 continue
             times = part.column("time_ns").to_numpy()
@@ -76,8 +117,7 @@ def cut(
     written = writer.close()
     return msgspec.structs.replace(
         file,
-        name=file_name(file.start_offset, offset),
-        end_offset=offset,
+        at_home=False,
         rows=rows,
         bytes=written.size,
         crc32c=written.crc32c,

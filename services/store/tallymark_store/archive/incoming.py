@@ -2,7 +2,9 @@
 
 A copy that begins with a snapshot of offset X gets the events below X with it: the sender's files, but for those that it
 has already. What is offered may reach beyond X, as others archive when they like: the file in which X lies is cut, so
-that the archive ends where the log begins. The archive that results is this copy's own, and carries its id::
+that the archive ends where the log begins. It may also begin later than this copy's own, or have gaps: what this copy has of
+that it keeps (`own_parts`), and what nobody has is a gap that the manifest tells of. The archive that results is this
+copy's own, and carries its id::
 
     in-events-<from>-<to>.parquet ...                     of no meaning; kept for another try, removed at a start
     in-events-... in-MANIFEST.json                        whole: put in force once the log that begins at X is on disk
@@ -14,6 +16,9 @@ that finds a log without a checkpoint finds this undone or done, and does it (ag
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import google_crc32c
 import msgspec
@@ -133,6 +138,8 @@ def finish(disk: Disk, partition: int, offset: int, kept: frozenset[str] = froze
         raise ArchiveError(f"the archive that has come in ends at offset {manifest.end_offset}")
     for listed in manifest.files:
         staged = staged_name(listed.name)
+        if listed.at_home and staged not in names:
+            continue
         _check_size(disk, staged if staged in names else listed.name, listed)
     for listed in manifest.files:
         if staged_name(listed.name) in names:
@@ -163,6 +170,74 @@ def clear(disk: Disk) -> None:
         names.remove(_STAGED)
     for name in names:
         disk.remove(name)
+
+
+class Part(NamedTuple):
+    """Offsets [first, last) of a file that is here."""
+
+    file: ArchiveFile
+    first: int
+    last: int
+
+
+def holes(manifest: Manifest, offset: int) -> list[tuple[int, int]]:
+    """The ranges of offsets below `offset` of which an archive has nothing."""
+    return manifests.subtract([(0, offset)], manifest.covered(offset))
+
+
+def own_parts(own: Manifest, offered: Manifest, offset: int) -> list[Part]:
+    """What of this copy's own archive lies in the holes of one that is offered."""
+    parts = []
+    for low, high in holes(offered, min(offset, own.end_offset)):
+        parts += [
+            Part(file, max(file.start_offset, low), min(file.end_offset, high))
+            for file in own.files
+            if file.start_offset < high and file.end_offset > low
+        ]
+    return parts
+
+
+def joined(offered: Manifest, own: Manifest | None, lost: Sequence[Part], offset: int) -> Manifest:
+    """What is known of the offsets below `offset`: what is offered, and in its holes what this copy has itself.
+
+    Args:
+        offered: no file of it is looked at here.
+        own: this copy's archive, if there is one.
+        lost: what can't be read of it.
+        offset: exclusive.
+    """
+    covered = offered.covered(offset)
+    dropped = manifests.dropped_within(offered.dropped, [(0, offset)])
+    if own is not None:
+        kept = manifests.subtract(own.covered(offset), covered)
+        kept = manifests.subtract(kept, sorted((part.first, part.last) for part in lost))
+        dropped += manifests.dropped_within(own.dropped, kept)
+        covered = sorted([*covered, *kept])
+    start = covered[0][0] if covered else offset
+    gaps = manifests.subtract([(start, offset)], covered)
+    return msgspec.structs.replace(
+        offered,
+        start_offset=start,
+        end_offset=offset,
+        gaps=tuple(gaps),
+        files=(),
+        dropped=manifests.added((), dropped),
+    )
+
+
+def own_archive(disk: Disk, partition: int, copy_id: str) -> Manifest | None:
+    """The archive that a copy has already; None where there is none that can be made sense of. Raises DiskError."""
+    try:
+        file = disk.open(manifests.NAME)
+    except FileMissingError:
+        return None
+    try:
+        found = manifests.decode(file.read(0, file.size()).tobytes())
+    except ArchiveError:
+        return None
+    finally:
+        file.close()
+    return found if (found.partition, found.copy_id) == (partition, copy_id) else None
 
 
 def owned(manifest: Manifest, copy_id: str, offset: int, files: tuple[ArchiveFile, ...]) -> Manifest:

@@ -8,6 +8,7 @@ never FAN_IN files in a row of a tier and those below, whatever sizes they come 
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from typing import Final
 
@@ -34,16 +35,21 @@ def tier_of(file: ArchiveFile) -> int:
     return tier
 
 
-def next_merge(files: Sequence[ArchiveFile]) -> tuple[int, int] | None:
+def next_merge(files: Sequence[ArchiveFile], gaps: Sequence[tuple[int, int]] = ()) -> tuple[int, int] | None:
     """The files [first, last) that are to become one, of the lowest tier that has enough; None where all is well.
 
     Args:
         files: of an archive, in offset order.
+        gaps: ranges of offsets that no merged file may reach across.
     """
+    # Of each file the gap that follows next: files with the same one have none between them.
+    ahead = [bisect.bisect_right(gaps, (file.start_offset,)) for file in files]
     tiers = [None if is_full(file) else tier_of(file) for file in files]
     for tier in sorted({tier for tier in tiers if tier is not None}):
         first = 0  # where the run of files of this tier and below begins
         for place, own in enumerate(tiers):
+            if place and ahead[place] != ahead[place - 1]:
+                first = place
             if own is None or own > tier:
                 first = place + 1
             elif place + 1 - first == FAN_IN:

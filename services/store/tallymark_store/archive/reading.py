@@ -144,6 +144,8 @@ class ArchiveReader:
             UnavailableError: it can't be opened.
         """
         for listed in files:
+            if listed.at_home and listed.name not in self._mapped:
+                continue  # nothing is fetched here: whoever needs it asks again
             self._generation.kept[listed.name] = self.map(listed, self._generation)
 
     def switch(self, manifest: Manifest) -> None:
@@ -161,6 +163,11 @@ class ArchiveReader:
 
     # ------------------------------------------------------------ in any thread
 
+    def release(self, name: str) -> None:
+        """Keep a file mapped no longer than those who read it now."""
+        with self._lock:
+            self._mapped.pop(name, None)
+
     def map(self, listed: ArchiveFile, generation: _Generation) -> _File:
         """A file's bytes, as a view of a generation finds them. Raises as `keep`."""
         with self._lock:
@@ -176,9 +183,13 @@ class ArchiveReader:
                 file.close()
         except FileMissingError as error:
             found = generation.find(listed.name)
-            if found is None:
-                raise self.damaged(listed, "it is missing") from error
-            return found
+            if found is not None:
+                return found
+            if listed.at_home:
+                raise UnavailableError(
+                    f"partition {self.partition}: the archive's file {listed.name} was written again meanwhile: ask again"
+                ) from error
+            raise self.damaged(listed, "it is missing") from error
         except DiskError as error:
             raise UnavailableError(
                 f"partition {self.partition}: its archive can't be read: {error}"
@@ -197,6 +208,7 @@ class ArchiveReader:
         return ArchiveDamagedError(
             f"partition {self.partition}: the archive's file {listed.name} is damaged: {why}",
             partition=self.partition,
+            reader=self,
         )
 
     def _failed(self, listed: ArchiveFile, error: Exception, why: str) -> TallymarkError:
@@ -302,6 +314,8 @@ class ArchiveView:
     def __init__(self, reader: ArchiveReader, manifest: Manifest, generation: _Generation) -> None:
         self.start_offset = manifest.start_offset
         self.end_offset = manifest.end_offset
+        self.gaps = manifest.gaps
+        self.dropped = manifest.dropped
         self._reader = reader
         self._files = manifest.files
         self._generation = generation

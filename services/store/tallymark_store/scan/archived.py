@@ -13,8 +13,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tallymark_protocol.errors import UnavailableError
+from tallymark_protocol.errors import ErrorCode, InvalidRequestError, UnavailableError
 from tallymark_protocol.messages import EventRecord
+from tallymark_store.archive.manifest import Dropped
 from tallymark_store.scan.source import RecordSource
 from tallymark_store.wal import DamagedError
 
@@ -23,7 +24,15 @@ IntArray = npt.NDArray[np.int64]
 
 
 class ArchiveDamagedError(DamagedError):
-    """A file of the archive isn't what was written, or is gone."""
+    """A file of the archive isn't what was written, or is gone.
+
+    Attributes:
+        reader: who has found it: an archive that has taken the place of that one since isn't meant. None: not known.
+    """
+
+    def __init__(self, message: str, *, partition: int, reader: object = None) -> None:
+        super().__init__(message, partition=partition)
+        self.reader = reader
 
 
 class Columns(NamedTuple):
@@ -82,7 +91,7 @@ class ArchivedEvents(Protocol):
 
 
 class Archived(Protocol):
-    """An archive as of one moment: every accepted event at offsets of [start_offset, end_offset)."""
+    """An archive as of one moment: every accepted event at offsets of [start_offset, end_offset), but for gaps."""
 
     @property
     def start_offset(self) -> int:
@@ -92,6 +101,16 @@ class Archived(Protocol):
     @property
     def end_offset(self) -> int:
         """Exclusive."""
+        ...
+
+    @property
+    def gaps(self) -> Sequence[tuple[int, int]]:
+        """Ranges of offsets [from, to) in between that it lacks."""
+        ...
+
+    @property
+    def dropped(self) -> Sequence[Dropped]:
+        """Events that it had, and that were dropped."""
         ...
 
     def time_bounds(self, first: int, last: int) -> tuple[int, int] | None:
@@ -153,3 +172,63 @@ def check_covered(source: RecordSource, archived: Archived | None, first: int, l
             f"events below offset {start} are no longer in the {where} of partition {source.partition}",
             retriable=False,
         )
+    for start, end in () if archived is None else archived.gaps:
+        if start < last and end > first:
+            raise UnavailableError(
+                f"events at offsets from {start} up to {end} are neither in the archive of partition "
+                f"{source.partition} nor in its log",
+                retriable=False,
+            )
+
+
+def check_not_dropped(
+    archived: Archived | None,
+    uid: int | None,
+    starts: IntArray,
+    ends: IntArray,
+    offsets: tuple[int, int],
+    *,
+    else_ask: str,
+) -> None:
+    """See that no event was dropped that may be wanted.
+
+    Args:
+        archived: what is read.
+        uid: of the metric; None: all metrics.
+        starts: of sorted, disjoint intervals of event time.
+        ends: of them, exclusive.
+        offsets: half-open bounds of what is wanted.
+        else_ask: what can be asked instead.
+
+    Raises:
+        InvalidRequestError: some may be.
+    """
+    for item in () if archived is None else archived.dropped:
+        if uid is not None and item.metric_uid != uid:
+            continue
+        if item.start_offset >= offsets[1] or item.end_offset <= offsets[0]:
+            continue
+        first = int(ends.searchsorted(item.start_ns, side="right"))
+        if first == len(ends) or starts[first] >= item.end_ns:
+            continue
+        raise InvalidRequestError(
+            f"this needs raw events that were dropped: metric {item.metric!r} keeps them for a time only, and "
+            f"{'at most ' if item.is_at_most else ''}{item.events} events timed from {item.start_ns} ns up to "
+            f"{item.end_ns} ns are gone; {else_ask}",
+            code=ErrorCode.EVENTS_DROPPED,
+            details={
+                "metric_code": item.metric,
+                "start_ns": item.start_ns,
+                "end_ns": item.end_ns,
+                "events": item.events,
+            },
+        )
+
+
+def is_covered(source: RecordSource, archived: Archived | None, first: int, last: int) -> bool:
+    """Whether all events at offsets of [first, last) can be read, of a usable archive and the log."""
+    try:
+        check_covered(source, archived, first, last)
+    except UnavailableError:
+        return False
+    return True

@@ -18,7 +18,7 @@ from tallymark_protocol import limits
 from tallymark_protocol.messages import EventRecord
 from tallymark_protocol.payload import COLUMNS
 from tallymark_store.scan import kernels as k
-from tallymark_store.scan.archived import Archived, ArchivedEvents, check_covered, usable
+from tallymark_store.scan.archived import Archived, ArchivedEvents, check_covered, check_not_dropped, usable
 from tallymark_store.scan.metric import ScanMetric
 from tallymark_store.scan.source import (
     ByteArray,
@@ -76,6 +76,15 @@ class EventsScan:
         archived = usable(archived, source.log_start)
         split = 0 if archived is None else min(archived.end_offset, applied)
         check_covered(source, archived, first, last)
+        if start_ns < end_ns:
+            check_not_dropped(
+                archived,
+                None if metric is None else metric.uid,
+                np.array([start_ns], np.int64),
+                np.array([end_ns], np.int64),
+                (first, last),
+                else_ask="totals are kept, and events that are timed later, or are of other metrics, can be listed",
+            )
         self._archived: ArchivedEvents | None = None
         if archived is not None and first < min(last, split):
             self._archived = archived.events(

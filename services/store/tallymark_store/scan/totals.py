@@ -25,7 +25,14 @@ from tallymark_protocol.payload import COLUMNS
 from tallymark_store.fold.cells import CELL_WORDS
 from tallymark_store.scan import column_kernels, ranking
 from tallymark_store.scan import kernels as k
-from tallymark_store.scan.archived import Archived, ArchivedRows, Columns, check_covered, usable
+from tallymark_store.scan.archived import (
+    Archived,
+    ArchivedRows,
+    Columns,
+    check_covered,
+    check_not_dropped,
+    usable,
+)
 from tallymark_store.scan.metric import DimensionTables, ScanMetric, doubled, table_size
 from tallymark_store.scan.source import RecordCursor, RecordRows, RecordSource, damaged, rows_between
 
@@ -53,6 +60,15 @@ def rows_of_intervals(rows: RecordRows, intervals: Sequence[Interval]) -> Record
     wanted = first < len(ends)
     wanted[wanted] = starts[first[wanted]] <= rows.max_time_ns[wanted]
     return rows.take(wanted)
+
+
+_ELSE_ASK: Final = {
+    True: "totals of whole billing periods are kept, and ranges that begin later can be asked for",
+    False: (
+        "totals of whole days in the metric's time zone and of whole billing periods are kept, and ranges that begin "
+        "later can be asked for"
+    ),
+}
 
 
 class TotalsScan:
@@ -95,6 +111,14 @@ class TotalsScan:
         last = min(metric.end_offset, applied)
         if intervals:
             check_covered(source, archived, metric.first_offset, metric.end_offset)
+            check_not_dropped(
+                archived,
+                metric.uid,
+                np.array([interval[0] for interval in intervals], np.int64),
+                np.array([interval[1] for interval in intervals], np.int64),
+                (metric.first_offset, last),
+                else_ask=_ELSE_ASK[metric.agg_type is AggType.COUNT_UNIQUE],
+            )
         if rows is None:
             rows = rows_between(source, *offsets_in_log(metric, archived, applied))
         rows = rows_of_intervals(rows, intervals)

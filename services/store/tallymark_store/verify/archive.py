@@ -4,10 +4,12 @@ A file that is as long as the manifest says and has its checksum is as it was wr
 looked at besides: its rows are in order and within the file's offsets and times, no offset is in it twice, and where
 the log still has the offsets, the rows are those that the log gives when it is archived once more. That is compared by
 sums of hashes, slice by slice of the log, so memory is bounded by a row group, a slice, and the offsets of one file.
+Events that may have been dropped, by the times that the manifest says, are left out on both sides, and counted.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
@@ -22,6 +24,7 @@ from tallymark_store.archive.archiver import RUN_EVENTS, plan_slice
 from tallymark_store.archive.columns import SCHEMA, SORT_KEY, MalformedError, Slice
 from tallymark_store.archive.manifest import ArchiveError, ArchiveFile, Manifest
 from tallymark_store.archive.names import MetricNames
+from tallymark_store.archive.retention import old_rows
 from tallymark_store.archive.writer import checksum, open_file
 from tallymark_store.scan.source import RecordSource
 from tallymark_store.verify.findings import Report
@@ -50,16 +53,21 @@ class ArchiveFiles:
 
     Attributes:
         manifest: as it was read; None where there is none, or none that can be read.
+        away: names of files that are elsewhere.
         is_sound: whether nothing was found.
     """
 
     def __init__(self, disk: Disk, folder: str, number: int, report: Report) -> None:
         self.manifest: Manifest | None = None
+        self.away: set[str] = set()
         self._disk = disk
         self._folder = folder
         self._number = number
         self._report = report
         self._found_before = report.count
+        self._cutoffs: dict[int, int] = {}  # by uid: rows from before may have been dropped
+        # By uid: how many such rows the log has more than the archive, of the offsets that were compared.
+        self._gone: Counter[int] = Counter()
         names = disk.list()
         if manifests.NAME not in names:
             for name in names:
@@ -81,7 +89,13 @@ class ArchiveFiles:
                 expected=number,
                 found=self.manifest.partition,
             )
+        self._cutoffs = {item.metric_uid: item.before_ns for item in self.manifest.dropped}
         listed = {manifests.NAME, *(file.name for file in self.manifest.files)}
+        self.away = {file.name for file in self.manifest.files if file.at_home and file.name not in names}
+        if self.away:
+            report.note(
+                f"{len(self.away)} files of {folder} are at the archive's home only, and were not looked at"
+            )
         for name in names:
             if name not in listed:
                 report.note(f"{folder}/{name} is not listed by the manifest, and means nothing")
@@ -107,6 +121,8 @@ class ArchiveFiles:
         if self.manifest is None:
             return
         for place, file in enumerate(self.manifest.files):
+            if file.name in self.away:
+                continue
             self._report.progress(
                 f"partition {self._number}: archive file {place + 1} of {len(self.manifest.files)}"
             )
@@ -189,20 +205,46 @@ class ArchiveFiles:
                 found=manifest.end_offset,
             )
             return
-        at = 0
+        at = manifest.start_offset
         for file in manifest.files:
             self._check_empty(source, names, max(at, source.log_start), file.start_offset)
             start = max(file.start_offset, source.log_start)
-            if start < file.end_offset:
+            if start < file.end_offset and file.name not in self.away:
                 self._report.progress(f"partition {self._number}: archive against log from offset {start} on")
                 self._compare(file, source, names, start)
             at = file.end_offset
         self._check_empty(source, names, max(at, source.log_start), manifest.end_offset)
+        for item in manifest.dropped:
+            gone = self._gone[item.metric_uid]
+            if (
+                source.log_start <= item.start_offset
+                and not item.is_at_most
+                and not self.away
+                and gone != item.events
+            ):
+                self._find(
+                    manifests.NAME,
+                    f"not so many events of metric {item.metric!r} as were written down as dropped are missing",
+                    expected=item.events,
+                    found=gone,
+                )
+
+    def _without_old(self, table: pa.Table, sign: int) -> pa.Table:
+        """Rows that must be on both sides; the others are counted."""
+        if not self._cutoffs:
+            return table
+        old = old_rows(table, self._cutoffs)
+        for uid, count in zip(
+            *np.unique(table.column("metric_uid").to_numpy()[old], return_counts=True), strict=True
+        ):
+            self._gone[int(uid)] += sign * int(count)
+        return table.filter(pa.array(~old))
 
     def _check_empty(self, source: RecordSource, names: MetricNames, start: int, end: int) -> None:
         """The log accepted nothing where no file is."""
         for first, table in log_tables(source, names, self._number, start, end):
-            if table is not None:
+            table = None if table is None else self._without_old(table, 1)
+            if table is not None and table.num_rows:
                 self._find(
                     manifests.NAME,
                     f"no file has the {table.num_rows} events that the log accepted from offset {first} on",
@@ -212,12 +254,13 @@ class ArchiveFiles:
         said = self._said_by_log(source, names, start, file.end_offset)
         rows: npt.NDArray[np.int64] = np.zeros(len(said.starts), np.int64)
         sums: npt.NDArray[np.uint64] = np.zeros(len(said.starts), np.uint64)
-        for table in tables_of(open_file(self._disk, file.name)):
+        for whole in tables_of(open_file(self._disk, file.name)):
+            known_here = whole.filter(pa.array(whole.column("offset").to_numpy() >= start))
+            table = self._without_old(known_here, -1)
             offsets = table.column("offset").to_numpy()
             place = np.searchsorted(said.starts, offsets, side="right") - 1
-            known = place >= 0  # below `start` only the archive knows
-            rows += np.bincount(place[known], minlength=len(rows))
-            np.add.at(sums, place[known], row_hashes(table)[known])
+            rows += np.bincount(place, minlength=len(rows))
+            np.add.at(sums, place, row_hashes(table))
         self._report.looked_at("archived events compared with the log", int(said.rows.sum()))
         different = np.flatnonzero((rows != said.rows) | (sums != said.sums))
         if not len(different):
@@ -238,6 +281,7 @@ class ArchiveFiles:
         starts, rows, sums = [], [], []
         for first, table in log_tables(source, names, self._number, start, end):
             starts.append(first)
+            table = None if table is None else self._without_old(table, 1)
             rows.append(0 if table is None else table.num_rows)
             sums.append(np.uint64(0) if table is None else row_hashes(table).sum(dtype=np.uint64))
         return _Edges(np.array(starts, np.int64), np.array(rows, np.int64), np.array(sums, np.uint64))
@@ -247,7 +291,8 @@ class ArchiveFiles:
     ) -> list[int]:
         """The first offsets of [start, end) that are not the same on both sides."""
         held: dict[int, int] = {}
-        for table in tables_of(open_file(self._disk, file.name)):
+        for whole in tables_of(open_file(self._disk, file.name)):
+            table = self._without_old(whole, 0)
             offsets = table.column("offset").to_numpy()
             chosen = (offsets >= start) & (offsets < end)
             if chosen.any():
@@ -255,6 +300,7 @@ class ArchiveFiles:
         for _, logged in log_tables(source, names, self._number, start, end):
             if logged is None:
                 continue
+            logged = self._without_old(logged, 0)
             offsets = logged.column("offset").to_numpy().tolist()
             for offset, digest in zip(offsets, row_hashes(logged).tolist(), strict=True):
                 if held.get(offset) == digest:

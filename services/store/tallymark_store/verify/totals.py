@@ -9,7 +9,7 @@ part of the accounts at a time, however many events there are.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tallymark_protocol.model import AggType
+from tallymark_store.archive.manifest import Dropped
 from tallymark_store.fold import Fold
 from tallymark_store.fold import cells as c
 from tallymark_store.fold.counters import N_CELLS
@@ -159,6 +160,55 @@ class PeriodTotals:
                 key = tuple(int(totals[name][row]) for name in ("slot", "account", "start"))
                 totals["low"][row] = sizes.get(key, 0)
         return totals
+
+
+class Gone:
+    """What can't be counted again, as raw events were dropped: totals of periods that may have had some.
+
+    Attributes:
+        skipped: totals that were left out.
+    """
+
+    def __init__(self, schemas: SchemaTable, dropped: Sequence[Dropped], upto: int) -> None:
+        self.skipped = 0
+        self._upto = upto  # offsets from here on were not counted
+        self._periods: dict[
+            int, tuple[Dropped, int, int]
+        ] = {}  # by slot: starts of the first and the last period
+        self._missing: dict[int, int] = {}
+        slots = {int(uid): slot for slot, uid in enumerate(schemas.uids[: schemas.count].tolist())}
+        for item in dropped:
+            slot = slots.get(item.metric_uid)
+            if slot is not None:
+                times = np.array([item.start_ns, item.end_ns - 1], np.int64)
+                first, last = period_starts(schemas, slot, times).tolist()
+                self._periods[slot] = item, first, last
+                self._missing[slot] = 0
+
+    def _is_gone(self, totals: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        gone = np.zeros(len(totals), np.bool_)
+        for slot, (_, first, last) in self._periods.items():
+            gone |= (totals["slot"] == slot) & (totals["start"] >= first) & (totals["start"] <= last)
+        return gone
+
+    def count(self, running: npt.NDArray[Any], recounted: npt.NDArray[Any]) -> None:
+        """See how many events are missing."""
+        for slot in self._missing:
+            for sign, totals in ((1, running), (-1, recounted)):
+                self._missing[slot] += sign * int(totals["count"][totals["slot"] == slot].sum())
+        self.skipped += int(self._is_gone(running).sum())
+
+    def without(self, totals: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The others."""
+        return totals[~self._is_gone(totals)]
+
+    def differences(self) -> list[tuple[Dropped, int]]:
+        """Where not so many events are missing as were written down: and how many are."""
+        return [
+            (item, self._missing[slot])
+            for slot, (item, _, _) in sorted(self._periods.items())
+            if not item.is_at_most and item.end_offset <= self._upto and self._missing[slot] != item.events
+        ]
 
 
 def period_starts(schemas: SchemaTable, slot: int, times: Ints) -> Ints:
