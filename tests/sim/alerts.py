@@ -19,6 +19,7 @@ from tallymark_protocol.periods import period_of
 from tallymark_protocol.schema import MetricRecord, decode_record, encode_record, make_record, update_record
 from tallymark_runtime.catalog import metric_key
 from tallymark_runtime.coordinator import Put
+from tallymark_store.store import Store
 from tallymark_store.wal import RecordKind
 
 from .logbook import ACCEPTED, SEATS, LoggedBatch
@@ -116,9 +117,8 @@ class Alerts:
         self._s = simulation
         self._rng = rng
         self._crossings: list[Crossings] = simulation.checkers.crossings
-        self._seen: dict[
-            tuple[str, int], tuple[tuple[int, str], int]
-        ] = {}  # by process and partition: copy, count
+        # By process, then by partition: the copy, how many it had, and its replica's state then.
+        self._seen: dict[str, dict[int, tuple[tuple[int, str], int, object]]] = {}
         self.compared = 0
 
     # ------------------------------------------------------------ what there is to cross
@@ -138,24 +138,28 @@ class Alerts:
 
     # ------------------------------------------------------------ copies
 
-    def after_turn(self, process: Process) -> None:
-        """Look at what the turn has added."""
-        store = process.store
-        if store is None:
-            return
+    def after_turn(self, process: Process, store: Store) -> None:
+        """Look at what the turn has added; nothing is unless a copy's applied offset has moved, or it is another."""
+        copies = self._seen.get(process.name)
+        if copies is None:
+            copies = self._seen[process.name] = {}
+        replicas = store.replicas
         for number, partition in store.partitions.items():
-            replica = store.replicas.get(number)
+            replica = replicas.get(number)
             if replica is None:
                 continue
-            copy = (process.life, replica.copy_id)
-            before, seen = self._seen.get((process.name, number), (copy, 0))
             count = partition.fold.alert_count
-            if before != copy:
-                seen = 0
-            elif count == seen:
-                continue
-            self._compare(process, number, seen, count)
-            self._seen[process.name, number] = (copy, count)
+            state = replica.state
+            known = copies.get(number)
+            if known is not None and known[2] is state and known[1] == count:
+                continue  # a state is one copy's in one life
+            copy = (process.life, replica.copy_id)
+            seen = 0
+            if known is not None and known[0] == copy:
+                seen = known[1]
+            if count != seen or (known is not None and known[0] != copy):
+                self._compare(process, number, seen, count)
+            copies[number] = (copy, count, state)
 
     def _compare(self, process: Process, number: int, seen: int, count: int) -> None:
         where = f"ALERT-1: {process} partition {number}"

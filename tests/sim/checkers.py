@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import functools
 import random
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from tallymark_store.partition import Partition
 from tallymark_store.replication.effects import Role
 from tallymark_store.replication.ports import DurableState
 from tallymark_store.replication.replica import Replica
+from tallymark_store.store import Store
 from tallymark_store.wal import DamagedError, PartitionIndex, Position, RecordKind, RecordMeta, Wal
 
 from .alerts import Crossings
@@ -132,7 +134,7 @@ class Checkers:
             {} for _ in range(partitions)
         ]  # base offset -> position in `committed`
         self._digests: list[dict[int, tuple[str, str]]] = [{} for _ in range(partitions)]
-        self._seen: dict[tuple[str, int], Seen] = {}
+        self._seen: defaultdict[str, dict[int, Seen]] = defaultdict(dict)  # by process, then by partition
         self._world = world
         self._rng = rng
         self._trace = trace
@@ -142,27 +144,32 @@ class Checkers:
 
     # ------------------------------------------------------------ during the run
 
-    def after_turn(self, process: Process) -> None:
-        """LOG-2, LOG-3, LOG-4, and that a majority has what is said to be committed."""
-        store = process.store
-        if store is None:
-            return
+    def after_turn(self, process: Process, store: Store) -> bool:
+        """LOG-2, LOG-3, LOG-4, and that a majority has what is said to be committed; whether anything is new.
+
+        Most turns change nothing of a copy: that is seen at a glance.
+        """
+        partitions = store.partitions
+        copies = self._seen[process.name]
+        life = process.life
+        has_changed = False
         for number, replica in store.replicas.items():
-            partition = store.partitions.get(number)
+            partition = partitions.get(number)
             if partition is None:
                 continue
-            seen = self._seen.get((process.name, number))
+            seen = copies.get(number)
             if seen is None:
-                seen = self._seen[process.name, number] = Seen()
+                seen = copies[number] = Seen()
             elif (
                 seen.state is replica.state
                 and seen.log_end == partition.index.log_end
                 and seen.applied == partition.fold.applied
                 and seen.high_watermark == replica.high_watermark
                 and seen.role is replica.role
-                and seen.life == process.life
+                and seen.life == life
             ):
                 continue  # all that is looked at below is as it was when it was found to be right
+            has_changed = True
             if (seen.life, seen.copy_id) != (process.life, replica.copy_id):
                 if seen.life == process.life and seen.copy_id not in ("", replica.copy_id):
                     # A damaged copy begins anew. What it had on disk when it said so may be counted a moment longer,
@@ -197,6 +204,7 @@ class Checkers:
                     f"LOG-4: {process} partition {number}: the log ends at {seen.log_end}, below {high_watermark}"
                 )
             seen.state = replica.state
+        return has_changed
 
     def _became(self, process: Process, number: int, seen: Seen, replica: Replica) -> None:
         """LOG-1: whoever takes over has everything that was ever committed."""
@@ -217,7 +225,7 @@ class Checkers:
     def recovered(self, process: Process, wal: Wal) -> None:
         """LOG-5: what was on disk is there after a restart, or is known to be damaged."""
         for number, durable_end in process.durable_ends.items():
-            seen = self._seen.get((process.name, number))
+            seen = self._seen[process.name].get(number)
             index = wal.partitions.get(number)
             if seen is None or (wal._writer.unproven if index is None else index.damaged):
                 continue  # nothing known of it, or known to be damaged

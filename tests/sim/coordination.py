@@ -156,17 +156,18 @@ class Etcd:
             del self.watches[watch.number]
             return
         try:
-            events = (
-                self.state.events(watch.prefix, watch.following)
-                if watch.following <= self.state.revision
-                else []
-            )
+            events = []
+            if watch.following <= self.state.revision:
+                # What was looked through before has nothing of this prefix; but for the part that may be forgotten.
+                is_kept = watch.following > self.state.compacted
+                events = self.state.events(watch.prefix, watch.looked if is_kept else watch.following)
+                watch.looked = self.state.revision + 1
         except TallymarkError as error:
             del self.watches[watch.number]
             self.world.after(self.network.delay_ns(), watch.loop.post, watch.failed, error)
             return
         if events:
-            watch.following = self.state.revision + 1
+            watch.following = watch.looked
             watch.is_sending = True
             self.world.after(self.network.delay_ns(), self._deliver, watch, events)
 
@@ -190,6 +191,7 @@ class Watch:
         self.loop = loop
         self.prefix = prefix
         self.following = following
+        self.looked = following  # from here on, changes were not looked at yet; at least `following`
         self.is_sending = False
         self._news: list[list[WatchEvent]] = []
         self._error: TallymarkError | None = None

@@ -62,6 +62,7 @@ class World:
         self.now_ns = 0
         self.events = 0
         self.events_max = events_max
+        self.is_halted = False  # a run ends at once: something was found
         self.graveyard: list[
             Any
         ] = []  # what dead processes left: collected when nobody can be disturbed by it
@@ -71,24 +72,33 @@ class World:
     def at(self, when_ns: int, call: Callable[..., object], *args: Any) -> Event:
         """Have something happen at a time; what is due at one time happens in the order of these calls."""
         event = Event(call, args)
-        self._sequence += 1
-        if when_ns < self.now_ns:
-            when_ns = self.now_ns
-        heapq.heappush(self._heap, (when_ns, self._sequence, event))
+        self._sequence = sequence = self._sequence + 1
+        heapq.heappush(self._heap, (max(self.now_ns, when_ns), sequence, event))
         return event
 
     def after(self, delay_ns: int, call: Callable[..., object], *args: Any) -> Event:
         """Have something happen after a while."""
-        return self.at(self.now_ns + delay_ns, call, *args)
+        event = Event(call, args)
+        self._sequence = sequence = self._sequence + 1
+        heapq.heappush(self._heap, (self.now_ns + max(delay_ns, 0), sequence, event))
+        return event
+
+    def again(self, event: Event, call: Callable[..., object], delay_ns: int) -> None:
+        """As `after` with an event that has happened, to be had anew; for what happens very often."""
+        event.call = call
+        self._sequence = sequence = self._sequence + 1
+        heapq.heappush(self._heap, (self.now_ns + delay_ns, sequence, event))
 
     def run(self, until_ns: int, condition: Callable[[], bool] | None = None) -> bool:
         """Run to a time, or until the condition holds (looked at after every event); return whether it does.
+
+        It also ends, and returns True, once `is_halted` is set.
 
         Raises:
             SimulationError: more happens than ever should.
         """
         heap, pop = self._heap, heapq.heappop
-        if condition is not None and condition():
+        if self.is_halted or (condition is not None and condition()):
             return True
         while heap and heap[0][0] <= until_ns:
             self.now_ns, _, event = pop(heap)
@@ -102,10 +112,31 @@ class World:
                 )
             event.call = None
             call(*event.args)
-            if condition is not None and condition():
+            if self.is_halted or (condition is not None and condition()):
                 return True
         self.now_ns = max(self.now_ns, until_ns)
         return condition is not None and condition()
+
+
+class _Handle(asyncio.Handle):
+    """What asyncio has, without what it does for debugging: thousands of them are made in every run."""
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        callback: Callable[..., object],
+        args: tuple[Any, ...],
+        loop: ProcessLoop,
+        context: contextvars.Context | None,
+    ) -> None:
+        self._context = contextvars.copy_context() if context is None else context
+        self._loop = loop
+        self._callback = callback
+        self._args = args
+        self._cancelled = False
+        self._repr = None
+        self._source_traceback = None
 
 
 class ProcessLoop(asyncio.AbstractEventLoop):
@@ -141,6 +172,7 @@ class ProcessLoop(asyncio.AbstractEventLoop):
         self._after_turn = after_turn
         self._ready: deque[asyncio.Handle] = deque()
         self._armed = False
+        self._next_turn = Event(self._turn, ())  # one at a time, used over and over
         self._tasks: set[asyncio.Task[Any]] = set()
 
     # ------------------------------------------------------------ life
@@ -171,7 +203,7 @@ class ProcessLoop(asyncio.AbstractEventLoop):
     def _arm(self) -> None:
         if not self._armed:
             self._armed = True
-            self._world.at(self._world.now_ns + TURN_NS, self._turn)
+            self._world.again(self._next_turn, self._turn, TURN_NS)
 
     def _turn(self) -> None:
         self._armed = False
@@ -203,11 +235,12 @@ class ProcessLoop(asyncio.AbstractEventLoop):
     def call_soon(
         self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.Handle:
-        handle = asyncio.Handle(callback, args, self, context)
+        handle = _Handle(callback, args, self, context)
         if self.is_alive:
             self._ready.append(handle)
             if not self._armed and not self.is_frozen:
-                self._arm()
+                self._armed = True
+                self._world.again(self._next_turn, self._turn, TURN_NS)
         return handle
 
     call_soon_threadsafe = call_soon

@@ -233,7 +233,7 @@ class Process:
             self.loop.thaw()
 
     def _after_turn(self) -> None:
-        if self.node is not None and self.node.failed.is_set() and not self.ended:
+        if not self.ended and self.node is not None and self.node.failed.is_set():
             self._trace(self.name, "has failed by its own word")
             self.ended = True
         self._on_turn(self)

@@ -115,7 +115,7 @@ class Simulation:
         factor = 5 if count == 5 and rng.random() < 0.4 else 3
         self.ledger = Ledger()
         self.processes: dict[str, Process] = {}
-        self.defect: BaseException | None = None
+        self._defect: BaseException | None = None
         names = [f"s{i}" for i in range(1, count + 1)]
         self.checkers = Checkers(
             self.world,
@@ -172,7 +172,7 @@ class Simulation:
                 clock=clock,
                 on_turn=self._turn,
                 on_recovered=self.checkers.recovered,
-                on_defect=self._defect,
+                on_defect=self._found,
                 archive_rng=random.Random(recycle_rng.getrandbits(64)) if does_recycle else None,
             )
         for process in self.processes.values():
@@ -269,8 +269,9 @@ class Simulation:
             process.start()
 
     def _turn(self, process: Process) -> None:
-        self.checkers.after_turn(process)
-        self.alerts.after_turn(process)
+        store = process.store
+        if store is not None and self.checkers.after_turn(process, store):
+            self.alerts.after_turn(process, store)
         if process.ended:
             process.ended = False
             self.world.after(1, self._end, process, process.life)
@@ -280,10 +281,21 @@ class Simulation:
             process.crash("it has ended", is_power_lost=False)
             self.world.after(self.rng.randint(20, 1_000) * MILLISECOND, self.restart, process)
 
-    def _defect(self, what: str, error: BaseException | None) -> None:
+    @property
+    def defect(self) -> BaseException | None:
+        """What was found first by somebody who could not raise it; the run ends with it."""
+        return self._defect
+
+    @defect.setter
+    def defect(self, error: BaseException) -> None:
+        self._defect = error
+        self.world.is_halted = True
+
+    def _found(self, what: str, error: BaseException | None) -> None:
         if self.defect is None:
-            self.defect = SimulationError(f"{what}: {type(error).__name__}: {error}")
-            self.defect.__cause__ = error
+            defect = SimulationError(f"{what}: {type(error).__name__}: {error}")
+            defect.__cause__ = error
+            self.defect = defect
 
     def _answered(self, part: Part) -> None:
         self.checkers.answered(part)
@@ -385,10 +397,7 @@ class Simulation:
             raise SimulationError("not everything was answered")
 
     def _go(self, until_ns: int, condition: Any) -> bool:
-        def stop() -> bool:
-            return self.defect is not None or (condition is not None and condition())
-
-        found = self.world.run(until_ns, stop)
+        found = self.world.run(until_ns, condition)
         if self.defect is not None:
             raise self.defect
         return found

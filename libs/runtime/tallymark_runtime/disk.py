@@ -420,7 +420,7 @@ class MemoryFile:
     def write(self, position: int, parts: Sequence[BytesLike]) -> None:
         """Write all of `parts` from `position` on."""
         self._memory.check("write", self._name)
-        content = b"".join(bytes(part) for part in parts)
+        content = bytes(parts[0]) if len(parts) == 1 else b"".join(map(bytes, parts))
         self._memory.writes += 1
         inode = self._inode
         end = position + len(content)

@@ -26,6 +26,7 @@ from tallymark_protocol.errors import UnavailableError
 from tallymark_runtime.clock import Clock
 from tallymark_runtime.disk import Disk, DiskError
 from tallymark_store import checkpoint, container, incoming
+from tallymark_store.dedup.id_file import ENTRY_DTYPE
 from tallymark_store.dedup.index import SHARD_COUNT, DedupIndex
 from tallymark_store.id_budget import IdBudget
 from tallymark_store.id_merging import IdMerger
@@ -267,9 +268,11 @@ class Checkpointer:
     async def _gather_ids(self, partition: Partition, since: int, offset: int) -> npt.NDArray[Any]:
         parts = []
         for shard in range(SHARD_COUNT):
-            parts.append(partition.dedup.entries(shard, since, offset))
+            parts.append(partition.dedup.entries(shard, since, offset).view(np.uint64))
             await asyncio.sleep(0)
-        return np.concatenate(parts)
+        return np.concatenate(parts).view(
+            ENTRY_DTYPE
+        )  # structs would be matched field by field, array by array
 
 
 def folder(partition: int) -> str:

@@ -49,7 +49,7 @@ def warm_up() -> None:
     index.reserve(64 * 64)
     index.digest(0, 2)
     index.truncate(1)
-    index.sweep(1, 1)
+    index.sweep(1, 64)
     _warm_up_files(words, flags, offsets)
 
     windows = ProducerWindows(slots_max=2**16)

@@ -37,6 +37,7 @@ _GROWTH = 1.25
 _REFILL_MAX = 0.92
 _SLOTS_MAX = 2**31  # 64 GiB of address space; it costs nothing until it is used
 _SWEEP_SPENT_MIN = 16  # a shard is swept when one in this many of its entries is spent
+_OFFSET_WORD = 3  # of a slot, as of an entry of `ENTRY_DTYPE`: the offset
 
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
@@ -233,6 +234,8 @@ class DedupIndex:
             shard = self._sweep_next
             self._sweep_next = (shard + 1) % SHARD_COUNT
             used = int(arena.used[shard])
+            if used == 0:
+                continue
             kept = self._count(shard, self._table_low, None)
             if (used - kept) * _SWEEP_SPENT_MIN >= max(used, 1):
                 self._rebuild(shard)
@@ -248,20 +251,16 @@ class DedupIndex:
         """
         assert min_offset >= self._spilled_end, "these entries are in files"
         arena = self._arena
-        low = max(min_offset, self._keep_offset)
-        count = self._count(shard, low, max_offset)
-        out = np.empty(count, dtype=ENTRY_DTYPE)
-        words = out.view(np.uint64)
-        kernels.collect(
-            arena.table,
-            arena.base(shard),
-            int(arena.capacity[shard]),
-            _mark(low),
-            _mark(max(max_offset, 0)),
-            words,
-        )
-        out["offset"] -= kernels.MARK_BIAS
-        return out
+        if not arena.used[shard]:
+            return np.empty(0, dtype=ENTRY_DTYPE)
+        first, capacity = arena.base(shard), int(arena.capacity[shard])
+        low, past = _mark(max(min_offset, self._keep_offset)), _mark(max(max_offset, 0))
+        count = int(kernels.count(arena.table, first, capacity, low, past))
+        words = np.empty(count * kernels.SLOT_WORDS, dtype=np.uint64)
+        if count:
+            kernels.collect(arena.table, first, capacity, low, past, words)
+            words[_OFFSET_WORD :: kernels.SLOT_WORDS] -= np.uint64(kernels.MARK_BIAS)
+        return words.view(ENTRY_DTYPE)
 
     def load(self, entries: npt.NDArray[Any]) -> None:
         """Remember entries that `entries` returned, here or on another replica, whatever the shard.
