@@ -149,6 +149,12 @@ class _Soak:
             for task in asking:
                 task.cancel()
 
+    def answered(self) -> Verdict:
+        """Whether every query was."""
+        failures = self._asker.failures
+        told = "; ".join(f"{count} times {what}" for what, count in failures.most_common(3))
+        return Verdict(what="queries answered", wanted="all", found=told or "all", is_met=not failures)
+
     async def _send(self, begun: float) -> None:
         rate = self._plan.rate
         while not self._over:
@@ -346,6 +352,7 @@ async def measure(plan: Plan) -> list[Verdict]:
             if problem is not None:
                 return [problem]
         verdicts += _verdicts(plan, soak.lines)
+        verdicts.append(soak.answered())
         verdicts.append(await _checked(server.address, soak, since_ns, "at the end"))
         server.stop(kill=True)
         begun = time.perf_counter()

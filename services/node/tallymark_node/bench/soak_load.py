@@ -27,6 +27,7 @@ from tallymark import (
     DimensionFilter,
     MetricSchema,
     Period,
+    TallymarkError,
     current_month,
 )
 
@@ -45,6 +46,7 @@ _MEMBERS = 100
 _TEN = ("used",) * 7 + ("jobs", "late", "seats")  # kinds of ten batches
 _REPEATED = 5  # one in so many batches with ids is followed by an old one
 _POOL = 64
+_TIMEOUT_S = 600.0  # of a call: it is tried again until then
 _CHECKERS = 8
 
 Ints = npt.NDArray[np.int64]
@@ -217,7 +219,7 @@ class Sender:
             properties=batch.properties,
             timestamps_ns=batch.times,
             ids=batch.ids,
-            timeout=120.0,
+            timeout=_TIMEOUT_S,
         )
         self.times_s.append(time.perf_counter() - begun)
         return receipt.n_stored, receipt.n_duplicates
@@ -236,10 +238,12 @@ class Asker:
 
     Attributes:
         times_s: by kind, since `take_times`.
+        failures: how often what was not answered, by kind and error.
     """
 
     def __init__(self, client: AsyncClient, ledger: Ledger, since_ns: int, accounts: int) -> None:
         self.times_s: dict[str, list[float]] = {}
+        self.failures: collections.Counter[str] = collections.Counter()
         self._client = client
         self._ledger = ledger
         self._since_ns = since_ns
@@ -268,7 +272,11 @@ class Asker:
 
     async def _timed(self, name: str, ask: Callable[[], Awaitable[None]]) -> None:
         begun = time.perf_counter()
-        await ask()
+        try:
+            await ask()
+        except TallymarkError as error:
+            # What takes too long, or is refused, is told in the end; nothing that is right or wrong follows from it.
+            self.failures[f"{name}: {error}"] += 1
         self.times_s.setdefault(name, []).append(time.perf_counter() - begun)
 
     def _below(self, bound: int) -> int:
