@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: integration load
-.PHONY: sim etcd network proto bench-cluster bench-alerts
+.PHONY: sim etcd network proto bench-cluster bench-alerts bench-archive soak
 .PHONY: help demo test check format bench clean
 
 help: ## what there is
@@ -89,6 +89,15 @@ bench: $(VENV)/.test ## print the performance table
 bench-cluster: $(VENV)/.server etcd ## the performance of a cluster on this machine, beside dev's, and its failovers
 	$(BIN)/tallymark bench --cluster
 	$(BIN)/tallymark bench --failover
+
+MINUTES ?= 15
+RATE ?= 300000
+soak: $(VENV)/.server ## load, queries, archive and recycling for MINUTES=…, at RATE=… events/s or RATE=max
+	$(BIN)/tallymark bench --soak $(MINUTES) --rate $(RATE) $(SOAK)
+
+EVENTS ?= 1_000_000_000
+bench-archive: $(VENV)/.server ## a store with EVENTS=… in its archive; needs 20 bytes of disk for each, below TMPDIR
+	$(BIN)/tallymark bench --archive $(subst _,,$(EVENTS))
 
 bench-alerts: $(VENV)/.server etcd ## how soon alerts of a cluster are there, and how many an instance hands out
 	$(BIN)/tallymark bench --alerts

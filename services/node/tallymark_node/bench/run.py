@@ -6,15 +6,17 @@ import asyncio
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 import msgspec
 
-from tallymark_node.bench import alerts, failover, kernels, target
+from tallymark_node.bench import alerts, archived, failover, kernels, soak, target
 from tallymark_node.bench.cluster import LEASE_TTL_S
 from tallymark_node.bench.scenarios import COMPARED, SCENARIOS, Figure, Options
+from tallymark_node.config import Settings
 from tallymark_runtime.loops import new_event_loop
 
 _QUICK = Options(
@@ -32,6 +34,7 @@ _COMPARED_TITLES = (
     "peak memory",
 )
 _ALERTS_TITLES = ("what", "measured", "wanted", "p50", "p99", "")
+_ARCHIVE_TITLES = ("what", "measured", "wanted", "p99", "peak memory", "")
 _FAILOVER_TITLES = ("what", "longest", "wanted", "median", "")
 
 
@@ -108,6 +111,56 @@ async def _compare(names: Sequence[str], options: Options) -> list[_Comparison]:
     return compared
 
 
+def _rate_of(text: str) -> int | None:
+    if text == "max":
+        return None
+    try:
+        rate = int(text.replace("_", ""))
+    except ValueError:
+        rate = 0
+    if rate <= 0:
+        raise click.BadParameter('it is a number of events a second, or "max"', param_hint="--rate")
+    return rate
+
+
+def _settings_of(pairs: Sequence[str]) -> dict[str, str]:
+    settings = dict(pair.partition("=")[::2] for pair in pairs)
+    unknown = sorted(settings.keys() - set(Settings.__struct_fields__))
+    if unknown:
+        raise click.BadParameter(f"there is no setting {unknown[0]!r}", param_hint="--set")
+    return settings
+
+
+def _archive(plan: archived.Plan, *, as_json: bool) -> None:
+    async def measured() -> list[Figure]:
+        figures = []
+        async for figure in archived.measure(plan):
+            click.echo(f"  {figure.name}: {figure.figure} {figure.note}", err=True)
+            figures.append(figure)
+        return figures
+
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        figures = runner.run(measured())
+    if as_json:
+        click.echo(msgspec.json.encode(figures).decode())
+        return
+    click.echo(_machine())
+    click.echo()
+    _show(_ARCHIVE_TITLES, [(f.name, f.figure, f.wanted, f.p99, f.memory, f.note) for f in figures])
+
+
+def _soak(plan: soak.Plan, *, as_json: bool) -> None:
+    click.echo(_machine(), err=as_json)
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        verdicts = runner.run(soak.measure(plan))
+    if as_json:
+        click.echo(msgspec.json.encode(verdicts).decode())
+    else:
+        soak.show(verdicts)
+    if not soak.is_exact(verdicts):
+        sys.exit(1)
+
+
 @click.command("bench")
 @click.option(
     "--only",
@@ -130,6 +183,36 @@ async def _compare(names: Sequence[str], options: Options) -> list[_Comparison]:
     is_flag=True,
     help="How soon alerts are there, and how many an instance hands out.",
 )
+@click.option(
+    "--soak",
+    "minutes",
+    type=click.FloatRange(min=0.05),
+    metavar="MINUTES",
+    help="Run for long with archive, recycling and a memory budget: does everything stay as it was?",
+)
+@click.option(
+    "--archive",
+    "archive_events",
+    type=click.IntRange(10_000),
+    metavar="EVENTS",
+    help="Fill an archive with so many events, over three months, and ask it.",
+)
+@click.option(
+    "--rate",
+    default="300000",
+    metavar="N|max",
+    help='Of --soak: events a second, or "max": as fast as archiving keeps up.  [default: 300000]',
+)
+@click.option(
+    "--accounts", type=click.IntRange(1_000), default=1_000_000, help="Of --soak.  [default: 1000000]"
+)
+@click.option(
+    "--memory-bytes", type=int, default=0, help="Of --soak: the setting.  [default: half of the machine's]"
+)
+@click.option("--every", type=float, default=60.0, help="Of --soak: seconds between two lines.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Of --soak and --archive: a setting."
+)
 @click.option("--seconds", type=float, default=None, help="Length of each load (default 30).")
 @click.option("--quick", is_flag=True, help="Small sizes and short loads: to see that it runs, not to quote.")
 @click.option("--json", "as_json", is_flag=True, help="Rows as JSON.")
@@ -140,10 +223,38 @@ def main(
     *,
     cluster: bool,
     is_alerts: bool,
+    minutes: float | None,
+    rate: str,
+    archive_events: int | None,
+    accounts: int | None,
+    memory_bytes: int,
+    every: float,
+    settings: tuple[str, ...],
     quick: bool,
     as_json: bool,
 ) -> None:
     """Measure this machine and print the performance table."""
+    if minutes is not None:
+        plan = soak.Plan(
+            minutes=minutes,
+            rate=_rate_of(rate),
+            accounts=accounts or 1_000_000,
+            memory_bytes=memory_bytes,
+            every_s=every,
+            settings=_settings_of(settings),
+        )
+        _soak(plan, as_json=as_json)
+        return
+    if archive_events is not None:
+        archived.check_room(archive_events, Path(tempfile.gettempdir()))
+        filled = archived.Plan(
+            events=archive_events,
+            accounts=accounts or 100_000,
+            seconds=seconds or 10.0,
+            settings=_settings_of(settings),
+        )
+        _archive(filled, as_json=as_json)
+        return
     options = _QUICK if quick else Options()
     if seconds is not None:
         options = msgspec.structs.replace(options, seconds=seconds)

@@ -8,7 +8,7 @@ keeps no reference to the log's buffers once a run is taken.
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,8 @@ SORT_KEY: Final = ("metric_uid", "account", "time_ns", "offset")
 VALUE_KINDS: Final = ("text", "uint64")
 OPERATIONS: Final = ("none", "add", "remove")
 ID_KINDS: Final = ("text", "bytes", "uuid", "int")
+
+_Word = TypeVar("_Word", bound=np.generic)
 
 _JSON_GROWTH: Final = 6  # a control character becomes \u00xx
 _PROPERTY_GROWTH: Final = 8  # quotes, colon, comma, braces, in place of a length of three bytes
@@ -172,24 +174,24 @@ class Slice:
             wide[k.W_TIME].view(np.uint64),
         )
         order = found.astype(np.intp)  # once, where numpy would do so for each column
-        slots = slots.take(order)
+        slots = _in_order(slots, order)
         codes = sorted(set(names.codes_of))
         place_of = {code: place for place, code in enumerate(codes)}
         code_places = np.array([place_of[code] for code in names.codes_of], np.int32)
-        kinds = narrow[k.B_TEXT_KIND].take(order)
-        id_kinds = narrow[k.B_ID_KIND].take(order)
-        sets = wide[k.W_SET].take(order)
+        kinds = _in_order(narrow[k.B_TEXT_KIND], order)
+        id_kinds = _in_order(narrow[k.B_ID_KIND], order)
+        sets = _in_order(wide[k.W_SET], order)
         arrays = [
             _dictionary(code_places[slots], codes),
             pa.array(names.uids[slots]),
-            pa.array(wide[k.W_ACCOUNT].take(order).view(np.uint64)),
-            pa.array(wide[k.W_TIME].take(order)),
-            pa.array(narrow[k.B_TIME_GIVEN].take(order).view(np.bool_)),
-            pa.array(wide[k.W_APPEND].take(order)),
-            pa.array(wide[k.W_VALUE].take(order), mask=kinds != 0 if kinds.any() else None),
+            pa.array(_in_order(wide[k.W_ACCOUNT], order).view(np.uint64)),
+            pa.array(_in_order(wide[k.W_TIME], order)),
+            pa.array(_in_order(narrow[k.B_TIME_GIVEN], order).view(np.bool_)),
+            pa.array(_in_order(wide[k.W_APPEND], order)),
+            pa.array(_in_order(wide[k.W_VALUE], order), mask=kinds != 0 if kinds.any() else None),
             _taken(self._texts, narrow[k.B_TEXT_KIND] != 0, found),
             _dictionary(kinds.view(np.int8) - np.int8(1), list(VALUE_KINDS), kinds == 0),
-            _dictionary(narrow[k.B_OPERATION].take(order).view(np.int8), list(OPERATIONS)),
+            _dictionary(_in_order(narrow[k.B_OPERATION], order).view(np.int8), list(OPERATIONS)),
             _taken(self._ids, narrow[k.B_ID_KIND] != 0, found),
             _dictionary(id_kinds.view(np.int8) - np.int8(1), list(ID_KINDS), id_kinds == 0),
             _sets(self._declared, sets),
@@ -198,6 +200,14 @@ class Slice:
             pa.array(wide[k.W_OFFSET].take(order)),
         ]
         return pa.Table.from_arrays(arrays, schema=SCHEMA)
+
+
+def _in_order(column: npt.NDArray[_Word], order: npt.NDArray[np.intp]) -> npt.NDArray[_Word]:
+    """A column's rows in an order; one that says the same in all of them, which most do, has every order."""
+    if (column == column[0]).all():
+        return column
+    taken: npt.NDArray[_Word] = column.take(order)
+    return taken
 
 
 def sorted_rows(*keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:

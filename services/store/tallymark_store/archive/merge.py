@@ -3,36 +3,133 @@
 One row group of each file is held at a time. What is known to come before everything that is not held is taken,
 sorted and written; so there are at most a row group of each file and some of the result in memory, however large the
 files are. Checksums of the files are verified before anything is read from them.
+
+Most columns of usual events say the same in every row, of a group and of all of them: nothing of a kind that isn't used,
+one metric, one partition. What statistics tell to be constant isn't read, and what is constant isn't put in order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tallymark_runtime.disk import Disk, FileMissingError
-from tallymark_store.archive.columns import SORT_KEY
+from tallymark_store.archive.columns import SCHEMA, SORT_KEY
 from tallymark_store.archive.manifest import ArchiveError, ArchiveFile
 from tallymark_store.archive.merge_kernels import merge_runs
 from tallymark_store.archive.writer import ROW_GROUP_ROWS, FileWriter, Written, checksum, open_file
 
 _WAITING_MAX: Final = 64  # pieces of a row group: more are joined
 
+_REPEATED_MAX: Final = 64  # arrays of one value that are kept
+# What goes without a value where another column does.
+_TOGETHER: Final = (("id", "id_kind"), ("value_text", "value_kind"))
+
 Key = tuple[int, ...]
 Ints = npt.NDArray[np.int64]
+Constants = dict[str, object]  # by column, what all rows have there; None: nothing
+
+
+class Piece(NamedTuple):
+    """Rows, and what is the same in all of them."""
+
+    table: pa.Table
+    constants: Constants
+
+
+class _Repeated:
+    """Arrays of one value, made once."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[str, object], pa.Array] = {}
+
+    def array(self, name: str, value: object, rows: int) -> pa.Array:
+        """A column of so many rows that all have `value`."""
+        made = self._made.get((name, value))
+        if made is None or len(made) < rows:
+            if len(self._made) >= _REPEATED_MAX:
+                self._made.clear()
+            made = self._made[name, value] = _repeated(
+                SCHEMA.field(name).type, value, max(rows, ROW_GROUP_ROWS)
+            )
+        return made.slice(0, rows)
+
+    def table(
+        self, columns: Mapping[str, pa.Array | pa.ChunkedArray], constants: Constants, rows: int
+    ) -> pa.Table:
+        """All columns, of those that there are and of those that are constant."""
+        arrays = [
+            columns[name] if name in columns else self.array(name, constants[name], rows)
+            for name in SCHEMA.names
+        ]
+        return pa.Table.from_arrays(arrays, schema=SCHEMA)
+
+
+def _repeated(kind: pa.DataType, value: object, rows: int) -> pa.Array:
+    if not pa.types.is_dictionary(kind):
+        return pa.nulls(rows, kind) if value is None else pa.repeat(pa.scalar(value, kind), rows)
+    words = pa.array([] if value is None else [value], kind.value_type)
+    if value is None:
+        return pa.DictionaryArray.from_arrays(pa.nulls(rows, kind.index_type), words)
+    return pa.DictionaryArray.from_arrays(pa.repeat(pa.scalar(0, kind.index_type), rows), words)
+
+
+def _told_constants(footer: pq.FileMetaData, number: int) -> Constants:
+    """What the statistics of a row group say is the same in all of its rows."""
+    group = footer.row_group(number)
+    found: Constants = {}
+    for place in range(group.num_columns):
+        column = group.column(place)
+        told = column.statistics
+        if told is None or not told.has_null_count:
+            continue
+        if told.null_count == group.num_rows:
+            found[column.path_in_schema] = None
+        elif told.null_count == 0 and told.has_min_max and told.min == told.max:
+            found[column.path_in_schema] = told.min
+    for name, other in _TOGETHER:
+        if other in found and found[other] is None:
+            found[name] = None
+    return found
+
+
+def _seen_constants(table: pa.Table) -> Constants:
+    """What is seen at a glance to be the same in all rows."""
+    found: Constants = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if column.null_count == len(column):
+            found[name] = None
+        elif column.null_count == 0 and column.num_chunks == 1 and pa.types.is_dictionary(column.type):
+            words = column.chunk(0).dictionary
+            if len(words) == 1:
+                found[name] = words[0].as_py()
+    return found
+
+
+def _shared(pieces: Sequence[Piece]) -> Constants:
+    """What is the same in all rows of all pieces."""
+    first = pieces[0].constants
+    return {
+        name: value
+        for name, value in first.items()
+        if all(name in piece.constants and piece.constants[name] == value for piece in pieces[1:])
+    }
 
 
 class _Input:
     """A file that is read in order."""
 
-    def __init__(self, disk: Disk, name: str) -> None:
+    def __init__(self, disk: Disk, name: str, repeated: _Repeated) -> None:
         self._file = open_file(disk, name)
+        self._repeated = repeated
         self._next_group = 0
         self._held = pa.table({})
+        self._constants: Constants = {}
         self._keys: list[npt.NDArray[np.generic]] = []
         self._at = 0  # rows of the group that were taken
 
@@ -49,7 +146,14 @@ class _Input:
     def fill(self) -> None:
         """Hold the next group, if nothing is held."""
         while not self.rows and self.has_more:
-            self._held = self._file.read_row_group(self._next_group, use_threads=False)
+            told = _told_constants(self._file.metadata, self._next_group)
+            wanted = [name for name in SCHEMA.names if name not in told]
+            rows = self._file.metadata.row_group(self._next_group).num_rows
+            read = self._file.read_row_group(self._next_group, columns=wanted, use_threads=False)
+            self._constants = told | _seen_constants(read)
+            self._held = self._repeated.table(
+                dict(zip(read.column_names, read.columns, strict=True)), told, rows
+            )
             self._keys = [self._held.column(name).to_numpy() for name in SORT_KEY]
             self._next_group += 1
             self._at = 0
@@ -62,7 +166,7 @@ class _Input:
     def _key(self, row: int) -> Key:
         return tuple(int(column[row]) for column in self._keys)
 
-    def take(self, bound: Key | None) -> pa.Table:
+    def take(self, bound: Key | None) -> Piece:
         """The rows up to a key, inclusive; None: all that are held."""
         low, high = self._at, int(self._held.num_rows)
         while bound is not None and low < high:
@@ -73,7 +177,7 @@ class _Input:
                 high = middle
         taken = self._held.slice(self._at, high - self._at)
         self._at = high
-        return taken
+        return Piece(taken, self._constants)
 
 
 def merge(
@@ -100,9 +204,10 @@ def merge(
     for file in files:
         verify(disk, file)
         check()
-    inputs = [_Input(disk, file.name) for file in files]
-    output = _Output(disk, name, metadata)
-    sorter = _Sorter(len(files))
+    repeated = _Repeated()
+    inputs = [_Input(disk, file.name, repeated) for file in files]
+    output = _Output(disk, name, metadata, repeated)
+    sorter = _Sorter(len(files), repeated)
     try:
         while True:
             for held in inputs:
@@ -112,7 +217,7 @@ def merge(
                 break
             # Beyond the least of these, a group that isn't held may have rows.
             bound = min([held.last for held in active if held.has_more], default=None)
-            parts = [part for part in (held.take(bound) for held in active) if part.num_rows]
+            parts = [part for part in (held.take(bound) for held in active) if part.table.num_rows]
             for piece in sorter.sorted(parts, output):
                 output.add(piece)
                 check()
@@ -145,15 +250,30 @@ def joined(tables: list[pa.Table]) -> pa.Table:
     return tables[0] if len(tables) == 1 else pa.concat_tables(tables).unify_dictionaries().combine_chunks()
 
 
+def _joined_pieces(pieces: list[Piece], repeated: _Repeated, order: pa.Array | None = None) -> Piece:
+    """One piece of several, in another order where that is given. What is constant is neither copied nor moved."""
+    if len(pieces) == 1:
+        return pieces[0]
+    constants = _shared(pieces)
+    varying = [name for name in SCHEMA.names if name not in constants]
+    rows = sum(piece.table.num_rows for piece in pieces)
+    table = joined([piece.table.select(varying) for piece in pieces])
+    if order is not None:
+        table = table.take(order)
+    columns = dict(zip(varying, table.columns, strict=True))
+    return Piece(repeated.table(columns, constants, rows), constants)
+
+
 class _Output:
     """The file in the making: rows gather until they fill a row group."""
 
-    def __init__(self, disk: Disk, name: str, metadata: Mapping[str, str]) -> None:
+    def __init__(self, disk: Disk, name: str, metadata: Mapping[str, str], repeated: _Repeated) -> None:
         self._disk = disk
         self._name = name
         self._metadata = metadata
+        self._repeated = repeated
         self._writer: FileWriter | None = None
-        self._waiting: list[pa.Table] = []
+        self._waiting: list[Piece] = []
         self._rows = 0
 
     @property
@@ -161,17 +281,17 @@ class _Output:
         """Rows until the row group is full."""
         return ROW_GROUP_ROWS - self._rows
 
-    def add(self, piece: pa.Table) -> None:
+    def add(self, piece: Piece) -> None:
         """Take the next rows, no more than there is room for."""
         self._waiting.append(piece)
-        self._rows += piece.num_rows
+        self._rows += piece.table.num_rows
         if not self.room:
             self._write()
         elif len(self._waiting) == _WAITING_MAX:
-            self._waiting = [joined(self._waiting)]
+            self._waiting = [_joined_pieces(self._waiting, self._repeated)]
 
     def _write(self) -> None:
-        table = joined(self._waiting)
+        table = _joined_pieces(self._waiting, self._repeated).table
         self._writer = self._writer or FileWriter(self._disk, self._name, table, self._metadata)
         self._writer.write(table)
         self._waiting = []
@@ -197,14 +317,15 @@ class _Sorter:
     more. Memory that is new to the process costs more than what is done with it: keys and order have theirs for good.
     """
 
-    def __init__(self, files: int) -> None:
+    def __init__(self, files: int, repeated: _Repeated) -> None:
+        self._repeated = repeated
         self._keys = np.empty((len(SORT_KEY) - 1, files * ROW_GROUP_ROWS), np.uint64)
         self._order: npt.NDArray[np.int32] = np.empty(ROW_GROUP_ROWS, np.int32)
 
-    def sorted(self, parts: list[pa.Table], output: _Output) -> Iterator[pa.Table]:
+    def sorted(self, parts: list[Piece], output: _Output) -> Iterator[Piece]:
         """The rows of all parts in order, in pieces that the output has room for."""
-        ends = np.cumsum([part.num_rows for part in parts], dtype=np.int64)
-        starts = ends - [part.num_rows for part in parts]
+        ends = np.cumsum([part.table.num_rows for part in parts], dtype=np.int64)
+        starts = ends - [part.table.num_rows for part in parts]
         if len(parts) > 1:
             self._hold(parts, starts, ends)
         at = starts.copy()
@@ -213,7 +334,7 @@ class _Sorter:
             count = min(left, output.room)
             left -= count
             if len(parts) == 1:
-                yield parts[0].slice(int(at[0]), count)
+                yield Piece(parts[0].table.slice(int(at[0]), count), parts[0].constants)
                 at += count
                 continue
             before = at - starts
@@ -222,13 +343,16 @@ class _Sorter:
             uids, accounts, times = self._keys
             merge_runs(uids, accounts, times, at, ends, order)
             taken = zip(parts, before.tolist(), (at - starts).tolist(), strict=True)
-            pieces = [part.slice(first, last - first) for part, first, last in taken if last > first]
-            table = joined(pieces)
-            yield table if len(pieces) == 1 else table.take(pa.array(order))
+            pieces = [
+                Piece(part.table.slice(first, last - first), part.constants)
+                for part, first, last in taken
+                if last > first
+            ]
+            yield _joined_pieces(pieces, self._repeated, pa.array(order))
 
-    def _hold(self, parts: list[pa.Table], starts: Ints, ends: Ints) -> None:
+    def _hold(self, parts: list[Piece], starts: Ints, ends: Ints) -> None:
         if ends[-1] > self._keys.shape[1]:  # a file of another writer may have larger row groups
             self._keys = np.empty((len(SORT_KEY) - 1, int(ends[-1])), np.uint64)
         for keys, name in zip(self._keys, SORT_KEY, strict=False):
             for part, start, end in zip(parts, starts.tolist(), ends.tolist(), strict=True):
-                keys[start:end] = part.column(name).to_numpy().view(np.uint64)
+                keys[start:end] = part.table.column(name).to_numpy().view(np.uint64)

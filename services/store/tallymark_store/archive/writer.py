@@ -1,8 +1,9 @@
 """A sorted table to a Parquet file on a disk port, and a file back to row groups.
 
 The encoding of each column is chosen so that the usual event is small: what is sorted or near its neighbours as
-differences, words and property sets as dictionaries, text as it is; all of it under zstd. Row groups are bounded and
-carry statistics of what is looked for by them, so a reader fetches the few that may hold an account's events.
+differences, words and property sets as dictionaries, text as it is; what may still shrink then under zstd. Row groups
+are bounded and carry statistics of what is looked for by them, so a reader fetches the few that may hold an account's
+events.
 
 A file is written in pieces with a sync behind each, so that the log's own syncs come in between, and is durable in
 content when `close` returns; its name is once the caller has synced the folder.
@@ -26,13 +27,20 @@ ROW_GROUP_ROWS: Final = 65_536
 PIECE_BYTES: Final = 4 * 1024 * 1024  # written between two syncs
 FORMAT_VERSION: Final = 1
 
-_DIFFERENCES: Final = ("metric_uid", "account", "value", "partition", "offset")
+_DIFFERENCES: Final = ("account", "value", "offset")
 _TIMES: Final = ("time_ns", "append_time_ns")  # whichever suits
-_WORDS: Final = ("metric", "value_kind", "operation", "id_kind", "dimensions", "properties")
-_LONG_DICTIONARIES: Final = ("metric", "dimensions", "properties")
-_STATISTICS: Final = (
-    "metric", "metric_uid", "account", "time_ns", "append_time_ns", "value", "partition", "offset",
+_WORDS: Final = (
+    "metric", "metric_uid", "value_kind", "operation", "id_kind", "dimensions", "properties", "partition",
 )  # fmt: skip
+_LONG_DICTIONARIES: Final = ("metric", "dimensions", "properties")
+# Of what rows are looked for by, and of what merges needn't read where it is the same in all rows.
+_STATISTICS: Final = (
+    "metric", "metric_uid", "account", "time_ns", "time_given", "append_time_ns", "value", "value_kind", "operation",
+    "id_kind", "partition", "offset",
+)  # fmt: skip
+# Of the others nothing is left to compress: differences of offsets and times are packed bit by bit, and words that
+# repeat are a few bits; the attempt costs more than all the rest.
+_COMPRESSED: Final = ("account", "time_given", "value", "value_text", "id", "dimensions", "properties")
 _REPEATS: Final = 8  # rows for each different value from which on a dictionary is smaller than differences
 _COMPACT_FROM: Final = 64  # words of a dictionary that are written whole though not all are used
 
@@ -111,10 +119,13 @@ class FileWriter:
             pa.PythonFile(self._sink, mode="w"),
             schema,
             version="2.6",
-            compression="zstd",
+            compression={name: "zstd" if name in _COMPRESSED else "none" for name in SCHEMA.names},
             use_dictionary=dictionaries,
             column_encoding=dict.fromkeys(differences, "DELTA_BINARY_PACKED"),
             write_statistics=list(_STATISTICS),
+            # A row group is read as a whole, or not at all: each of more pages would only cost its making.
+            write_batch_size=ROW_GROUP_ROWS,
+            max_rows_per_page=ROW_GROUP_ROWS,
             write_page_index=True,
             write_page_checksum=True,
             sorting_columns=[pq.SortingColumn(SCHEMA.get_field_index(name)) for name in SORT_KEY],
