@@ -37,7 +37,7 @@ from tallymark_node.bench.soak_load import (
     check,
 )
 from tallymark_node.bench.stored import totals_on_disk
-from tallymark_store.id_budget import memory_of
+from tallymark_store.memory_budget import memory_of
 
 PARTITIONS: Final = 4
 _CALLERS: Final = 64
