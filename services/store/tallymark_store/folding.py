@@ -31,6 +31,7 @@ CATCH_UP_NS = 2_000_000  # likewise, for a read that would else have to wait
 FOLD_DELAY_S = 0.1  # what is committed meanwhile is folded together
 AWAITED_DELAY_S = 0.001  # likewise, where somebody waits for what the fold finds
 FOLD_EVENTS = 65_536  # so many are not waited with
+BEHIND_EVENTS = 16_384  # nor so many of one partition: a read folds them in a moment
 BACKLOG_HIGH_BYTES = 192 * 1024 * 1024  # appended and not folded: above it, nothing more is read
 BACKLOG_LOW_BYTES = 96 * 1024 * 1024
 _EVENTS = int(RecordKind.EVENTS)
@@ -80,6 +81,7 @@ class Folding:
         self._due = False
         self._timer: asyncio.TimerHandle | None = None  # of the next slice
         self._awaited_due = False
+        self._asked: set[int] = set()  # numbers of partitions to be folded with what is waited for
         self._awaited_timer: asyncio.TimerHandle | None = None  # of the next one of what is waited for
         self._unfolded = 0  # events committed since the last slice, but for those that were waited for
         self._catch_up_until_ns = 0  # of this turn of the loop; 0: no read has had to catch up in it yet
@@ -97,14 +99,18 @@ class Folding:
             self._due = True
             self._loop.call_soon(self._slice)
 
-    def awaited_soon(self) -> None:
-        """Fold what is committed and waited for, likewise; the rest at its time."""
+    def awaited_soon(self, number: int | None = None) -> None:
+        """Fold what is committed and waited for, likewise, and that partition; the rest at its time."""
+        if number is not None:
+            self._asked.add(number)
         if not self._awaited_due and not self._closed:
             self._awaited_due = True
             self._loop.call_soon(self._awaited_slice)
 
-    def later(self, events: int, *, is_awaited: bool = False) -> None:
+    def later(self, events: int, *, behind: int = 0, is_awaited: bool = False) -> None:
         """So many events more were committed: fold them in a moment, together with what is committed by then.
+
+        `behind` is how many offsets of their partition are not folded.
 
         That costs less, and mostly nobody waits for it: a read folds what it needs by itself. Whoever waits for alerts
         can't know that there is one, so that moment is short; it is for partitions that are waited for only, as it costs
@@ -116,7 +122,7 @@ class Folding:
             self._awaited_timer = self._loop.call_later(AWAITED_DELAY_S, self._awaited_slice)
         elif not is_awaited:
             self._unfolded += events
-            if self._unfolded >= FOLD_EVENTS:
+            if self._unfolded >= FOLD_EVENTS or behind >= BEHIND_EVENTS:
                 self.soon()
         if self._timer is None and not self._due:
             self._timer = self._loop.call_later(FOLD_DELAY_S, self._slice)
@@ -125,20 +131,21 @@ class Folding:
         self._due = False
         self._unfolded = 0
         _cancel(self._timer)
-        self._timer = None
+        _cancel(self._awaited_timer)
+        self._timer = self._awaited_timer = None
         if self._closed:
             return
         deadline = self._clock.monotonic_ns() + FOLD_SLICE_NS
         # Who is about to lead comes first: its clients wait.
         behind = bool(self._promoting) and self._promote(deadline)
         waiting = self._behind()
-        awaited = [partition for partition in waiting if self._is_awaited(partition)]
+        awaited = self._awaited_of(waiting)
         for partition in awaited:
             behind = self._fold_until(partition, deadline) or behind
         if awaited:
             waiting = [partition for partition in waiting if partition not in awaited]
-            # Those who wait are told in the next turn of the loop.
-            deadline = min(deadline, self._clock.monotonic_ns() + OTHERS_SLICE_NS)
+            # Those who wait are told in the next turn of the loop; however much there is for them, the others go on, too.
+            deadline = self._clock.monotonic_ns() + OTHERS_SLICE_NS
         for partition in waiting:
             behind = self._fold_until(partition, deadline) or behind
         if behind:
@@ -149,16 +156,22 @@ class Folding:
         self._awaited_due = False
         _cancel(self._awaited_timer)
         self._awaited_timer = None
-        if self._closed:
-            return
+        if self._closed or self._due:
+            return  # a slice of all of them, which begins with these, comes in this turn or the next
         deadline = self._clock.monotonic_ns() + FOLD_SLICE_NS
         behind = False
-        for partition in self._behind():
-            if self._is_awaited(partition):
-                behind = self._fold_until(partition, deadline) or behind
+        for partition in self._awaited_of(self._behind()):
+            if self._fold_until(partition, deadline):
+                behind = True
+                self._asked.add(partition.partition)
         if behind:
             self.awaited_soon()
         self._check_backlog()
+
+    def _awaited_of(self, partitions: list[Partition]) -> list[Partition]:
+        """Those that somebody waits for, or has asked for."""
+        asked, self._asked = self._asked, set()
+        return [p for p in partitions if p.partition in asked or self._is_awaited(p)]
 
     def _behind(self) -> list[Partition]:
         return [p for p in self._partitions.values() if p.error is None and p.fold_behind]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
@@ -123,7 +122,6 @@ class Store:
         self._offload = offload
         self._config = config
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.get_ident()  # the loop's
         self._flush_due = False
         self._marker: asyncio.TimerHandle | None = None
         self._synced: deque[tuple[int, dict[int, int]]] = deque()  # (group, log ends), from the log's thread
@@ -145,7 +143,7 @@ class Store:
             leadership=self,
             new_copy_id=new_copy_id,
         )
-        self.tail = Tail(self.serving, lambda: self.folding.awaited_soon())  # noqa: PLW0108 - it is made below
+        self.tail = Tail(self.serving, lambda number: self.folding.awaited_soon(number))  # noqa: PLW0108 - it is made below
         self.folding = Folding(
             wal,
             partitions,
@@ -328,7 +326,8 @@ class Store:
         events = max(high_watermark - partition.high_watermark, 0)
         for send in partition.commit(high_watermark):
             send()
-        self.folding.later(events, is_awaited=self.tail.awaits(partition))
+        behind = partition.high_watermark - partition.applied
+        self.folding.later(events, behind=behind, is_awaited=self.tail.awaits(partition))
         if self._waiters:
             self._notify()
 
@@ -370,10 +369,7 @@ class Store:
         # One wake-up takes in every group that was synced by the time it runs.
         if not self._synced_called:
             self._synced_called = True
-            if threading.get_ident() == self._thread:
-                self._loop.call_soon(self._take_synced)  # it was synced at once; waking the loop isn't needed
-            else:
-                self._loop.call_soon_threadsafe(self._take_synced)
+            self._loop.call_soon_threadsafe(self._take_synced)
 
     def _failed_in_thread(self, error: BaseException) -> None:
         self._loop.call_soon_threadsafe(self.log_failed, error)

@@ -57,13 +57,13 @@ class Tail:
 
     Args:
         serving: gives a partition that this store leads, or raises what tells why it doesn't.
-        fold_soon: has what is committed, and waited for, folded at once.
+        fold_soon: has what is committed of a partition folded at once.
 
     Attributes:
         held_count: calls that wait.
     """
 
-    def __init__(self, serving: Callable[[int], Partition], fold_soon: Callable[[], None]) -> None:
+    def __init__(self, serving: Callable[[int], Partition], fold_soon: Callable[[int], None]) -> None:
         self.held_count = 0
         self._serving = serving
         self._fold_soon = fold_soon
@@ -167,8 +167,8 @@ class Tail:
             except TallymarkError as error:
                 refused[number] = to_wire(error)
                 continue
-            if partition.fold_behind:  # what was committed while nobody watched
-                self._fold_soon()
+            if partition.may_alert:  # it was committed while nobody watched
+                self._fold_soon(number)
             count = partition.fold.alert_count - position
             if count > 0:
                 led.append((partition, position, count))

@@ -325,7 +325,7 @@ async def test_what_was_asked_of_a_discarded_copy_is_refused(
     if not recount:
         monkeypatch.setattr(folding, "RUN_RECORDS_MAX", 1)
         monkeypatch.setattr(store.folding, "soon", lambda: None)
-        monkeypatch.setattr(store.folding, "later", lambda _, is_awaited: None)
+        monkeypatch.setattr(store.folding, "later", lambda _, behind, is_awaited: None)
         await cluster.append(leader, ids(5, 1_000), (2, 0))
         await cluster.append(leader, ids(5, 2_000), (2, 1))
         end = cluster.nodes[leader].store.partitions[0].log_end

@@ -43,6 +43,8 @@ class Pieces:
 
 def folding_of(partitions, clock, awaited=()):
     """The driver's folding, of stand-ins."""
+    for number, partition in enumerate(partitions):
+        partition.partition = number
     return Folding(
         None,
         dict(enumerate(partitions)),
@@ -65,8 +67,8 @@ async def test_what_is_waited_for_comes_first():
     while any(partition.fold_behind for partition in partitions):  # noqa: ASYNC110 - turns of the loop are what is tested
         await asyncio.sleep(0)
     slice_, others = folding.FOLD_SLICE_NS // MS, folding.OTHERS_SLICE_NS // MS
-    assert told == ["b" * slice_]
-    assert "".join(order).startswith("b" * 30 + "a" * others)
+    assert told == ["b" * slice_ + "a" * others]
+    assert "".join(order).startswith(2 * ("b" * slice_ + "a" * others))
     assert sorted(order) == sorted("abc" * 30)
 
 
@@ -114,4 +116,39 @@ async def test_what_is_committed_is_folded_in_the_end():
     for _ in range(2):
         await asyncio.sleep(0)
     assert "".join(order) == "aabba", "so many are not waited with"
+    partitions[1].left = 1
+    made.later(1, behind=folding.BEHIND_EVENTS)
+    for _ in range(2):
+        await asyncio.sleep(0)
+    assert "".join(order) == "aabbab", "nor so many of one partition"
+    made.close()
+
+
+async def test_one_partition_can_be_asked_for():
+    """It is folded with what is waited for until nothing of it is left, though nobody waits for it any more."""
+    clock, order = Clock(), []
+    partitions = [Pieces(name, clock, order) for name in "ab"]
+    made = folding_of(partitions, clock)
+    made.awaited_soon(1)
+    while partitions[1].fold_behind:  # noqa: ASYNC110 - turns of the loop are what is tested
+        await asyncio.sleep(0)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert "".join(order) == "b" * 30
+    made.close()
+
+
+async def test_there_is_one_slice_in_a_turn():
+    """Where all partitions are due to be folded, those that somebody waits for are not folded twice as long."""
+    clock, order = Clock(), []
+    partitions = [Pieces("a", clock, order, left=100)]
+    made = folding_of(partitions, clock, awaited="a")
+    made.soon()
+    made.awaited_soon()
+    spent = []
+    while partitions[0].fold_behind:
+        before = len(order)
+        await asyncio.sleep(0)
+        spent.append(len(order) - before)
+    assert max(spent) == folding.FOLD_SLICE_NS // MS
     made.close()

@@ -37,7 +37,7 @@ class Records:
         self.fold = self
         self.alert_count = count
         self.looked = 0
-        self.fold_behind = False
+        self.may_alert = False
 
     def alerts_at(self, positions: Any) -> list[Any]:
         self.looked += 1
@@ -50,11 +50,11 @@ class World:
 
     def __init__(self, **counts: int) -> None:
         self.led = {int(name[1:]): Records(int(name[1:]), count) for name, count in counts.items()}
-        self.folds = 0  # how often the fold was asked for
+        self.folds: list[int] = []  # of which partitions the fold was asked for
         self.tail = Tail(self.serving, self.fold)  # type: ignore[arg-type]
 
-    def fold(self) -> None:
-        self.folds += 1
+    def fold(self, number: int) -> None:
+        self.folds.append(number)
 
     def serving(self, number: int) -> Records:
         if number not in self.led:
@@ -114,11 +114,11 @@ async def test_what_nobody_watched_is_folded_for_a_new_call() -> None:
     world = World(p0=5, p1=5)
     call = world.ask(p0=5)
     await turns()
-    assert world.folds == 0
-    world.led[1].fold_behind = True
+    assert world.folds == []
+    world.led[1].may_alert = True
     other = world.ask(p1=5)
     await turns()
-    assert world.folds == 1
+    assert world.folds == [1]
     world.write(0)
     world.write(1)
     assert [*told(await call), *told(await other)] == [0, 1]

@@ -1,12 +1,10 @@
 """The write-ahead log in use: appending, reading, rolling over, running full, truncating, checkpointing."""
 
 import errno
-import threading
 
 import numpy as np
 import pytest
 
-from tallymark_runtime.clock import ManualClock
 from tallymark_runtime.disk import DiskError, MemoryDisk, RealDisk
 from tallymark_store.wal import (
     DamagedError,
@@ -22,7 +20,6 @@ from tallymark_store.wal import (
     open_wal,
 )
 from tallymark_store.wal.format import segment_name
-from tallymark_store.wal.threads import AT_ONCE_BYTES_MAX, AT_ONCE_NS_MAX
 
 LOG_ID = bytes(range(16))
 SMALL = WalConfig(segment_bytes=8192)
@@ -623,82 +620,3 @@ def test_threads_report_a_failure_once():
     assert wal.failed
     with pytest.raises(LogFailedError):
         put(wal, 1, b"b")
-
-
-class TimedThreads:
-    """Threads of a log whose syncs take as long as a test says, and who synced what."""
-
-    def __init__(self):
-        self.wal, _ = reopen(MemoryDisk())
-        self.failures = []
-        self.by = []  # of each synced group: the thread
-        self.sync_takes_ns = 0
-        self._clock = ManualClock()
-        self._synced = threading.Semaphore(0)
-        write_group = self.wal.write_group
-
-        def write(group):
-            write_group(group)
-            self._clock.advance(self.sync_takes_ns)
-
-        self.wal.write_group = write
-        self.threads = WalThreads(
-            self.wal, on_synced=self._note, on_failed=self.failures.append, clock=self._clock
-        )
-        self.threads.start()
-
-    def _note(self, group):
-        self.by.append(threading.get_ident())
-        self._synced.release()
-
-    def put(self, size=1):
-        """Append a record, have it synced; whether that was done at once."""
-        put(self.wal, 1, bytes(size))
-        self.threads.wake()
-        assert self._synced.acquire(timeout=30)
-        with self.threads._syncing:  # it notes a group before it is done with it
-            return self.by[-1] == threading.get_ident()
-
-
-def test_a_small_group_is_synced_at_once_while_the_disk_is_quick():
-    """Not before that is known, not a large one, and not when syncs have become slow; then again when they are quick."""
-    log = TimedThreads()
-    first = [log.put() for _ in range(20)]
-    assert not first[0]
-    assert first[-1]
-    assert sorted(first) == first
-    assert not log.put(AT_ONCE_BYTES_MAX)
-    assert log.put()
-    log.sync_takes_ns = 100 * AT_ONCE_NS_MAX
-    slow = [log.put() for _ in range(20)]
-    assert sorted(slow, reverse=True) == slow
-    assert 1 <= sum(slow) <= 3, "the disk's slowness is seen by waiting for it"
-    log.sync_takes_ns = AT_ONCE_NS_MAX // 2
-    again = [log.put() for _ in range(40)]
-    assert sorted(again) == again
-    assert (again[0], again[-1]) == (False, True)
-    log.threads.close()
-    assert log.failures == []
-    assert log.wal.idle
-
-
-def test_a_sync_that_fails_at_once_is_reported_once():
-    """As in the thread: nothing is acknowledged any more, and the end finds nothing to sync."""
-    log = TimedThreads()
-    while not log.put():
-        pass
-    count = len(log.by)
-    error = OSError(errno.EIO, "broken")
-
-    def write(group):
-        raise error
-
-    log.wal.write_group = write
-    put(log.wal, 1, b"lost")
-    log.threads.wake()
-    assert log.failures == [error]
-    log.threads.close()
-    assert log.failures == [error]
-    assert len(log.by) == count
-    with pytest.raises(LogFailedError):
-        put(log.wal, 1, b"b")

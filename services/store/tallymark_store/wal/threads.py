@@ -4,11 +4,6 @@ The syncing thread takes whatever has arrived while the last sync ran, so the bu
 groups. It is woken by `wake`, which costs next to nothing while it is busy anyway. Its callbacks run in it:
 `on_synced(group)` for every group in order, `on_failed(error)` once, after which the log takes nothing more
 and the process is to end. Both would usually go through `loop.call_soon_threadsafe`.
-
-**Syncing at once.** Where the disk is quick, waking a thread and being woken by it takes as long as the sync itself.
-So a small group that finds the syncing thread idle is synced by whoever calls `wake`, callbacks included, as long as
-syncs have been quick of late (ADR 14). A disk that turns slow holds the caller up a few times; after that its syncs
-are the thread's again, until they are quick.
 """
 
 from __future__ import annotations
@@ -22,10 +17,6 @@ from tallymark_store.wal.log import Wal
 from tallymark_store.wal.writer import Group
 
 JOIN_SECONDS_MAX = 30.0  # for a last sync on a slow disk
-AT_ONCE_BYTES_MAX = 16 * 1024  # what waits to be synced, for it to be synced by the caller
-AT_ONCE_NS_MAX = 2_000_000  # what syncs have taken of late, likewise
-_RECENT = 8  # syncs over which that is averaged, roughly
-_OUTLIER_NS = 4 * AT_ONCE_NS_MAX  # for what a longer one counts: a few of them say little of those to come
 
 
 class WalThreads:
@@ -48,11 +39,6 @@ class WalThreads:
         self._prepare_calls: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._sync_called = False
         self._prepare_called = False
-        self._syncing = threading.Lock()  # held by whoever takes, writes and notes groups
-        self._recent_ns = (
-            2 * AT_ONCE_NS_MAX
-        )  # the average of the last syncs: nothing is known of the disk yet
-        self._is_running = False
         self._threads = [
             threading.Thread(target=self._run_sync, name="wal-sync", daemon=True),
             threading.Thread(target=self._run_prepare, name="wal-prepare", daemon=True),
@@ -65,37 +51,15 @@ class WalThreads:
             thread.start()
         self._wake_prepare()
         self.wake()
-        self._is_running = True
 
     def wake(self) -> None:
-        """Say that something was appended, or a marker queued. Call it once after a row of appends, in one thread.
-
-        It may be synced when this returns, and both callbacks may run inside this call.
-        """
-        if self._sync_called:
-            return
-        if self._is_quick and self._syncing.acquire(blocking=False):
-            try:
-                self._sync_all()
-            except BaseException as error:  # as in the thread
-                self._wal.fail(error)
-            finally:
-                self._syncing.release()
-            return
-        self._sync_called = True
-        self._sync_calls.put(True)
-
-    @property
-    def _is_quick(self) -> bool:
-        return (
-            self._recent_ns <= AT_ONCE_NS_MAX
-            and self._is_running
-            and self._wal.buffer_bytes <= AT_ONCE_BYTES_MAX
-        )
+        """Say that something was appended, or a marker queued. Call it once after a row of appends."""
+        if not self._sync_called:
+            self._sync_called = True
+            self._sync_calls.put(True)
 
     def close(self) -> None:
         """Sync what was accepted, write a marker, end the threads. The log stays open for reading."""
-        self._is_running = False
         self._wal.on_prepare_needed = None
         self._sync_calls.put(False)
         self._prepare_calls.put(False)
@@ -121,16 +85,10 @@ class WalThreads:
             self._wal.fail(error)  # tells nobody if this only is the echo of an earlier failure
 
     def _sync(self) -> None:
-        with self._syncing:
-            self._sync_all()
-
-    def _sync_all(self) -> None:
         while (group := self._wal.take_group()) is not None:
             began_ns = self._clock.monotonic_ns()
             self._wal.write_group(group)
-            took_ns = self._clock.monotonic_ns() - began_ns
-            self._recent_ns += (min(took_ns, _OUTLIER_NS) - self._recent_ns) // _RECENT
-            self._wal.sync_ns.observe(took_ns)
+            self._wal.sync_ns.observe(self._clock.monotonic_ns() - began_ns)
             self._wal.synced_bytes += group.size
             self._wal.synced(group)
             self._on_synced(group)
