@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,7 @@ from tallymark_store.partition import Partition
 from tallymark_store.wal import DamagedError
 
 if TYPE_CHECKING:
-    from tallymark_store.store import Offload, Store
+    from tallymark_store.store import Offload
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +57,14 @@ SLICE_ROWS = 1 << 15  # looked at between two turns of the loop
 SLICE_RECORDS = 1 << 14  # of units that are taken out of memory likewise
 MERGED_FILES = 8  # of about one size: merged then
 _SIZES = 8  # files are of about one size up to this factor
+
+
+class Holder(Protocol):
+    """Who has partitions: a store."""
+
+    @property
+    def partitions(self) -> dict[int, Partition]:
+        """The copies that are here, by their numbers."""
 
 
 class Spilling:
@@ -79,7 +87,7 @@ class Spilling:
 
     def __init__(
         self,
-        store: Store,
+        store: Holder,
         disk: Disk,
         *,
         budget_bytes: int | None,

@@ -10,12 +10,15 @@ import pyarrow as pa
 import pytest
 
 from tallymark_protocol.schema import update_record
+from tallymark_runtime.disk import MemoryDisk
 from tallymark_store.archive import manifest as manifests
 from tallymark_store.archive import retention
 from tallymark_store.archive.writer import open_file, write_file
 from tallymark_store.fold.cells import PERIOD, W_COUNT, W_KEY
 from tallymark_store.replicas_file import SLOT_BYTES
+from tallymark_store.verify import Scratch, differences
 
+from .payload_builder import event
 from .store_driver import BASE
 from .verify_helpers import METRICS, SECOND, Directory
 
@@ -65,6 +68,31 @@ async def test_nothing_is_found_where_nothing_is_wrong(recycled: bool, spilled: 
     assert report.counted.get("files of cells and alerts", 0) > (3 if spilled else -1)
     assert report.counted["archived events compared with the log"] > 60
     assert directory.disk.write_count == writes
+
+
+async def test_a_recount_needs_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no room for cells everything that is counted again goes to files, and a difference is told all the same."""
+    monkeypatch.setattr(differences, "PASS_CELLS", 5)
+    directory = await small(spilled=True)
+    room = MemoryDisk()
+    report = directory.verify(Scratch(room, cell_bytes=0, alert_bytes=0))
+    assert [finding.sentence for finding in report.findings] == []
+    names = room.at("p-0000").list()
+    assert {name.split("-")[0] for name in names} == {"alerts", "cells"}
+    assert len(names) < 80  # what is merged is removed
+    directory = await small()
+    fold = directory.driver.partitions[0].fold
+    cells = fold._cells.array[: fold.cell_count]
+    for row in (0, 7):
+        cells[row, W_COUNT] += 1
+    directory.driver.append(0, [event(5, "calls", value=1)], [(9, 9, BASE, 1, 9)], BASE + 10**12)
+    directory.driver.sync()
+    directory.checkpoint()
+    directory.stop()
+    found = [finding.sentence for finding in directory.verify().findings]
+    assert len(found) == 2
+    rooms = Scratch(MemoryDisk(), cell_bytes=0, alert_bytes=0)
+    assert [finding.sentence for finding in directory.verify(rooms).findings] == found
 
 
 def is_meaningless(directory: Directory, name: str, position: int) -> bool:

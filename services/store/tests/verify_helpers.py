@@ -18,7 +18,7 @@ from tallymark_store.recycling import recycle_floor
 from tallymark_store.replicas_file import ReplicasFile
 from tallymark_store.replication.effects import Role
 from tallymark_store.replication.ports import DurableState
-from tallymark_store.verify import Report, verify_store
+from tallymark_store.verify import Report, Scratch, verify_store
 
 from .payload_builder import event
 from .spilled_driver import SpilledDriver
@@ -145,5 +145,5 @@ class Directory:
         self.driver.wal.write_marker()
         self.driver.wal.sync_all()
 
-    def verify(self) -> Report:
-        return verify_store(self.disk, cluster=self.cluster)
+    def verify(self, scratch: Scratch | None = None) -> Report:
+        return verify_store(self.disk, cluster=self.cluster, scratch=scratch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from tallymark_runtime.catalog import Cluster
     from tallymark_store.verify import Report
 
+_HALF = 0  # of the machine's memory, is what a recount may take
 _SHOWN_MAX = 100  # findings; all are in the JSON document
 
 
@@ -38,7 +40,7 @@ def verify(
     """Read everything in a stopped server's data directory again, and count its events again.
 
     Every byte of log, checkpoints and archive is compared with its checksum, the archive with the log, and all totals
-    with a new count from raw events. Nothing is changed. What is found names file, position and partition.
+    with a new count from raw events. Nothing is changed; a count that memory has no room for takes some of TMPDIR. What is found names file, position and partition.
 
     Exit status: 0 nothing is wrong; 1 something is.
     """
@@ -85,9 +87,10 @@ def verify_directory(data_dir: Path, dedup_window_seconds: int | None, progress:
     """
     from tallymark_protocol.errors import UnavailableError
     from tallymark_protocol.limits import DEDUP_WINDOW_NS
-    from tallymark_runtime.disk import DiskError
+    from tallymark_runtime.disk import DiskError, RealDisk
     from tallymark_runtime.read_only_disk import ReadOnlyDisk
-    from tallymark_store.verify import Report, StoreDirectory
+    from tallymark_store import memory_budget
+    from tallymark_store.verify import Report, Scratch, StoreDirectory
 
     store, prefix = data_dir / "store", "store/"
     if not store.is_dir():
@@ -106,8 +109,20 @@ def verify_directory(data_dir: Path, dedup_window_seconds: int | None, progress:
             window_ns = DEDUP_WINDOW_NS if dedup_window_seconds is None else dedup_window_seconds * 10**9
         else:
             window_ns = cluster.dedup_window_ns
-        directory = StoreDirectory(disk, report, cluster=cluster, prefix=prefix, dedup_window_ns=window_ns)
-        directory.verify()
+        with tempfile.TemporaryDirectory(prefix="tallymark-verify-") as folder:
+            directory = StoreDirectory(
+                disk,
+                report,
+                cluster=cluster,
+                prefix=prefix,
+                dedup_window_ns=window_ns,
+                scratch=Scratch(
+                    RealDisk(Path(folder)),
+                    cell_bytes=memory_budget.cells_of(_HALF) or 0,
+                    alert_bytes=memory_budget.alerts_of(_HALF) or 0,
+                ),
+            )
+            directory.verify()
     finally:
         disk.unlock()
         progress.end()

@@ -59,7 +59,7 @@ from tallymark_store.fold.cells import (
     next_of,
     set_links,
 )
-from tallymark_store.fold.compiling import kernel, prefetch
+from tallymark_store.fold.compiling import inlined, kernel, prefetch
 from tallymark_store.fold.counters import N_CELLS, N_NEED, N_NEED_FILE, N_NEED_RECORD
 from tallymark_store.fold.dimensions import N_COMBOS, resolve_set
 from tallymark_store.fold.index import FULL, SHARDS, entry_position, insert
@@ -375,6 +375,22 @@ def _bring_unit(
     return False
 
 
+@inlined
+def _is_here(block: Any, j: Any, slot: Any, cells: Any) -> Any:
+    """Whether an event's cells are in memory where they were guessed to be: most are, and no file need be asked."""
+    account = block[j, _ACCOUNT]
+    row = block[j, _PERIOD_ROW]
+    if row < 0 or not is_cell(cells, row, account, block[j, _PERIOD_START], cell_key(slot, PERIOD)):
+        return False
+    if block[j, _AGG] == _COUNT_UNIQUE:
+        return True
+    combo = block[j, _COMBO]
+    row = block[j, _DAY_ROW]
+    return (
+        combo >= 0 and row >= 0 and is_cell(cells, row, account, block[j, _DAY_START], cell_key(slot, combo))
+    )
+
+
 @kernel
 def _bring_back(
     block: Any,
@@ -508,7 +524,7 @@ def fold_events(
                 | value_shards[SHARDS, FULL]
             ) != 0:
                 return i
-            if has_files:
+            if has_files and not _is_here(block, j, slot, cells):
                 combo_count = dims.counters[N_COMBOS]
                 if not _bring_back(
                     block, j, slot, slots, cells, table, shards, members, member_table, member_shards, rows, counters,

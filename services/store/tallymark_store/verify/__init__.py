@@ -2,5 +2,6 @@
 
 from tallymark_store.verify.directory import StoreDirectory, verify_store
 from tallymark_store.verify.findings import Finding, Report
+from tallymark_store.verify.scratch import Scratch
 
-__all__ = ["Finding", "Report", "StoreDirectory", "verify_store"]
+__all__ = ["Finding", "Report", "Scratch", "StoreDirectory", "verify_store"]

@@ -12,9 +12,10 @@ from tallymark_store.fold import cells as c
 from tallymark_store.fold.dimensions import C_CODES, V_END, V_START, VALUES, WIDTH
 from tallymark_store.partition import Partition
 from tallymark_store.verify.findings import Report
-from tallymark_store.verify.totals import all_cells, compare, running_totals
+from tallymark_store.verify.totals import Difference, all_cells, compare, is_share, running_totals
 
 NAMED_MAX = 20  # of one kind
+PASS_CELLS = 1_000_000  # that are looked at together
 
 
 def report_differences(running: Partition, recounted: Partition, folder: str, report: Report) -> None:
@@ -28,7 +29,11 @@ def report_differences(running: Partition, recounted: Partition, folder: str, re
     """
     number = running.partition
     before = report.count
-    found = compare(recounted.fold.schemas, running_totals(running.fold), running_totals(recounted.fold))
+    passes = max(1, -(-max(running.fold.cell_count, recounted.fold.cell_count) // PASS_CELLS))
+    found: list[Difference] = []
+    for share in range(passes):
+        sides = [running_totals(one.fold, (share, passes)) for one in (running, recounted)]
+        found += compare(recounted.fold.schemas, *sides)
     for total in found[:NAMED_MAX]:
         report.find(
             f"the running total of account {total.account}, metric {total.code!r}, in the period from "
@@ -40,7 +45,7 @@ def report_differences(running: Partition, recounted: Partition, folder: str, re
         )
     if len(found) > NAMED_MAX:
         report.find(f"{len(found) - NAMED_MAX} further totals differ", file=folder, partition=number)
-    _report_days(running.fold, recounted.fold, folder, number, report)
+    _report_days(running.fold, recounted.fold, passes, folder, number, report)
     parts = ("totals, sets, thresholds or alerts", "event ids", "producers' windows", "outcomes")
     for part, one, other in zip(
         parts, running.digest().split("-"), recounted.digest().split("-"), strict=True
@@ -55,10 +60,18 @@ def report_differences(running: Partition, recounted: Partition, folder: str, re
             )
 
 
-def _report_days(running: Fold, recounted: Fold, folder: str, number: int, report: Report) -> None:
-    one, other = _days(running), _days(recounted)
-    keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
-    for account, slot, start, combination in sorted(keys)[:NAMED_MAX]:
+def _report_days(
+    running: Fold, recounted: Fold, passes: int, folder: str, number: int, report: Report
+) -> None:
+    one: dict[_Key, list[int]] = {}
+    other: dict[_Key, list[int]] = {}
+    for part in range(passes):
+        of_one, of_other = _days(running, (part, passes)), _days(recounted, (part, passes))
+        differing = [key for key in {**of_one, **of_other} if of_one.get(key) != of_other.get(key)]
+        one |= {key: of_one[key] for key in differing if key in of_one}
+        other |= {key: of_other[key] for key in differing if key in of_other}
+    keys = sorted({**one, **other})
+    for account, slot, start, combination in keys[:NAMED_MAX]:
         key = account, slot, start, combination
         report.find(
             f"the total of account {account}, metric {recounted.schemas.record(slot).schema.code!r}, on the day from "
@@ -75,12 +88,12 @@ def _report_days(running: Fold, recounted: Fold, folder: str, number: int, repor
 _Key = tuple[int, int, int, tuple[str, ...]]
 
 
-def _days(fold: Fold) -> dict[_Key, list[int]]:
+def _days(fold: Fold, share: tuple[int, int]) -> dict[_Key, list[int]]:
     """Day cells that are not the same by bytes on both sides would be many where a state is rotten: all are told."""
     dims = fold.dimensions.arrays
     texts: dict[int, tuple[str, ...]] = {}
     found: dict[_Key, list[int]] = {}
-    for row in _day_rows(fold):
+    for row in _day_rows(fold, share):
         combination = (row[c.W_KEY] >> 32) & 0xFFFFFFFF
         if combination not in texts:
             codes = dims.combos[combination, C_CODES : C_CODES + WIDTH].tolist()
@@ -90,9 +103,11 @@ def _days(fold: Fold) -> dict[_Key, list[int]]:
     return found
 
 
-def _day_rows(fold: Fold) -> Iterator[list[int]]:
+def _day_rows(fold: Fold, share: tuple[int, int]) -> Iterator[list[int]]:
     for cells in all_cells(fold):
-        yield from cells[(cells[:, c.W_KEY] >> 32) & 0xFFFFFFFF != c.PERIOD].tolist()
+        chosen = (cells[:, c.W_KEY] >> 32) & 0xFFFFFFFF != c.PERIOD
+        chosen &= is_share(cells[:, c.W_ACCOUNT].view(np.uint64), share)
+        yield from cells[chosen].tolist()
 
 
 def _value(dims: Any, code: int) -> str:

@@ -3,7 +3,8 @@
 In this order, one partition after the other where there are several: the log's files byte by byte (`log`); REPLICAS and
 CLUSTER; what recovery makes of the log, without changing it (`overlay`); checkpoints; archive files, by themselves and
 against the log (`archive`); and the recount. Where a log begins with a partition's first record, everything is folded
-from there and compared with the newest checkpoint, all of the state. Where it doesn't, the totals of billing periods
+from there and compared with the newest checkpoint, all of the state; what memory has no place for goes to files of
+verify's own (`scratch`). Where it doesn't, the totals of billing periods
 are counted from archive and log (`totals`); days, sets of dimensions and ids of what the log has dropped are then
 taken as the checkpoint has them.
 
@@ -33,6 +34,7 @@ from tallymark_store.scan.source import WalSource
 from tallymark_store.verify.findings import Report
 from tallymark_store.verify.log import LogFiles
 from tallymark_store.verify.overlay import OverlayDisk
+from tallymark_store.verify.scratch import Scratch
 from tallymark_store.wal import DamagedError, Wal, WalStart, open_wal
 from tallymark_store.wal.errors import LogVersionError
 from tallymark_store.wal.recovery import MixedLogError, Recovery
@@ -52,6 +54,7 @@ class StoreDirectory:
         cluster: the cluster's constants, where they are known.
         prefix: the folder's path in the data directory, for findings; "" or ending in a slash.
         dedup_window_ns: the cluster's, where its constants are not known.
+        scratch: where what is counted again may go; None: it stays in memory.
     """
 
     def __init__(
@@ -62,7 +65,9 @@ class StoreDirectory:
         cluster: Cluster | None,
         prefix: str = "",
         dedup_window_ns: int = limits.DEDUP_WINDOW_NS,
+        scratch: Scratch | None = None,
     ) -> None:
+        self._scratch = scratch
         self._disk = disk
         self._report = report
         self._cluster = cluster
@@ -192,6 +197,7 @@ class _PartitionCheck:
         self._report = directory._report  # one object in two pieces
         self._wal = wal
         self._number = number
+        self._scratch = directory._scratch
         self._is_damaged = found.is_damaged(number)
         self._foreign = found.start_ignored
         self._disk = directory._disk
@@ -324,6 +330,8 @@ class _PartitionCheck:
                         found=index.meta(row),
                     )
                 partition.apply_logged(meta, body, columns)
+                if self._scratch is not None:
+                    self._scratch.relieve(partition)
             except (DamagedError, RemoteProtocolError) as error:
                 self._report.find(
                     error.message,
@@ -491,6 +499,7 @@ def verify_store(
     cluster: Cluster | None = None,
     prefix: str = "",
     progress: Callable[[str], None] = lambda _: None,
+    scratch: Scratch | None = None,
 ) -> Report:
     """Verify a stopped store's folder, which the caller has locked; see the module.
 
@@ -498,5 +507,5 @@ def verify_store(
         DiskError: the disk can't be read.
     """
     report = Report(progress)
-    StoreDirectory(disk, report, cluster=cluster, prefix=prefix).verify()
+    StoreDirectory(disk, report, cluster=cluster, prefix=prefix, scratch=scratch).verify()
     return report

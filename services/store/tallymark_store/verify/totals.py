@@ -84,7 +84,7 @@ class PeriodTotals:
         """Count the rows of a table, which is sorted as archive files are."""
         offsets = table.column("offset").to_numpy()
         accounts = table.column("account").to_numpy()
-        counted = (offsets < self._upto) & _is_share(accounts, self._share)
+        counted = (offsets < self._upto) & is_share(accounts, self._share)
         if not counted.any():
             return
         if not counted.all():
@@ -234,7 +234,7 @@ def running_totals(fold: Fold, share: tuple[int, int] = (0, 1)) -> npt.NDArray[A
     parts = []
     for cells in all_cells(fold):
         chosen = (cells[:, c.W_KEY] >> 32) & 0xFFFFFFFF == c.PERIOD
-        chosen &= _is_share(cells[:, c.W_ACCOUNT].view(np.uint64), share)
+        chosen &= is_share(cells[:, c.W_ACCOUNT].view(np.uint64), share)
         parts.append(cells[chosen])
     cells = np.concatenate(parts)
     totals = np.zeros(len(cells), TOTAL)
@@ -303,7 +303,8 @@ def _told(agg: AggType, row: tuple[int, ...]) -> str:
     return f"count {count}, sum {total}, min {least}, max {most}, last value {value} at {time} ns, offset {offset}"
 
 
-def _is_share(accounts: Words, share: tuple[int, int]) -> npt.NDArray[np.bool_]:
+def is_share(accounts: Words, share: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    """Which of some accounts belong to a part of all of them: (which, of how many)."""
     part, of = share
     if of == 1:
         return np.ones(len(accounts), np.bool_)
