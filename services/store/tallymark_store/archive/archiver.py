@@ -486,9 +486,9 @@ class Archiver:
         if now_ns < archive.next_rules_ns:
             return
         archive.next_rules_ns = now_ns + RULES_NS
-        partition = self._store.partitions[number]
-        if partition.applied < partition.index.log_start:
-            return  # a snapshot is being put in force
+        partition = self._store.partitions.get(number)
+        if partition is None or partition.applied < partition.index.log_start:
+            return  # the copy was removed meanwhile, or a snapshot is being put in force
         log_ns = partition.index.append_ns_before(partition.applied)
         found = retention.rules(partition.fold.schemas, log_ns)
         if found != archive.rules:
