@@ -62,3 +62,8 @@ def test_sim_unavailable_is_right(start: int) -> None:
         is_destructive=True, kinds=("wipe", "rot", "power", "kill_all", "isolate", "storm"), mean_ms=250
     )
     check(start, options)
+
+
+def test_sim_an_early_offer() -> None:
+    """A store that led again before it had started altogether offered a snapshot without its archive."""
+    check(2_023, count=1)

@@ -56,17 +56,17 @@ class Target(Protocol):
         ...
 
 
-def open_target(place: str) -> Target:
-    """The target that a command names.
+def open_target(place: str, inside: str = "") -> Target:
+    """The target that a command or a setting names, or a folder inside of it.
 
     Raises:
         InvalidRequestError: it names none.
     """
     if "://" not in place:
-        return FolderTarget(Path(place))
+        return FolderTarget(Path(place) / inside)
     if place.startswith("file://"):
-        return FolderTarget(Path(place.removeprefix("file://")))
-    return ArrowTarget(place)
+        return FolderTarget(Path(place.removeprefix("file://")) / inside)
+    return ArrowTarget(place, inside)
 
 
 class FolderTarget:
@@ -138,7 +138,7 @@ def _sync_folder(folder: Path) -> None:
 class ArrowTarget:
     """What a URL names, by `pyarrow.fs`."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, inside: str = "") -> None:
         import pyarrow as pa
         from pyarrow import fs
 
@@ -146,7 +146,7 @@ class ArrowTarget:
             self._fs, base = fs.FileSystem.from_uri(url)
         except (pa.ArrowInvalid, OSError) as error:
             raise InvalidRequestError(f"{url!r} is no place for objects: {error}") from None
-        self._base = base.rstrip("/")
+        self._base = "/".join(part for part in (base.rstrip("/"), inside) if part)  # a URL may end in options
         self._selector = fs.FileSelector
         self._types = fs.FileType
 

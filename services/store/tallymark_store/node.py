@@ -298,7 +298,7 @@ class StoreNode:
 
         home = None
         if self._config.archive_url:
-            target = open_target(f"{self._config.archive_url.rstrip('/')}/{self._config.node_id}")
+            target = open_target(self._config.archive_url, self._config.node_id)
             home = Home(target, self._config.archive_cache_bytes)
         return Archiver(
             store,

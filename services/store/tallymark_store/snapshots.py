@@ -212,8 +212,11 @@ class Snapshots:
     # ------------------------------------------------------------ sending
 
     def offer(self, number: int, to: str, epoch: int) -> None:
-        """Offer a node the newest checkpoint of a partition, or the one that it is getting. Never waits."""
-        if not self._is_closed:
+        """Offer a node the newest checkpoint of a partition, or the one that it is getting. Never waits.
+
+        Nothing before `start`: it would go without the archive.
+        """
+        if not self._is_closed and self._checkpoint_lock is not None:
             self.sending.offer(number, to, epoch)
 
     # ------------------------------------------------------------ getting
@@ -401,7 +404,7 @@ class Snapshots:
         if archiver is None:
             return
         if offer.archive is None:
-            await archiver.clear_incoming(number)  # of a try before: none belongs to this snapshot
+            await archiver.take_none(number, offer.offset)
             return
         disk = archiver.folder(number)
         size, crc = offer.archive

@@ -11,7 +11,7 @@ from tallymark_protocol.errors import UnavailableError
 from tallymark_protocol.messages import StoreEvents
 from tallymark_protocol.zones import TIME_END_NS
 from tallymark_runtime.disk import DiskError
-from tallymark_runtime.objects import ArrowTarget, FolderTarget
+from tallymark_runtime.objects import ArrowTarget, FolderTarget, open_target
 from tallymark_store.archive import archiver as archiver_module
 from tallymark_store.archive import manifest as manifests
 from tallymark_store.archive import policy, retention
@@ -96,8 +96,10 @@ def events(world: World) -> list[tuple[int, int, int]]:
 
 @pytest.fixture(params=["folder", "url"])
 def target(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
-    place = tmp_path / "home" / "node"
-    return FolderTarget(place) if request.param == "folder" else ArrowTarget(f"file://{place}")
+    place = tmp_path / "home"
+    if request.param == "folder":
+        return open_target(str(place), "node")
+    return ArrowTarget(f"file://{place}", "node")
 
 
 async def test_final_files_go_home_and_are_read_from_there(target: Any) -> None:

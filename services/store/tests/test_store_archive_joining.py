@@ -27,6 +27,7 @@ from tallymark_store.wal import WalConfig
 
 from .cluster_driver import Cluster
 from .test_store_archive_snapshots import (
+    BATCH,
     archive_and_recycle,
     archive_folder,
     archived_offsets,
@@ -172,6 +173,34 @@ async def test_a_damaged_file_of_ones_own_is_a_gap(late: Cluster) -> None:
     assert own.files[0] in manifest.files
 
 
+def send_the_state_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No snapshot has an archive with it from now on."""
+    hold = Sending._hold
+
+    def alone(self: Any, number: int, copy_id: str) -> Any:
+        self.archiver = None
+        return hold(self, number, copy_id)
+
+    monkeypatch.setattr(Sending, "_hold", alone)
+
+
+async def test_what_a_log_has_is_archived_before_it_goes(
+    late: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A snapshot comes without an archive, and this copy has archived nothing: its raw events are in its log only."""
+    cluster = late
+    _, name, _ = await behind(cluster, is_archived=False)
+    committed = checkpoint_of(cluster, name)
+    send_the_state_alone(monkeypatch)
+    await cluster.start(name)
+    await installed(cluster, name)
+    manifest = manifest_of(cluster, name)
+    assert (manifest.start_offset, manifest.end_offset) == (0, committed)
+    assert manifest.rows == 4 * (BATCH - 1)
+    assert log_start(cluster, name) > committed
+    assert any("its archive is left as it is" in report for report in cluster.reports)
+
+
 async def test_what_a_try_before_has_left_is_forgotten(
     late: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,13 +211,7 @@ async def test_what_a_try_before_has_left_is_forgotten(
     incoming.complete(
         archive_folder(cluster, name), Manifest(0, before.copy_id, before.end_offset + 3, before.files)
     )
-    hold = Sending._hold
-
-    def alone(self: Any, number: int, copy_id: str) -> Any:
-        self.archiver = None
-        return hold(self, number, copy_id)
-
-    monkeypatch.setattr(Sending, "_hold", alone)
+    send_the_state_alone(monkeypatch)
     await cluster.start(name)
     await installed(cluster, name)
     folder = archive_folder(cluster, name)
@@ -293,3 +316,17 @@ async def test_a_late_readers_error_does_not_condemn_a_new_archive() -> None:
     with pytest.raises(ArchiveDamagedError):
         await Calls._stepped(calls, partition, lambda: None)  # type: ignore[arg-type,return-value]
     assert world.archiver.end_offset(0) == 0
+
+
+async def test_nothing_is_offered_before_the_archive_is_at_hand(late: Cluster) -> None:
+    """A store may lead again before it has started altogether: what it offered then would go without its archive."""
+    _, name, _ = await behind(late)
+    leader = await late.wait_leader()
+    snapshots: Any = late.nodes[leader].snapshots
+    epoch = late.nodes[leader].store.replicas[0].epoch
+    lock, snapshots._checkpoint_lock = snapshots._checkpoint_lock, None
+    snapshots.offer(0, name, epoch)
+    assert not snapshots.sending._held
+    snapshots._checkpoint_lock = lock
+    snapshots.offer(0, name, epoch)
+    assert snapshots.sending._held

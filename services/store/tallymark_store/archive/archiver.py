@@ -486,9 +486,9 @@ class Archiver:
         if now_ns < archive.next_rules_ns:
             return
         archive.next_rules_ns = now_ns + RULES_NS
-        partition = self._store.partitions[number]
-        if partition.applied < partition.index.log_start:
-            return  # a snapshot is being put in force
+        partition = self._store.partitions.get(number)
+        if partition is None or partition.applied < partition.index.log_start:
+            return  # the copy was removed meanwhile, or a snapshot is being put in force
         log_ns = partition.index.append_ns_before(partition.applied)
         found = retention.rules(partition.fold.schemas, log_ns)
         if found != archive.rules:
@@ -629,13 +629,7 @@ class Archiver:
 
         What that archive lacks, and this copy's log has, is archived before the log is gone.
         """
-        async with self._lock:
-            end = max([high for _, high in incoming.holes(manifest, offset)], default=0)
-            archive = await self._opened(number) if end else None
-            target = min(self._target(number) or 0, end)
-            while archive is not None and archive.manifest.end_offset < target:
-                if not await self._take_slice(number, archive, target):
-                    break
+        await self._save(number, max([high for _, high in incoming.holes(manifest, offset)], default=0))
         return list(await self._in_thread(incoming.plan, self.folder(number), manifest, offset))
 
     async def take_in(self, number: int, manifest: Manifest, offset: int) -> None:
@@ -656,8 +650,22 @@ class Archiver:
                 f"{manifest.start_offset}; this copy keeps what it has from before, and neither has offsets {ranges}"
             )
 
-    async def clear_incoming(self, number: int) -> None:
-        """Forget what has come in for a partition and was not put in force. Raises DiskError."""
+    async def _save(self, number: int, end: int) -> None:
+        """Archive what a log has below an offset, as far as that is committed, before it is gone."""
+        async with self._lock:
+            archive = await self._opened(number) if end else None
+            target = min(self._target(number) or 0, end)
+            while archive is not None and archive.manifest.end_offset < target:
+                if not await self._take_slice(number, archive, target):
+                    break
+
+    async def take_none(self, number: int, offset: int) -> None:
+        """A snapshot brings no archive: what this copy's log has is archived, and what a try before has left goes.
+
+        Raises:
+            DiskError: the disk refused.
+        """
+        await self._save(number, offset)
         await self._in_thread(incoming.clear, self.folder(number))
 
     def replaced(self, number: int) -> None:
