@@ -120,7 +120,9 @@ class Checkers:
         self._digests: list[dict[int, tuple[str, str]]] = [{} for _ in range(partitions)]
         self._seen: defaultdict[str, dict[int, Seen]] = defaultdict(dict)  # by process, then by partition
         # By process: its replicas, partitions and the log's indexes as they were found right last, and what was compared.
-        self._glances: dict[str, tuple[Any, Any, Any, list[tuple[Seen, Replica, Partition, PartitionIndex]]]] = {}
+        self._glances: dict[
+            str, tuple[Any, Any, Any, list[tuple[Seen, Replica, Partition, PartitionIndex]]]
+        ] = {}
         self._world = world
         self._rng = rng
         self._trace = trace
