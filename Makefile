@@ -40,11 +40,14 @@ $(VENV)/.load: pyproject.toml | $(BIN)/python
 demo: $(VENV)/.server ## meter a git repository's history, show totals, leave the server up
 	@$(BIN)/tallymark demo
 
+# Half of the time that tests of processes take they wait, for a lease to run out or a process to end: a machine that is
+# left to itself may get through sooner with a worker more than it has processors.
+WORKERS ?= 2
 # Kernels are compiled once before tests start servers side by side, each of which would compile them otherwise.
 test: $(VENV)/.test etcd network ## unit, scenario and process-level tests
 	@echo "compiling the kernels"
 	@$(BIN)/python -c 'from tallymark_node.dev import warm_up; warm_up()'
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # pytest doesn't look into tests/containers unless it is told to: everything else runs without an engine.
 integration: $(VENV)/.test ## images, a cluster of containers, and the compose file; needs no registry

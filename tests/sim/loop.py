@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import heapq
-from asyncio import events
+from asyncio import events, format_helpers
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -170,7 +170,7 @@ class ProcessLoop(asyncio.AbstractEventLoop):
         self._due_ns = due_ns
         self._on_error = on_error
         self._after_turn = after_turn
-        self._ready: deque[asyncio.Handle] = deque()
+        self._ready: deque[Any] = deque()  # handles
         self._armed = False
         self._next_turn = Event(self._turn, ())  # one at a time, used over and over
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -217,7 +217,12 @@ class ProcessLoop(asyncio.AbstractEventLoop):
                 handle = ready.popleft()
                 if handle._cancelled:
                     continue
-                handle._run()
+                try:  # as `Handle._run` does it
+                    handle._context.run(handle._callback, *handle._args)
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as error:
+                    self._failed(handle, error)
                 if not self.is_alive:
                     return
         finally:
@@ -226,6 +231,10 @@ class ProcessLoop(asyncio.AbstractEventLoop):
         if ready:
             self._arm()
         self._after_turn()
+
+    def _failed(self, handle: Any, error: BaseException) -> None:
+        what = format_helpers._format_callback_source(handle._callback, handle._args)
+        self.call_exception_handler({"message": f"Exception in callback {what}", "exception": error})
 
     # ------------------------------------------------------------ what asyncio asks of a loop
 

@@ -129,6 +129,8 @@ class CoordinatorState:
                 details={"compact_revision": self.compacted},
             )
         history = self._history
+        if not history or history[-1].item.mod_revision < from_revision:
+            return []  # whoever follows has seen all there is, most often
         start = bisect_left(history, from_revision, key=lambda event: event.item.mod_revision)
         return [event for event in history[start:] if event.item.key.startswith(prefix)]
 
