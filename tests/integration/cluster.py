@@ -88,6 +88,8 @@ class Cluster:
             "replication_factor": min(stores, 3),
             "lease_ttl_seconds": LEASE_SECONDS,
         } | (settings or {})
+        # What a log has dropped can't be counted again by its store.
+        self.counts_again = common.get("archive") != "on"
         self.stores: list[Store] = []
         for number in range(1, stores + 1):
             name = f"store-{number}"
@@ -260,7 +262,7 @@ class Cluster:
             raise AssertionError(f"the copies don't become equal: {state}") from None
 
     async def check_replicas(self) -> None:
-        """Check that all copies have the same state at the same offset, and that it is what their logs say.
+        """Check that all copies have the same state at the same offset, and that it is what their logs say, if whole.
 
         No event may be sent meanwhile. A leadership may change: then a copy can be asked before and another after
         the record that begins the epoch, and all are asked again.
@@ -279,7 +281,7 @@ class Cluster:
         digests: dict[int, dict[str, str]] = {}  # by applied offset, by who says so
         for store in self.stores:
             async with self.peer(store.address) as peer:
-                for recount in (False, True):
+                for recount in (False, True) if self.counts_again else (False,):
                     state = await peer.call(StoreDigest(number, recount=recount), PartitionStatus)
                     assert state.digest
                     said_by = f"{store.node_id}{' by a recount' if recount else ''}"

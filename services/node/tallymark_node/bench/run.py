@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -111,6 +112,11 @@ async def _compare(names: Sequence[str], options: Options) -> list[_Comparison]:
     return compared
 
 
+def _end_all_on_sigterm() -> None:
+    """Whoever ends a long measurement means the server and its data, too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def _rate_of(text: str) -> int | None:
     if text == "max":
         return None
@@ -139,6 +145,7 @@ def _archive(plan: archived.Plan, *, as_json: bool) -> None:
             figures.append(figure)
         return figures
 
+    _end_all_on_sigterm()
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         figures = runner.run(measured())
     if as_json:
@@ -151,6 +158,7 @@ def _archive(plan: archived.Plan, *, as_json: bool) -> None:
 
 def _soak(plan: soak.Plan, *, as_json: bool) -> None:
     click.echo(_machine(), err=as_json)
+    _end_all_on_sigterm()
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         verdicts = runner.run(soak.measure(plan))
     if as_json:
