@@ -50,6 +50,7 @@ class Kept(World):
     def send_day(self, day: int, n: int = 6, *, late_ns: int = 0) -> None:
         """Events of both metrics at noon of a day, sent then."""
         now = FIRST + day * DAY_NS + DAY_NS // 2
+        self.clock.wall_ns = now
         events = [
             event(i % 3, "short" if i % 2 else "sum", value=i + 1, time=now - late_ns if i % 3 else None)
             for i in range(n)
@@ -249,6 +250,29 @@ async def test_reads_say_what_they_would_need() -> None:
         assert listed(code, FIRST, TIME_END_NS, item.end_offset)
         assert not listed(code, 0, FIRST)
     assert len(listed("sum", 0, TIME_END_NS)) == 3 * 8
+
+
+async def test_a_clock_that_ran_ahead_drops_nothing() -> None:
+    """Log time is another node's clock: no event goes before this one's says that it is time, and then by log time."""
+    world = Kept()
+    world.send_day(0)
+    world.send_day(1)
+    world.send_day(400)  # stamped by a leader whose clock was wrong
+    world.clock.wall_ns = FIRST + 2 * DAY_NS
+    await world.settle()
+    assert world.manifest().dropped == ()  # type: ignore[union-attr]
+    world.check_all()
+    world.clock.wall_ns = FIRST + 3 * DAY_NS
+    await world.settle()
+    assert world.manifest().dropped[0].events == 3  # type: ignore[union-attr]
+    world.check_all()
+    # The other way, too: log time decides where this node's clock is ahead.
+    other = Kept()
+    other.send_day(0)
+    other.send_day(1)
+    other.clock.wall_ns = FIRST + 400 * DAY_NS
+    await other.settle()
+    assert other.manifest().dropped == ()  # type: ignore[union-attr]
 
 
 async def test_how_long_may_be_changed() -> None:

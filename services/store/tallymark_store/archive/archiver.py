@@ -482,7 +482,10 @@ class Archiver:
         self.took_ns.observe(self._clock.monotonic_ns() - began_ns)
 
     def _look_at_rules(self, number: int, archive: Archive, now_ns: int) -> None:
-        """See what is to be dropped by now: by log time, so that it is the same for all copies."""
+        """See what is to be dropped by now: by log time, and no sooner than by this node's own clock.
+
+        Log time is what some leader's clock said, which may have been wrong; what is gone doesn't come back.
+        """
         if now_ns < archive.next_rules_ns:
             return
         archive.next_rules_ns = now_ns + RULES_NS
@@ -490,7 +493,7 @@ class Archiver:
         if partition is None or partition.applied < partition.index.log_start:
             return  # the copy was removed meanwhile, or a snapshot is being put in force
         log_ns = partition.index.append_ns_before(partition.applied)
-        found = retention.rules(partition.fold.schemas, log_ns)
+        found = retention.rules(partition.fold.schemas, min(log_ns, self._clock.now_ns()))
         if found != archive.rules:
             archive.rules, archive.swept = found, set()
 

@@ -1,9 +1,11 @@
 """Raw events that were kept for as long as their metric wants them kept: which these are, and a file without them.
 
 A metric's schema says for how many days its raw events are kept (`retain_raw_days`), and a partition's log time says what
-the time is: so at one offset every copy drops the same events, whatever its clock says, though each does it when it gets
-to it. An event goes once it was both timed and appended before `cutoff_ns`. That moves in steps of a day or of an eighth
-of the time, so a file is written again a few times in all, and not every day.
+the time is, unless this node's own clock is behind it: a leader's clock that ran ahead can't have anything dropped before
+its time on other nodes. So *which* events go one after the other is the same for all copies; *when* is each copy's own
+affair, as each answers exactly until then, and says afterwards that it can't. An event goes once it was both timed and
+appended before `cutoff_ns`. That moves in steps of a day or of an eighth of the time, so a file is written again a few
+times in all, and not every day.
 
 What goes is counted, by metric, and the manifest says how many events of which times that were, for ever: reads that
 would need one of them are refused by that.
@@ -47,21 +49,21 @@ class Swept(NamedTuple):
     dropped: tuple[Dropped, ...]  # empty: the file is as it was
 
 
-def cutoff_ns(days: int, log_ns: int, day_ns: int) -> int:
-    """Up to which time events are dropped that are kept for so many days, at a log time; 0: none yet."""
+def cutoff_ns(days: int, now_ns: int, day_ns: int) -> int:
+    """Up to which time events are dropped that are kept for so many days; 0: none yet."""
     step = max(days // STEPS, 1) * day_ns
-    return max(log_ns // step * step - days * day_ns, 0)
+    return max(now_ns // step * step - days * day_ns, 0)
 
 
-def rules(schemas: SchemaTable, log_ns: int) -> dict[int, Rule]:
-    """What goes at a log time, by the uids of metrics."""
+def rules(schemas: SchemaTable, now_ns: int) -> dict[int, Rule]:
+    """What goes by now, by the uids of metrics."""
     found = {}
     for slot in range(schemas.count):
         record = schemas.record(slot)
         days = record.schema.retain_raw_days
         if days is None:
             continue
-        cutoff = cutoff_ns(days, log_ns, DAY_NS)
+        cutoff = cutoff_ns(days, now_ns, DAY_NS)
         if cutoff > 0:
             found[record.uid] = Rule(record.schema.code, cutoff)
     return found
