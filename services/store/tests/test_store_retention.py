@@ -341,6 +341,48 @@ async def test_an_archive_that_is_made_anew_drops_again(small: None) -> None:
     assert world.manifest().dropped == (before,)  # type: ignore[union-attr]
 
 
+async def test_what_was_dropped_is_remembered_without_files() -> None:
+    """An archive of which everything was dropped, and behind which the log begins: what it says of that stays."""
+    world = Kept()
+    for day in (0, 1):
+        now = FIRST + day * DAY_NS
+        world.driver.append(0, [event(1, "short", value=1)] * 3, [(8, day, now, 3, day)], now)
+    world.driver.sync()
+    await world.settle()
+    day = FIRST + 9 * DAY_NS
+    world.clock.wall_ns = day
+    world.driver.append(0, [event(1, "short", value=1, time=FIRST)], [(8, 2, day, 1, 2)], day)
+    world.driver.sync()
+    world.store.replicas[0].durable_end = world.end - 1  # the last one isn't archived
+    await world.settle()
+    manifest = world.manifest()
+    assert manifest is not None
+    assert manifest.files == ()
+    assert manifest.dropped[0].events == 6
+    # And again a copy with what nobody has any more: the log begins later.
+    for gaps in ((), ((manifest.end_offset - 2, manifest.end_offset),)):
+        manifests.publish(world.folder(), msgspec.structs.replace(manifest, gaps=gaps))
+        world.driver.partitions[0].index.log_start = world.end
+        world.start()
+        await world.archiver.open_all()
+        view = world.archiver.view(0)
+        assert view is not None
+        assert view.dropped == manifest.dropped
+        start = gaps[0][0] if gaps else manifest.end_offset
+        assert (view.start_offset, view.gaps) == (manifest.start_offset, ((start, world.end),))
+        assert view.end_offset == world.end
+    assert world.reports == []
+    # What is archived from there on is added to it, durably.
+    world.driver.partitions[0].index.log_start = 0
+    world.send_day(9, 2)
+    await world.archiver.take_all()
+    after = world.manifest()
+    assert after is not None
+    assert after.dropped == manifest.dropped
+    assert after.gaps
+    assert after.rows == 2
+
+
 async def test_verify_counts_what_is_gone() -> None:
     """An archive that lacks just what it says is sound; one event less or more, and it isn't."""
     world = Kept()

@@ -401,7 +401,8 @@ class Archiver:
             if found.files:
                 self._refuse_gap(number, found)
                 return None
-            found = None  # there is nothing in it that could be lost
+            # There are no events in it that could be lost; what it says of others stays.
+            found = _reaching(found, index.log_start) if found.dropped or found.gaps else None
         if found is not None and found.end_offset > self._store.partitions[number].log_end:
             self._refuse(
                 number,
@@ -729,6 +730,15 @@ class Archiver:
                 except Exception as error:
                     _log.debug("archiving ended: %r", error)
             raise
+
+
+def _reaching(manifest: Manifest, log_start: int) -> Manifest:
+    """An archive without files that ends before the log begins: it goes on there, and says what it lacks in between."""
+    gap = manifest.end_offset, log_start
+    before = manifest.gaps
+    if before and before[-1][1] == gap[0]:
+        gap, before = (before[-1][0], log_start), before[:-1]
+    return msgspec.structs.replace(manifest, end_offset=log_start, gaps=(*before, gap))
 
 
 def plan_slice(source: RecordSource, start: int, target: int) -> Planned | None:
