@@ -19,7 +19,7 @@ from tallymark_store.archive import policy, retention
 from tallymark_store.archive.archiver import merge_files
 from tallymark_store.archive.manifest import ArchiveError, Dropped, Manifest
 from tallymark_store.archive.names import MetricNames
-from tallymark_store.archive.retention import Rule, cutoff_ns, sweep
+from tallymark_store.archive.retention import Rule, coarse, cutoff_ns, is_due, sweep
 from tallymark_store.archive.writer import open_file
 from tallymark_store.fold.schemas import DAY_NS
 from tallymark_store.reads import Reads
@@ -31,7 +31,7 @@ from .archive_helpers import APPEND, events_of, usual_log
 from .payload_builder import event
 from .power_cut import CountingDisk, CrashAt
 from .store_driver import BASE, metric
-from .test_store_archiver import World, small
+from .test_store_archiver import SUM, World, small
 
 __all__ = ["small"]  # the fixture
 
@@ -125,7 +125,7 @@ def test_a_file_without_what_goes(bound: int, monkeypatch: pytest.MonkeyPatch) -
     ]  # fmt: skip
     left = [row for row in log.rows if row not in gone]
     if not gone:
-        assert swept == (file, ())
+        assert swept[:2] == (file, ())
         return
     assert swept.file is not None
     assert swept.file.name == manifests.file_name(file.start_offset, file.end_offset, 1)
@@ -141,7 +141,23 @@ def test_a_file_without_what_goes(bound: int, monkeypatch: pytest.MonkeyPatch) -
         ),
     )  # fmt: skip
     # And again, by what is left: nothing more goes; all of it, where the other metric goes, too.
-    assert sweep(disk, swept.file, {5: Rule("a", cutoff)}, {}) == (swept.file, ())
+    assert sweep(disk, swept.file, {5: Rule("a", cutoff)}, {})[:2] == (swept.file, ())
+    # Until when nobody needs to look at what is left is known of each metric, and that it has no others.
+    assert (
+        swept.due
+        == swept.file.due
+        == tuple(
+            (
+                uid,
+                uid,
+                min(max(row["time_ns"], row["append_time_ns"]) for row in left if row["metric_uid"] == uid),
+            )
+            for uid in sorted({row["metric_uid"] for row in left})
+        )
+    )
+    for uid, _, due in swept.due:
+        assert not is_due(swept.file, {uid: Rule("", due), 77: Rule("", 2**62)})
+        assert is_due(swept.file, {uid: Rule("", due + 1)})
     everything = {5: Rule("a", 2**62), 6: Rule("s", 2**62)}
     rest = sweep(disk, swept.file, everything, {})
     assert rest.file is None
@@ -175,6 +191,54 @@ async def test_old_events_go_and_are_written_down(monkeypatch: pytest.MonkeyPatc
     await world.settle()
     assert world.manifest() == manifest
     assert world.archiver.events_dropped == 0
+
+
+def test_many_metrics_share_what_is_known_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of more metrics than are told one by one says the lowest time of several: never too late a one."""
+    monkeypatch.setattr(retention, "DUE_MAX", 4)
+    ranges = [(uid, uid, 1_000 - uid * (-1) ** uid) for uid in range(3, 40)]
+    due = coarse(ranges)
+    assert len(due) <= 4
+    for uid, _, at in ranges:
+        assert [told for first, last, told in due if first <= uid <= last and told <= at]
+    assert coarse([(3, 5, 9), (3, 5, 7), (1, 1, 8)]) == ((1, 1, 8), (3, 5, 7))
+
+
+async def test_what_was_looked_at_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step further, with other rules, and a life later: only files that have something that goes now are opened."""
+    monkeypatch.setattr(policy, "FAN_IN", 100)
+    world = Kept()
+    world.driver.schema(0, metric(12, code="other", agg_type=AggType.SUM), BASE)
+    events = [event(1, "sum", value=1), event(1, "other", value=1)]  # and nothing of the metric in between
+    world.driver.append(0, events, [(8, 0, FIRST, 2, 0)], FIRST + 1)
+    world.driver.sync()
+    await world.settle()
+    opened: list[int] = []
+    inner = retention.sweep
+
+    def counted(disk: Any, file: Any, *args: Any) -> Any:
+        opened.append(file.start_offset)
+        return inner(disk, file, *args)
+
+    monkeypatch.setattr(retention, "sweep", counted)
+    days: list[tuple[int, int]] = []  # of each day: how many files were opened, and how many events went
+    for day in range(1, 12):
+        if day in (7, 10):
+            world.start()
+        del opened[:]
+        before = world.archiver.events_dropped
+        world.send_day(day)
+        await world.settle()
+        world.check_all()
+        days.append((len(opened), world.archiver.events_dropped - before))
+    assert days == [(0, 0)] * 2 + [(1, 0)] + [(1, 3)] * 8
+    del opened[:]
+    longest = update_record(SUM, msgspec.structs.replace(SUM.schema, retain_raw_days=1_000))
+    world.driver.schema(0, longest, FIRST + 11 * DAY_NS + DAY_NS // 2)
+    world.driver.sync()
+    await world.settle()
+    assert 5 in world.archiver.archives[0].rules
+    assert not opened
 
 
 async def test_a_late_event_stays_for_its_time() -> None:
