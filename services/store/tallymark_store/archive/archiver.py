@@ -228,7 +228,9 @@ class Archiver:
             told, names = self._told.get(number, (None, frozenset()))
             manifest = archive.manifest
             at_home = any(f.at_home for f in manifest.files)
-            if manifest is not told and self._is_current(number, archive) and (at_home or names):
+            # What a manifest lists whose fate isn't known must not be removed there either.
+            is_sure = archive.is_certain and number not in self._taking_in
+            if manifest is not told and is_sure and self._is_current(number, archive) and (at_home or names):
                 listed = await self._in_thread(disk.tell, manifest, names)
                 self._told[number] = manifest, listed
         return moved
@@ -247,6 +249,8 @@ class Archiver:
                 return False
             if not self._is_current(number, archive) or number in self._taking_in:
                 return False
+            if not archive.is_certain:
+                return False  # another manifest may be in force, and files that this one lists may be gone
             at_home = msgspec.structs.replace(listed, at_home=True)
             changed = tuple(at_home if f is listed else f for f in files)
             await self._publish(archive, msgspec.structs.replace(archive.manifest, files=changed))
