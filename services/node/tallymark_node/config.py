@@ -59,10 +59,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     archive: str = ""
     archive_events: int = 500_000  # a partition is archived when so many have gathered
     archive_interval_seconds: float = 300.0  # or after so long
-    # Where files of the archive go that are never merged any more: a folder, or a URL such as "s3://bucket/folder".
-    # Empty: they stay in the data directory. Each store has a folder of its own there, by its node_id.
-    archive_url: str = ""
-    archive_cache_bytes: int = 8 * 1024**3  # of those files, so much is kept in the data directory as well
     # For what can also be on disk, today remembered event ids; 0: half of the machine's; -1: no bound.
     memory_bytes: int = -1
     dedup_window_seconds: int = limits.DEDUP_WINDOW_NS // 10**9  # a constant of the cluster, too
@@ -91,7 +87,6 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "checkpoint_events": (1, 2**62),
     "archive_events": (1, 2**62),
     "archive_interval_seconds": (0.001, 1e10),
-    "archive_cache_bytes": (0, 2**62),
     "memory_bytes": (-1, 2**62),
     "dedup_window_seconds": (0, _YEARS_S),
     "pending_bytes_max": (1, 2**62),

@@ -88,8 +88,6 @@ def store_config(settings: Settings, listen: str) -> store.StoreConfig:
         recycle=settings.archive == "on",
         archive_events=settings.archive_events,
         archive_interval_s=settings.archive_interval_seconds,
-        archive_url=settings.archive_url,
-        archive_cache_bytes=settings.archive_cache_bytes,
         memory_bytes=settings.memory_bytes,
         dedup_window_ns=settings.dedup_window_seconds * 10**9,
         # What is at its default was not asked for: nobody needs to hear that it is ignored.

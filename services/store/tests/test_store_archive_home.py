@@ -10,7 +10,7 @@ import pytest
 from tallymark_protocol.errors import UnavailableError
 from tallymark_protocol.messages import StoreEvents
 from tallymark_protocol.zones import TIME_END_NS
-from tallymark_runtime.disk import DiskError
+from tallymark_runtime.disk import DiskError, MemoryDisk
 from tallymark_runtime.objects import ArrowTarget, FolderTarget, open_target
 from tallymark_store.archive import archiver as archiver_module
 from tallymark_store.archive import manifest as manifests
@@ -177,6 +177,43 @@ async def test_what_is_there_is_looked_at(target: Any, monkeypatch: pytest.Monke
             events(world)
         assert caught.value.retriable
     assert events(world) == world.in_log()
+
+
+async def test_a_manifest_whose_fate_is_unknown_stays(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk refuses while a merge is put in force: the home writes no older manifest over it, which would lose files."""
+    world = World()
+    homed(world, target, 10**9)
+    for _ in range(3):
+        world.send(9)
+        await world.archiver.take_all()
+    for _ in range(4):
+        await world.archiver.take_all()
+    with monkeypatch.context() as patch:
+        patch.setattr(policy, "next_merge", lambda *_: None)
+        for _ in range(3):
+            world.send(9)
+            await world.archiver.take_all()
+    assert any(policy.is_full(file) for file in own_manifest(world).files)
+    removed: list[str] = []
+    inner = MemoryDisk.remove
+
+    def remove(disk: MemoryDisk, name: str) -> None:
+        if name.startswith("events-"):
+            removed.append(name)
+            if len(removed) == 2:
+                raise DiskError("remove", name, 5)
+        inner(disk, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryDisk, "remove", remove)
+        with pytest.raises(DiskError):
+            await world.archiver.take_all()
+    await world.archiver.send_home()
+    assert {file.name for file in own_manifest(world).files} <= set(world.folder().list())
+    await settle(world)
+    assert events(world) == world.in_log()
+    assert [file for file in own_manifest(world).files if file.at_home]
+    assert world.reports == []
 
 
 async def test_a_home_that_fails_holds_up_nothing(target: Any) -> None:

@@ -40,7 +40,7 @@ class World:
 
     def __init__(self, partitions: int = 1, **others: Any) -> None:
         self.driver = Driver(partition_count=partitions)
-        self.clock = ManualClock()
+        self.clock = ManualClock(BASE)
         self.copies = dict.fromkeys(range(partitions), "first")
         self.others = others
         self.reports: list[str] = []

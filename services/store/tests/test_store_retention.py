@@ -19,7 +19,7 @@ from tallymark_store.archive import policy, retention
 from tallymark_store.archive.archiver import merge_files
 from tallymark_store.archive.manifest import ArchiveError, Dropped, Manifest
 from tallymark_store.archive.names import MetricNames
-from tallymark_store.archive.retention import Rule, cutoff_ns, sweep
+from tallymark_store.archive.retention import Rule, coarse, cutoff_ns, is_due, sweep
 from tallymark_store.archive.writer import open_file
 from tallymark_store.fold.schemas import DAY_NS
 from tallymark_store.reads import Reads
@@ -31,7 +31,7 @@ from .archive_helpers import APPEND, events_of, usual_log
 from .payload_builder import event
 from .power_cut import CountingDisk, CrashAt
 from .store_driver import BASE, metric
-from .test_store_archiver import World, small
+from .test_store_archiver import SUM, World, small
 
 __all__ = ["small"]  # the fixture
 
@@ -50,6 +50,7 @@ class Kept(World):
     def send_day(self, day: int, n: int = 6, *, late_ns: int = 0) -> None:
         """Events of both metrics at noon of a day, sent then."""
         now = FIRST + day * DAY_NS + DAY_NS // 2
+        self.clock.wall_ns = now
         events = [
             event(i % 3, "short" if i % 2 else "sum", value=i + 1, time=now - late_ns if i % 3 else None)
             for i in range(n)
@@ -124,7 +125,7 @@ def test_a_file_without_what_goes(bound: int, monkeypatch: pytest.MonkeyPatch) -
     ]  # fmt: skip
     left = [row for row in log.rows if row not in gone]
     if not gone:
-        assert swept == (file, ())
+        assert swept[:2] == (file, ())
         return
     assert swept.file is not None
     assert swept.file.name == manifests.file_name(file.start_offset, file.end_offset, 1)
@@ -140,7 +141,23 @@ def test_a_file_without_what_goes(bound: int, monkeypatch: pytest.MonkeyPatch) -
         ),
     )  # fmt: skip
     # And again, by what is left: nothing more goes; all of it, where the other metric goes, too.
-    assert sweep(disk, swept.file, {5: Rule("a", cutoff)}, {}) == (swept.file, ())
+    assert sweep(disk, swept.file, {5: Rule("a", cutoff)}, {})[:2] == (swept.file, ())
+    # Until when nobody needs to look at what is left is known of each metric, and that it has no others.
+    assert (
+        swept.due
+        == swept.file.due
+        == tuple(
+            (
+                uid,
+                uid,
+                min(max(row["time_ns"], row["append_time_ns"]) for row in left if row["metric_uid"] == uid),
+            )
+            for uid in sorted({row["metric_uid"] for row in left})
+        )
+    )
+    for uid, _, due in swept.due:
+        assert not is_due(swept.file, {uid: Rule("", due), 77: Rule("", 2**62)})
+        assert is_due(swept.file, {uid: Rule("", due + 1)})
     everything = {5: Rule("a", 2**62), 6: Rule("s", 2**62)}
     rest = sweep(disk, swept.file, everything, {})
     assert rest.file is None
@@ -174,6 +191,54 @@ async def test_old_events_go_and_are_written_down(monkeypatch: pytest.MonkeyPatc
     await world.settle()
     assert world.manifest() == manifest
     assert world.archiver.events_dropped == 0
+
+
+def test_many_metrics_share_what_is_known_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of more metrics than are told one by one says the lowest time of several: never too late a one."""
+    monkeypatch.setattr(retention, "DUE_MAX", 4)
+    ranges = [(uid, uid, 1_000 - uid * (-1) ** uid) for uid in range(3, 40)]
+    due = coarse(ranges)
+    assert len(due) <= 4
+    for uid, _, at in ranges:
+        assert [told for first, last, told in due if first <= uid <= last and told <= at]
+    assert coarse([(3, 5, 9), (3, 5, 7), (1, 1, 8)]) == ((1, 1, 8), (3, 5, 7))
+
+
+async def test_what_was_looked_at_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step further, with other rules, and a life later: only files that have something that goes now are opened."""
+    monkeypatch.setattr(policy, "FAN_IN", 100)
+    world = Kept()
+    world.driver.schema(0, metric(12, code="other", agg_type=AggType.SUM), BASE)
+    events = [event(1, "sum", value=1), event(1, "other", value=1)]  # and nothing of the metric in between
+    world.driver.append(0, events, [(8, 0, FIRST, 2, 0)], FIRST + 1)
+    world.driver.sync()
+    await world.settle()
+    opened: list[int] = []
+    inner = retention.sweep
+
+    def counted(disk: Any, file: Any, *args: Any) -> Any:
+        opened.append(file.start_offset)
+        return inner(disk, file, *args)
+
+    monkeypatch.setattr(retention, "sweep", counted)
+    days: list[tuple[int, int]] = []  # of each day: how many files were opened, and how many events went
+    for day in range(1, 12):
+        if day in (7, 10):
+            world.start()
+        del opened[:]
+        before = world.archiver.events_dropped
+        world.send_day(day)
+        await world.settle()
+        world.check_all()
+        days.append((len(opened), world.archiver.events_dropped - before))
+    assert days == [(0, 0)] * 2 + [(1, 0)] + [(1, 3)] * 8
+    del opened[:]
+    longest = update_record(SUM, msgspec.structs.replace(SUM.schema, retain_raw_days=1_000))
+    world.driver.schema(0, longest, FIRST + 11 * DAY_NS + DAY_NS // 2)
+    world.driver.sync()
+    await world.settle()
+    assert 5 in world.archiver.archives[0].rules
+    assert not opened
 
 
 async def test_a_late_event_stays_for_its_time() -> None:
@@ -251,6 +316,29 @@ async def test_reads_say_what_they_would_need() -> None:
     assert len(listed("sum", 0, TIME_END_NS)) == 3 * 8
 
 
+async def test_a_clock_that_ran_ahead_drops_nothing() -> None:
+    """Log time is another node's clock: no event goes before this one's says that it is time, and then by log time."""
+    world = Kept()
+    world.send_day(0)
+    world.send_day(1)
+    world.send_day(400)  # stamped by a leader whose clock was wrong
+    world.clock.wall_ns = FIRST + 2 * DAY_NS
+    await world.settle()
+    assert world.manifest().dropped == ()  # type: ignore[union-attr]
+    world.check_all()
+    world.clock.wall_ns = FIRST + 3 * DAY_NS
+    await world.settle()
+    assert world.manifest().dropped[0].events == 3  # type: ignore[union-attr]
+    world.check_all()
+    # The other way, too: log time decides where this node's clock is ahead.
+    other = Kept()
+    other.send_day(0)
+    other.send_day(1)
+    other.clock.wall_ns = FIRST + 400 * DAY_NS
+    await other.settle()
+    assert other.manifest().dropped == ()  # type: ignore[union-attr]
+
+
 async def test_how_long_may_be_changed() -> None:
     """Longer: what is gone stays gone, and is still told of. For ever: nothing more goes. No total changes."""
     world = Kept()
@@ -315,6 +403,48 @@ async def test_an_archive_that_is_made_anew_drops_again(small: None) -> None:
     await world.settle()
     world.check_all()
     assert world.manifest().dropped == (before,)  # type: ignore[union-attr]
+
+
+async def test_what_was_dropped_is_remembered_without_files() -> None:
+    """An archive of which everything was dropped, and behind which the log begins: what it says of that stays."""
+    world = Kept()
+    for day in (0, 1):
+        now = FIRST + day * DAY_NS
+        world.driver.append(0, [event(1, "short", value=1)] * 3, [(8, day, now, 3, day)], now)
+    world.driver.sync()
+    await world.settle()
+    day = FIRST + 9 * DAY_NS
+    world.clock.wall_ns = day
+    world.driver.append(0, [event(1, "short", value=1, time=FIRST)], [(8, 2, day, 1, 2)], day)
+    world.driver.sync()
+    world.store.replicas[0].durable_end = world.end - 1  # the last one isn't archived
+    await world.settle()
+    manifest = world.manifest()
+    assert manifest is not None
+    assert manifest.files == ()
+    assert manifest.dropped[0].events == 6
+    # And again a copy with what nobody has any more: the log begins later.
+    for gaps in ((), ((manifest.end_offset - 2, manifest.end_offset),)):
+        manifests.publish(world.folder(), msgspec.structs.replace(manifest, gaps=gaps))
+        world.driver.partitions[0].index.log_start = world.end
+        world.start()
+        await world.archiver.open_all()
+        view = world.archiver.view(0)
+        assert view is not None
+        assert view.dropped == manifest.dropped
+        start = gaps[0][0] if gaps else manifest.end_offset
+        assert (view.start_offset, view.gaps) == (manifest.start_offset, ((start, world.end),))
+        assert view.end_offset == world.end
+    assert world.reports == []
+    # What is archived from there on is added to it, durably.
+    world.driver.partitions[0].index.log_start = 0
+    world.send_day(9, 2)
+    await world.archiver.take_all()
+    after = world.manifest()
+    assert after is not None
+    assert after.dropped == manifest.dropped
+    assert after.gaps
+    assert after.rows == 2
 
 
 async def test_verify_counts_what_is_gone() -> None:

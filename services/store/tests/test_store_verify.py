@@ -261,6 +261,13 @@ async def test_what_was_dropped_after_its_time_is_counted(
             manifests.publish(disk, msgspec.structs.replace(manifest, dropped=tuple(dropped)))
             report = directory.verify()
             assert any(f"events of metric {item.metric!r}" in found.sentence for found in report.findings)
+        # An archive that was put together of two: it says how many at most, and not one more may be missing.
+        for more, is_wrong in ((-1, True), (0, False), (1, False)):
+            dropped[place] = msgspec.structs.replace(item, events=item.events + more, is_at_most=True)
+            manifests.publish(disk, msgspec.structs.replace(manifest, dropped=tuple(dropped)))
+            report = directory.verify()
+            assert (report.count > 0) is is_wrong
+            assert all(f"events of metric {item.metric!r}" in found.sentence for found in report.findings)
     manifests.publish(disk, msgspec.structs.replace(manifest, dropped=()))
     assert directory.verify().count > 0
 

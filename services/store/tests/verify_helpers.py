@@ -77,7 +77,7 @@ class Directory:
         return Archiver(
             store,  # type: ignore[arg-type]
             self.disk.at("archive"),
-            ManualClock(),
+            ManualClock(BASE + 365 * 24 * 3_600 * SECOND),
             events=1,
             interval_s=1.0,
             report=lambda _: None,

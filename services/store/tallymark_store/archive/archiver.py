@@ -94,6 +94,9 @@ class Archive:
         self._names: MetricNames | None = None
         self.rules: dict[int, retention.Rule] = {}  # by uid, what is to be dropped
         self.swept: set[str] = set()  # files that hold nothing of that
+        self.due: dict[
+            str, retention.Due
+        ] = {}  # of files, when to look again: what the manifest doesn't say yet
         self.next_rules_ns = now_ns  # when it is looked again what is to be dropped
 
     def names(self, partition: Partition) -> MetricNames:
@@ -220,12 +223,14 @@ class Archiver:
                 continue
             file = next((f for f in archive.manifest.files if not f.at_home and policy.is_full(f)), None)
             if file is not None:
-                sent = await self._in_thread(disk.send, file)
-                moved += await self._list_at_home(number, archive, file, sent)
+                await self._in_thread(disk.send, file)
+                moved += await self._list_at_home(number, archive, file)
             told, names = self._told.get(number, (None, frozenset()))
             manifest = archive.manifest
             at_home = any(f.at_home for f in manifest.files)
-            if manifest is not told and self._is_current(number, archive) and (at_home or names):
+            # What a manifest lists whose fate isn't known must not be removed there either.
+            is_sure = archive.is_certain and number not in self._taking_in
+            if manifest is not told and is_sure and self._is_current(number, archive) and (at_home or names):
                 listed = await self._in_thread(disk.tell, manifest, names)
                 self._told[number] = manifest, listed
         return moved
@@ -235,17 +240,19 @@ class Archiver:
         if archive is not None:
             archive.reader.release(name)
 
-    async def _list_at_home(
-        self, number: int, archive: Archive, file: ArchiveFile, sent: ArchiveFile
-    ) -> bool:
+    async def _list_at_home(self, number: int, archive: Archive, file: ArchiveFile) -> bool:
         """Say in the manifest that a file is at home, if it still is one of the archive."""
         async with self._lock:
             files = archive.manifest.files
-            if self.archives.get(number) is not archive or file not in files:
+            listed = next((other for other in files if other.has_bytes_of(file)), None)
+            if self.archives.get(number) is not archive or listed is None:
                 return False
             if not self._is_current(number, archive) or number in self._taking_in:
                 return False
-            changed = tuple(sent if f is file else f for f in files)
+            if not archive.is_certain:
+                return False  # another manifest may be in force, and files that this one lists may be gone
+            at_home = msgspec.structs.replace(listed, at_home=True)
+            changed = tuple(at_home if f is listed else f for f in files)
             await self._publish(archive, msgspec.structs.replace(archive.manifest, files=changed))
             return True
 
@@ -401,7 +408,8 @@ class Archiver:
             if found.files:
                 self._refuse_gap(number, found)
                 return None
-            found = None  # there is nothing in it that could be lost
+            # There are no events in it that could be lost; what it says of others stays.
+            found = _reaching(found, index.log_start) if found.dropped or found.gaps else None
         if found is not None and found.end_offset > self._store.partitions[number].log_end:
             self._refuse(
                 number,
@@ -482,7 +490,10 @@ class Archiver:
         self.took_ns.observe(self._clock.monotonic_ns() - began_ns)
 
     def _look_at_rules(self, number: int, archive: Archive, now_ns: int) -> None:
-        """See what is to be dropped by now: by log time, so that it is the same for all copies."""
+        """See what is to be dropped by now: by log time, and no sooner than by this node's own clock.
+
+        Log time is what some leader's clock said, which may have been wrong; what is gone doesn't come back.
+        """
         if now_ns < archive.next_rules_ns:
             return
         archive.next_rules_ns = now_ns + RULES_NS
@@ -490,7 +501,7 @@ class Archiver:
         if partition is None or partition.applied < partition.index.log_start:
             return  # the copy was removed meanwhile, or a snapshot is being put in force
         log_ns = partition.index.append_ns_before(partition.applied)
-        found = retention.rules(partition.fold.schemas, log_ns)
+        found = retention.rules(partition.fold.schemas, min(log_ns, self._clock.now_ns()))
         if found != archive.rules:
             archive.rules, archive.swept = found, set()
 
@@ -499,10 +510,13 @@ class Archiver:
         """A file that may hold something that is to be dropped."""
         if not archive.rules:
             return None
-        latest = max(rule.cutoff_ns for rule in archive.rules.values())
         for file in archive.manifest.files:
-            if file.min_time_ns < latest and file.name not in archive.swept:
+            if file.name in archive.swept:
+                continue
+            due = archive.due.get(file.name, file.due)
+            if retention.is_due(msgspec.structs.replace(file, due=due), archive.rules):
                 return file
+            archive.swept.add(file.name)
         return None
 
     async def _sweep(self, number: int, archive: Archive, file: ArchiveFile) -> None:
@@ -534,12 +548,21 @@ class Archiver:
                 archive, msgspec.structs.replace(archive.manifest, files=files, dropped=dropped)
             )
             self.events_dropped += sum(item.events for item in swept.dropped)
+        elif swept.due != file.due:
+            # With the next manifest; until then it costs no more than to look once again, after a start.
+            archive.due[file.name] = swept.due
         if swept.file is not None and rules is archive.rules:
             archive.swept.add(swept.file.name)
         self.took_ns.observe(self._clock.monotonic_ns() - began_ns)
 
     async def _publish(self, archive: Archive, manifest: Manifest) -> None:
         names = {file.name for file in manifest.files}
+        if archive.due:
+            files = tuple(
+                msgspec.structs.replace(file, due=archive.due.get(file.name, file.due))
+                for file in manifest.files
+            )
+            manifest = msgspec.structs.replace(manifest, files=files)
         # Whoever begins to read while the manifest is switched finds what is removed by then.
         try:
             archive.reader.keep([file for file in archive.manifest.files if file.name not in names])
@@ -550,6 +573,7 @@ class Archiver:
         kept = self._kept(archive.manifest.partition)
         await self._in_thread(manifests.publish, archive.disk, manifest, kept)
         archive.manifest = manifest
+        archive.due.clear()
         archive.is_certain = True
         archive.reader.switch(manifest)
         if isinstance(disk, HomedDisk):
@@ -726,6 +750,15 @@ class Archiver:
                 except Exception as error:
                     _log.debug("archiving ended: %r", error)
             raise
+
+
+def _reaching(manifest: Manifest, log_start: int) -> Manifest:
+    """An archive without files that ends before the log begins: it goes on there, and says what it lacks in between."""
+    gap = manifest.end_offset, log_start
+    before = manifest.gaps
+    if before and before[-1][1] == gap[0]:
+        gap, before = (before[-1][0], log_start), before[:-1]
+    return msgspec.structs.replace(manifest, end_offset=log_start, gaps=(*before, gap))
 
 
 def plan_slice(source: RecordSource, start: int, target: int) -> Planned | None:

@@ -115,9 +115,12 @@ class HomedDisk:
         """These are listed: those at home can be opened from now on."""
         names = set(self._disk.list())
         for file in files:
-            if not file.at_home or self._away.get(file.name) == file:
+            if not file.at_home:
                 continue
-            if file.name in self._away:  # of a copy that was here before
+            known = self._away.get(file.name)
+            if known is not None and known.has_bytes_of(file):
+                continue
+            if known is not None:  # of a copy that was here before
                 _remove(self._cache, file.name)
             self._away[file.name] = file
             if file.name in names:
@@ -186,8 +189,8 @@ class HomedDisk:
             self.home.keep(self.number, listed.name, self._cache, listed.bytes)
             return found
 
-    def send(self, file: ArchiveFile) -> ArchiveFile:
-        """Copy a file to its home, and look at it there; what is to be listed of it.
+    def send(self, file: ArchiveFile) -> None:
+        """Copy a file to its home, and look at it there.
 
         Raises:
             DiskError: that failed; what is there is of no meaning.
@@ -215,7 +218,6 @@ class HomedDisk:
             source.close()
         if (size, crc) != (file.bytes, file.crc32c):
             raise DiskError("copy", f"{file.name}, which is not there what it is here,", errno.EIO)
-        return msgspec.structs.replace(file, at_home=True)
 
     def tell(self, manifest: Manifest, kept: frozenset[str]) -> frozenset[str]:
         """Copy there what is said of the files at home, and remove all others but for those that are `kept`.

@@ -48,6 +48,13 @@ class ArchiveFile(msgspec.Struct, frozen=True):
     tail_crc32c: int = 0  # of these
     at_home: bool = False  # whether it is at the archive's home (`home`): then it needn't be here
     rewritten: int = 0  # how often it was written again without events that were dropped
+    # Of ranges of uids of metrics, both ends included: a time that none of their events was both timed and appended before.
+    # Of other metrics it has no events. Empty: that was not looked at yet.
+    due: tuple[tuple[int, int, int], ...] = ()
+
+    def has_bytes_of(self, other: ArchiveFile) -> bool:
+        """Whether these are the same bytes under the same name, whatever else is known of them."""
+        return (self.name, self.bytes, self.crc32c) == (other.name, other.bytes, other.crc32c)
 
 
 class Dropped(msgspec.Struct, frozen=True):

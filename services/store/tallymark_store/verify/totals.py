@@ -203,12 +203,18 @@ class Gone:
         return totals[~self._is_gone(totals)]
 
     def differences(self) -> list[tuple[Dropped, int]]:
-        """Where not so many events are missing as were written down: and how many are."""
-        return [
-            (item, self._missing[slot])
-            for slot, (item, _, _) in sorted(self._periods.items())
-            if not item.is_at_most and item.end_offset <= self._upto and self._missing[slot] != item.events
-        ]
+        """Where not so many events are missing as were written down: and how many are.
+
+        More never may be. Fewer may where not all of what was dropped lies in what was counted, or where what was written
+        down is an upper bound.
+        """
+        found = []
+        for slot, (item, _, _) in sorted(self._periods.items()):
+            missing = self._missing[slot]
+            is_all = not item.is_at_most and item.end_offset <= self._upto
+            if missing > item.events or (is_all and missing < item.events):
+                found.append((item, missing))
+        return found
 
 
 def period_starts(schemas: SchemaTable, slot: int, times: Ints) -> Ints:
