@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 from tallymark_runtime.disk import Disk, FileMissingError
 from tallymark_store import checkpoint
-from tallymark_store.fold.alert_files import AlertFile, Ints, encode
+from tallymark_store.fold.alert_files import AlertFile, Ints, encode, file_bytes
 from tallymark_store.fold.spilled import SpilledFileError
 from tallymark_store.fold.thresholds import ALERT_BYTES
+from tallymark_store.room import NO_RESERVE, Room
 from tallymark_store.wal import DamagedError
 
 HOT_RECORDS = 1 << 16  # of a partition, the newest: they stay, if they fit
@@ -53,33 +54,41 @@ def merged_parts(files: list[AlertFile]) -> Iterator[Ints]:
 
 
 def write_alerts(
-    disk: Disk, name: str, partition: int, start: int, parts: Iterator[Ints], count: int
+    disk: Disk,
+    name: str,
+    partition: int,
+    start: int,
+    parts: Iterator[Ints],
+    count: int,
+    room: Room = NO_RESERVE,
 ) -> AlertFile:
-    """Write and sync a file of records, and look at it.
+    """Write and sync a file of records, and look at it. Of one that could not be written nothing stays.
 
     Raises:
         DiskError: the disk refuses.
         DamagedError: what is merged is damaged.
     """
-    file = disk.create(name)
-    try:
-        waiting = 0
-        for place, data in encode(partition, start, parts, count):
-            if place == 0:
-                file.sync()  # the header is what makes it one
-            file.write(place, [data])
-            waiting += len(data)
-            if waiting >= _WRITE_BYTES:
-                file.sync()
-                waiting = 0
-        file.sync()
-    finally:
-        file.close()
-    disk.sync_dir()
-    try:
-        return open_alerts(disk, name, name, partition)
-    except checkpoint.CheckpointError as error:
-        raise DamagedError(f"partition {partition}: {error}", partition=partition) from error
+    room.check(disk, name, file_bytes(count))
+    with room.removed_on_failure(disk, name):
+        file = disk.create(name)
+        try:
+            waiting = 0
+            for place, data in encode(partition, start, parts, count):
+                if place == 0:
+                    file.sync()  # the header is what makes it one
+                file.write(place, [data])
+                waiting += len(data)
+                if waiting >= _WRITE_BYTES:
+                    file.sync()
+                    waiting = 0
+            file.sync()
+        finally:
+            file.close()
+        disk.sync_dir()
+        try:
+            return open_alerts(disk, name, name, partition)
+        except checkpoint.CheckpointError as error:
+            raise DamagedError(f"partition {partition}: {error}", partition=partition) from error
 
 
 def open_alerts(disk: Disk, place: str, name: str, partition: int) -> AlertFile:

@@ -10,8 +10,9 @@ bounded piece at a time (ADR 12):
 Alert records have a budget of their own, and go likewise, the oldest first (`alert_spilling`).
 
 Files of about one size are merged, neighbours in age only. A file stays in the folder as long as the fold, the newest
-checkpoint or who is sent a checkpoint needs it; what is left over, also from a life before, is removed after each
-checkpoint (`tidy`), under the lock that they are taken under.
+checkpoint or who is sent a checkpoint needs it; what is left over is removed after each checkpoint (`tidy`), under the
+lock that they are taken under, and at a start (`remove_unlisted`). A file that can't be written to its end goes at
+once, and none is begun where the disk has no room for it: a full disk must not be kept full by what was tried.
 """
 
 from __future__ import annotations
@@ -35,9 +36,11 @@ from tallymark_store.fold.spilled import (
     Piece,
     SpilledFile,
     SpilledFileError,
+    file_bytes_max,
     merged_records,
 )
 from tallymark_store.partition import Partition
+from tallymark_store.room import NO_RESERVE, Room
 from tallymark_store.wal import DamagedError
 
 if TYPE_CHECKING:
@@ -78,6 +81,7 @@ class Spilling:
         alert_budget_bytes: for their alert records, likewise.
         token: of this process: no two lives of a store give their files the same names.
         on_damage: told that a partition's file cannot be trusted.
+        reserve_bytes: of the disk, that are left to others.
 
     Attributes:
         spilled_units: since the start.
@@ -96,6 +100,7 @@ class Spilling:
         offload: Offload,
         on_damage: Callable[[Partition, DamagedError], None],
         piece_records: int = PIECE_RECORDS,
+        reserve_bytes: int = 0,
     ) -> None:
         self.spilled_units = self.spilled_alerts = self.merges = 0
         self._store = store
@@ -106,6 +111,7 @@ class Spilling:
         self._offload = offload
         self._on_damage = on_damage
         self._piece_records = piece_records
+        self._room = Room(reserve_bytes)
         self._count = 0  # of names given
         self._in_vain_bytes = 0  # what was left the last time, if it was too much
         self._waits = 0  # how often that was put up with since
@@ -209,7 +215,14 @@ class Spilling:
         self._writing.add(key)
         try:
             file: AlertFile = await self._offload(
-                alert_spilling.write_alerts, self._folder(number), name, number, start, parts, count
+                alert_spilling.write_alerts,
+                self._folder(number),
+                name,
+                number,
+                start,
+                parts,
+                count,
+                self._room,
             )
             self._check(partition)
         except BaseException:
@@ -291,7 +304,14 @@ class Spilling:
         self._writing.add(key)
         try:
             file: SpilledFile = await self._offload(
-                write_file, self._folder(number), name, number, records, record_count, unit_count
+                write_file,
+                self._folder(number),
+                name,
+                number,
+                records,
+                record_count,
+                unit_count,
+                self._room,
             )
             self._check(partition)
         except BaseException:
@@ -354,35 +374,43 @@ def _mergeable(files: list[SpilledFile]) -> list[SpilledFile]:
 
 
 def write_file(
-    disk: Disk, name: str, partition: int, records: Iterator[Ints], record_count: int, unit_count: int
+    disk: Disk,
+    name: str,
+    partition: int,
+    records: Iterator[Ints],
+    record_count: int,
+    unit_count: int,
+    room: Room = NO_RESERVE,
 ) -> SpilledFile:
-    """Write and sync a file of units, and look at it.
+    """Write and sync a file of units, and look at it. Of one that could not be written nothing stays.
 
     Raises:
         DiskError: the disk refuses.
         DamagedError: what is merged is damaged.
     """
-    file = disk.create(name)
-    try:
-        packer = Packer(partition, records_max=record_count, units_max=unit_count)
-        for part in records:
-            place, data = packer.add(part)
-            if len(data):
+    room.check(disk, name, file_bytes_max(record_count, unit_count))
+    with room.removed_on_failure(disk, name):
+        file = disk.create(name)
+        try:
+            packer = Packer(partition, records_max=record_count, units_max=unit_count)
+            for part in records:
+                place, data = packer.add(part)
+                if len(data):
+                    file.write(place, [data])
+                    file.sync()
+            *parts, header = packer.finish()
+            for place, data in parts:
                 file.write(place, [data])
-                file.sync()
-        *parts, header = packer.finish()
-        for place, data in parts:
-            file.write(place, [data])
-        file.sync()
-        file.write(header[0], [header[1]])
-        file.sync()
-    finally:
-        file.close()
-    disk.sync_dir()
-    try:
-        return open_file(disk, name, name, partition)
-    except checkpoint.CheckpointError as error:
-        raise DamagedError(f"partition {partition}: {error}", partition=partition) from error
+            file.sync()
+            file.write(header[0], [header[1]])
+            file.sync()
+        finally:
+            file.close()
+        disk.sync_dir()
+        try:
+            return open_file(disk, name, name, partition)
+        except checkpoint.CheckpointError as error:
+            raise DamagedError(f"partition {partition}: {error}", partition=partition) from error
 
 
 def open_file(disk: Disk, place: str, name: str, partition: int) -> SpilledFile:
@@ -401,6 +429,19 @@ def open_file(disk: Disk, place: str, name: str, partition: int) -> SpilledFile:
         raise checkpoint.CheckpointError(str(error)) from None
     finally:
         file.close()
+
+
+def remove_unlisted(disk: Disk, manifest: checkpoint.Manifest | None) -> None:
+    """Remove what a life before has left: files of cells and alerts that its last checkpoint doesn't list.
+
+    Only before anybody spills. What can't be removed stays for `tidy`.
+    """
+    listed = set() if manifest is None else set(checkpoint.files_of(manifest))
+    try:
+        names = [name for name in disk.list() if name.startswith(checkpoint.SPILLED) and name not in listed]
+        _remove(disk, names)
+    except DiskError as error:
+        _log.warning("files that were left over could not be removed: %s", error)
 
 
 def _remove(disk: Disk, names: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from tallymark_protocol.model import AggType, AlertThreshold, DimensionFilter, PeriodType
-from tallymark_runtime.disk import DiskError, MemoryDisk
+from tallymark_runtime.disk import DiskError, DiskFullError, MemoryDisk
 from tallymark_store import alert_spilling, checkpoint
 from tallymark_store import spilling as spilling_module
 from tallymark_store.checkpointer import folder
@@ -180,6 +181,70 @@ def test_a_failing_disk_leaves_everything_in_memory(operation: str) -> None:
     assert driver.partitions[0].digest() == before
 
 
+@pytest.mark.parametrize("operation", ["write", "sync", "sync_dir", "map"])
+@pytest.mark.parametrize("kind", ["cells-", "alerts-"])
+def test_a_failing_disk_keeps_nothing_of_what_was_tried(operation: str, kind: str) -> None:
+    """A file that could not be written to its end goes at once: a full disk is not kept full by it."""
+    driver = filled()
+    driver.send(3)
+    driver.sync()
+    before = driver.files()
+    name = "" if operation == "sync_dir" else kind
+    if kind == "alerts-":
+        asyncio.run(driver.spilling().relieve())
+        before = driver.files()
+    driver.checkpoints(0).fail_next(operation, name=name, number=errno.ENOSPC)
+    with pytest.raises(DiskError):
+        driver.spill_cells()
+    assert {name for name in driver.files() - before if name.startswith(kind)} == set()
+    driver.spill_cells()
+    assert driver.partitions[0].fold.cell_bytes() == driver.partitions[0].fold.alert_bytes() == 0
+    driver.check_digests()
+
+
+def test_no_file_is_begun_that_may_not_fit() -> None:
+    """Where the disk has too little room, nothing is written; where there is some again, cells go."""
+    driver = filled()
+    driver.send(3)
+    driver.sync()
+    spilling = driver.spilling(reserve_bytes=1_000_000)
+    writes = driver.disk.write_count
+    driver.disk.capacity = used(driver) + 1_004_000
+    for relieve in (spilling.relieve, spilling.relieve_alerts):
+        with pytest.raises(DiskFullError):
+            asyncio.run(relieve())
+    assert driver.disk.write_count == writes
+    driver.disk.capacity += 1_000_000
+    asyncio.run(spilling.relieve())
+    asyncio.run(spilling.relieve_alerts())
+    assert driver.partitions[0].fold.cell_bytes() == driver.partitions[0].fold.alert_bytes() == 0
+
+
+def used(driver: Spilled) -> int:
+    """Bytes on the disk."""
+    driver.disk.capacity = 1 << 40
+    return (1 << 40) - driver.disk.free_bytes()
+
+
+@pytest.mark.parametrize("has_checkpoint", [True, False])
+def test_a_start_removes_what_a_life_before_has_left(has_checkpoint: bool) -> None:
+    """Files that no checkpoint lists, as where the disk was too full for one, don't stay."""
+    driver = filled()
+    driver.send(3)
+    driver.sync()
+    driver.spill_cells()
+    disk = Driver.checkpoints(driver, 0)
+    if not has_checkpoint:
+        disk.remove("MANIFEST")
+        disk.sync_dir()
+    before = driver.partitions[0].digest()
+    kept = driver.listed() if has_checkpoint else set()
+    assert driver.files() > kept
+    driver.crash()
+    assert driver.files() == kept
+    assert driver.partitions[0].digest() == before
+
+
 @pytest.mark.parametrize("at", [20, 5_000, -8])
 def test_a_damaged_file_only_costs_time_where_the_log_is_whole(at: int) -> None:
     """At a start: whether the damage is found when the file is opened, or when a record needs what is in it."""
@@ -283,6 +348,21 @@ def test_names_are_what_an_offer_may_hold() -> None:
     assert checkpoint.cells_name(2**64 - 1, 12) == "cells-ffffffffffffffff-00000012"
     assert folder(3) == "p-0003"
     assert MemoryDisk().at(folder(3)).list() == []
+
+
+async def test_what_is_left_over_goes_where_nothing_is_new(cluster: Cluster) -> None:
+    """A checkpoint that has nothing to write still removes files that nobody needs."""
+    await cluster.start()
+    await fill(cluster, 0, batches=1)
+    await settled(cluster)
+    await recycle(cluster)
+    node = next(iter(cluster.nodes.values()))
+    assert node.checkpointer is not None
+    name = checkpoint.cells_name(1, 1)
+    disk = node._disk.at("checkpoints").at(folder(0))
+    disk.create(name)
+    await node.checkpointer.take()
+    assert name not in disk.list()
 
 
 async def test_a_cluster_spills_and_agrees(cluster: Cluster) -> None:
