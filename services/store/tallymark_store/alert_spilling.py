@@ -30,16 +30,17 @@ def hot_records(budget_bytes: int, partitions: int) -> int:
 
 def mergeable(files: list[AlertFile]) -> list[AlertFile]:
     """Neighbours that are to be merged; none where there are not enough of one size."""
-    best: list[AlertFile] = []
-    for first in range(len(files) - MERGED_FILES + 1):
-        run = files[first : first + MERGED_FILES]
-        sizes = [file.end - file.start for file in run]
-        if max(sizes) <= _SIZES * min(sizes) and sum(sizes) <= MERGED_RECORDS_MAX:
-            return run
-        if not best or run[-1].end - run[0].start < best[-1].end - best[0].start:
-            best = run
+    runs = [files[first : first + MERGED_FILES] for first in range(len(files) - MERGED_FILES + 1)]
+    alike = [run for run in runs if _is_alike([file.end - file.start for file in run])]
     # However sizes fall, there are never many files.
-    return best if len(files) >= checkpoint.ALERT_FILES_MAX // 2 else []
+    if not alike and len(files) >= checkpoint.ALERT_FILES_MAX // 2:
+        alike = runs
+    # The smallest: where the disk has too little room for a large one, it goes on.
+    return min(alike, key=lambda run: run[-1].end - run[0].start, default=[])
+
+
+def _is_alike(sizes: list[int]) -> bool:
+    return max(sizes) <= _SIZES * min(sizes) and sum(sizes) <= MERGED_RECORDS_MAX
 
 
 def merged_parts(files: list[AlertFile]) -> Iterator[Ints]:

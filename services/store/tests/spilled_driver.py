@@ -52,6 +52,7 @@ class SpilledDriver(Driver):
         async def relieve() -> None:
             await spilling.relieve()
             await spilling.relieve_alerts()
+            await spilling.merge()
 
         asyncio.run(relieve())
         return spilling

@@ -17,7 +17,9 @@ from tallymark_store import alert_spilling, checkpoint
 from tallymark_store import spilling as spilling_module
 from tallymark_store.checkpointer import folder
 from tallymark_store.memory_budget import cells_of
-from tallymark_store.wal import WalConfig
+from tallymark_store.partition import Partition
+from tallymark_store.replication.effects import Role
+from tallymark_store.wal import DamagedError, WalConfig
 
 from .cluster_driver import Cluster
 from .payload_builder import event
@@ -334,6 +336,138 @@ def test_files_of_a_discarded_copy_are_not_used(monkeypatch: pytest.MonkeyPatch)
     files = list(partition.fold.spilled.files)
     asyncio.run(spilling.relieve())
     assert partition.fold.spilled.files == files
+
+
+@pytest.mark.parametrize("kind", ["cells-", "alerts-"])
+def test_a_copy_that_begins_anew_has_no_damage(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file that is being written goes with the old copy: nobody is told that it is missing, least of all of the new."""
+    driver = filled()
+    driver.send(3)
+    driver.sync()
+    if kind == "alerts-":
+        asyncio.run(driver.spilling().relieve())
+    spilling = driver.spilling()
+    fresh = Partition(0, dedup_window_ns=1, indexes=driver.wal.partitions, salt=1)
+
+    def begins_anew(disk: Any, place: str, name: str, number: int) -> Any:
+        checkpoint.discard(Driver.checkpoints(driver, 0))
+        driver.partitions[0] = fresh
+        raise checkpoint.CheckpointError(f"checkpoint file {place} is missing")
+
+    monkeypatch.setattr(spilling_module, "open_file", begins_anew)
+    monkeypatch.setattr(alert_spilling, "open_alerts", begins_anew)
+    asyncio.run(spilling.relieve() if kind == "cells-" else spilling.relieve_alerts())
+    assert driver.partitions[0] is fresh
+    assert fresh.error is None
+
+
+async def test_damage_of_a_copy_that_is_gone_says_nothing_of_the_new_one(cluster: Cluster) -> None:
+    """A copy is refused, not whichever has its number by then."""
+    await cluster.start()
+    await cluster.wait_leader()
+    store = next(iter(cluster.nodes.values())).store
+    there = store.partitions[0]
+    gone = Partition(0, dedup_window_ns=1, indexes=store.wal.partitions, salt=1)
+    store.refuse(gone, DamagedError("partition 0: gone", partition=0))
+    assert store.partitions[0] is there
+    assert there.error is None
+    assert store.replicas[0].role is not Role.DAMAGED
+
+
+def test_a_merge_that_fails_stops_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells and alerts go on leaving memory, smaller files are merged, and it's tried again later."""
+    monkeypatch.setattr(spilling_module, "MERGED_FILES", 3)
+    monkeypatch.setattr(alert_spilling, "MERGED_FILES", 3)
+    monkeypatch.setattr(spilling_module, "RETRY_TURNS", 2)
+    driver = filled()
+    spilling = driver.spilling()
+    real, tries = spilling_module.write_file, []
+
+    def write(disk: Any, name: str, number: int, records: Any, count: int, *args: Any) -> Any:
+        if spilling._turns == turn:
+            tries.append(count)
+            raise DiskFullError("write", name, errno.ENOSPC)
+        return real(disk, name, number, records, count, *args)
+
+    turn = 1
+    monkeypatch.setattr(spilling_module, "write_file", write)
+    driver.send(3)
+    driver.sync()
+    fold = driver.partitions[0].fold
+
+    async def once() -> None:
+        await spilling.relieve()
+        await spilling.relieve_alerts()
+        await spilling.merge()
+
+    asyncio.run(once())
+    assert len(tries) == 1
+    assert spilling.merges == 1  # of alerts
+    assert fold.cell_bytes() == fold.alert_bytes() == 0
+    assert len(fold.spilled.files) == 3
+    turn = 99
+    asyncio.run(spilling.merge())
+    assert len(fold.spilled.files) == 3
+    asyncio.run(spilling.merge())
+    assert len(fold.spilled.files) == 1
+    driver.check_digests()
+
+
+def test_one_partition_that_the_disk_refuses_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The others' cells leave memory all the same."""
+    driver = filled()
+    driver.send(3)
+    driver.sync()
+    spilling = driver.spilling()
+    partitions = {7: SimpleNamespace(**vars_of(driver, 7)), 0: driver.partitions[0]}
+    monkeypatch.setattr(spilling, "_store", SimpleNamespace(partitions=partitions))
+    real = spilling.spill
+
+    async def spill(partition: Any, fraction: float) -> None:
+        if partition.partition == 7:
+            raise DiskFullError("write", "x", errno.ENOSPC)
+        await real(partition, fraction)
+
+    monkeypatch.setattr(spilling, "spill", spill)
+    with pytest.raises(DiskFullError):
+        asyncio.run(spilling.relieve())
+    assert driver.partitions[0].fold.cell_bytes() == 0
+
+
+def vars_of(driver: Spilled, number: int) -> dict[str, Any]:
+    """Of a partition that looks like another one."""
+    return {"partition": number, "error": None, "fold": driver.partitions[0].fold}
+
+
+def test_the_smallest_files_are_merged_first() -> None:
+    """So that a merge that is too large for the disk keeps no other back."""
+    large = [SimpleNamespace(records=10_000, start=10_000 * n, end=10_000 * (n + 1)) for n in range(8)]
+    small = [SimpleNamespace(records=10, start=80_000 + 10 * n, end=80_010 + 10 * n) for n in range(8)]
+    files: list[Any] = [*large, *small]
+    assert alert_spilling.mergeable(files) == small
+    assert spilling_module._mergeable(files) == small
+    assert spilling_module._mergeable(list(reversed(files))) == small[::-1]
+    assert spilling_module._mergeable(files[:12]) == large
+    assert spilling_module._mergeable(files[4:12]) == []
+
+
+def test_there_are_never_more_files_than_can_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where merges fail, cells and alerts stay in memory at some point."""
+    driver = filled()
+    monkeypatch.setattr(checkpoint, "CELL_FILES_MAX", 2)
+    monkeypatch.setattr(checkpoint, "ALERT_FILES_MAX", 2)
+    driver.send(3)
+    driver.sync()
+    spilling = driver.spilling()
+    asyncio.run(spilling.relieve())
+    asyncio.run(spilling.relieve_alerts())
+    fold = driver.partitions[0].fold
+    assert len(fold.spilled.files) == len(fold.alert_files.files) == 2
+    assert fold.cell_bytes() > 0
+    assert fold.alert_bytes() > 0
+    driver.check_digests()
 
 
 def test_the_setting_is_a_budget() -> None:
