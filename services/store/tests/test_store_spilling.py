@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 
+from tallymark_protocol.messages import StoreBackup
 from tallymark_protocol.model import AggType, AlertThreshold, DimensionFilter, PeriodType
 from tallymark_runtime.disk import DiskError, DiskFullError, MemoryDisk
-from tallymark_store import alert_spilling, checkpoint
+from tallymark_store import alert_spilling, checkpoint, incoming
 from tallymark_store import spilling as spilling_module
 from tallymark_store.checkpointer import folder
 from tallymark_store.memory_budget import cells_of
 from tallymark_store.partition import Partition
 from tallymark_store.replication.effects import Role
+from tallymark_store.snapshots import Snapshots
+from tallymark_store.soundness import UnsoundError, check_files, damage_in_use
 from tallymark_store.wal import DamagedError, WalConfig
 
 from .cluster_driver import Cluster
@@ -468,6 +471,50 @@ def test_there_are_never_more_files_than_can_be_sent(monkeypatch: pytest.MonkeyP
     assert fold.cell_bytes() > 0
     assert fold.alert_bytes() > 0
     driver.check_digests()
+
+
+@pytest.mark.parametrize("kind", ["cell_files", "alert_files"])
+def test_rot_does_not_come_in_with_a_snapshot(kind: str) -> None:
+    """Files that were offered as they had become are not taken, though their checksums are those of the offer."""
+    driver = filled()
+    manifest = driver.manifests[0]
+    disk = Driver.checkpoints(driver, 0)
+    check_files(disk, manifest)
+    name = getattr(manifest, kind)[-1]
+    disk.flip_bit(name, 4_200 if kind != "alert_files" else 100)
+    with pytest.raises(UnsoundError, match=name) as found:
+        check_files(disk, manifest)
+    assert damage_in_use(driver.partitions[0], found.value) is not None
+    files = []
+    for place, listed in enumerate(checkpoint.files_of(manifest)):
+        disk.rename(listed, f"in-{place}")
+        size = incoming.file_size(disk, f"in-{place}")
+        files.append((listed, size, incoming.checksum(disk, f"in-{place}", size)))
+    transfer: Any = SimpleNamespace(
+        number=0, manifest=manifest, offer=SimpleNamespace(files=files, offset=manifest.offset)
+    )
+    taker: Any = SimpleNamespace(
+        _dedup_window_ns=1, _store=SimpleNamespace(wal=driver.wal), _salt=5, _id_bytes=0
+    )
+    with pytest.raises(UnsoundError):
+        Snapshots._load(taker, transfer, disk)
+
+
+async def test_rot_is_neither_sent_nor_backed_up(cluster: Cluster) -> None:
+    """Who leads looks at the files before they are offered or backed up; and counts for nothing if it reads from them."""
+    await cluster.start()
+    await fill(cluster, 0, batches=3)
+    await settled(cluster)
+    await recycle(cluster)
+    node = cluster.nodes[await cluster.wait_leader()]
+    store = node.store
+    manifest = node._manifests[0]
+    node._disk.at("checkpoints").at(folder(0)).flip_bit(manifest.cell_files[0], 4_200)
+    partition = store.partitions[0]
+    assert node._backups is not None
+    with pytest.raises(DamagedError, match=manifest.cell_files[0]):
+        await node._backups.begin(StoreBackup(0))
+    assert partition.error is not None
 
 
 def test_the_setting_is_a_budget() -> None:
