@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 from tallymark_runtime.disk import Disk, FileMissingError
 from tallymark_store import checkpoint
-from tallymark_store.fold.alert_files import AlertFile, Ints, encode
+from tallymark_store.fold.alert_files import AlertFile, Ints, encode, file_bytes
 from tallymark_store.fold.spilled import SpilledFileError
 from tallymark_store.fold.thresholds import ALERT_BYTES
+from tallymark_store.room import NO_RESERVE, Room
 from tallymark_store.wal import DamagedError
 
 HOT_RECORDS = 1 << 16  # of a partition, the newest: they stay, if they fit
@@ -29,16 +30,17 @@ def hot_records(budget_bytes: int, partitions: int) -> int:
 
 def mergeable(files: list[AlertFile]) -> list[AlertFile]:
     """Neighbours that are to be merged; none where there are not enough of one size."""
-    best: list[AlertFile] = []
-    for first in range(len(files) - MERGED_FILES + 1):
-        run = files[first : first + MERGED_FILES]
-        sizes = [file.end - file.start for file in run]
-        if max(sizes) <= _SIZES * min(sizes) and sum(sizes) <= MERGED_RECORDS_MAX:
-            return run
-        if not best or run[-1].end - run[0].start < best[-1].end - best[0].start:
-            best = run
+    runs = [files[first : first + MERGED_FILES] for first in range(len(files) - MERGED_FILES + 1)]
+    alike = [run for run in runs if _is_alike([file.end - file.start for file in run])]
     # However sizes fall, there are never many files.
-    return best if len(files) >= checkpoint.ALERT_FILES_MAX // 2 else []
+    if not alike and len(files) >= checkpoint.ALERT_FILES_MAX // 2:
+        alike = runs
+    # The smallest: where the disk has too little room for a large one, it goes on.
+    return min(alike, key=lambda run: run[-1].end - run[0].start, default=[])
+
+
+def _is_alike(sizes: list[int]) -> bool:
+    return max(sizes) <= _SIZES * min(sizes) and sum(sizes) <= MERGED_RECORDS_MAX
 
 
 def merged_parts(files: list[AlertFile]) -> Iterator[Ints]:
@@ -53,33 +55,41 @@ def merged_parts(files: list[AlertFile]) -> Iterator[Ints]:
 
 
 def write_alerts(
-    disk: Disk, name: str, partition: int, start: int, parts: Iterator[Ints], count: int
+    disk: Disk,
+    name: str,
+    partition: int,
+    start: int,
+    parts: Iterator[Ints],
+    count: int,
+    room: Room = NO_RESERVE,
 ) -> AlertFile:
-    """Write and sync a file of records, and look at it.
+    """Write and sync a file of records, and look at it. Of one that could not be written nothing stays.
 
     Raises:
         DiskError: the disk refuses.
         DamagedError: what is merged is damaged.
     """
-    file = disk.create(name)
-    try:
-        waiting = 0
-        for place, data in encode(partition, start, parts, count):
-            if place == 0:
-                file.sync()  # the header is what makes it one
-            file.write(place, [data])
-            waiting += len(data)
-            if waiting >= _WRITE_BYTES:
-                file.sync()
-                waiting = 0
-        file.sync()
-    finally:
-        file.close()
-    disk.sync_dir()
-    try:
-        return open_alerts(disk, name, name, partition)
-    except checkpoint.CheckpointError as error:
-        raise DamagedError(f"partition {partition}: {error}", partition=partition) from error
+    room.check(disk, name, file_bytes(count))
+    with room.removed_on_failure(disk, name):
+        file = disk.create(name)
+        try:
+            waiting = 0
+            for place, data in encode(partition, start, parts, count):
+                if place == 0:
+                    file.sync()  # the header is what makes it one
+                file.write(place, [data])
+                waiting += len(data)
+                if waiting >= _WRITE_BYTES:
+                    file.sync()
+                    waiting = 0
+            file.sync()
+        finally:
+            file.close()
+        disk.sync_dir()
+        try:
+            return open_alerts(disk, name, name, partition)
+        except checkpoint.CheckpointError as error:
+            raise DamagedError(f"partition {partition}: {error}", partition=partition) from error
 
 
 def open_alerts(disk: Disk, place: str, name: str, partition: int) -> AlertFile:

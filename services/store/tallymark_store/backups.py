@@ -37,9 +37,11 @@ from tallymark_runtime.disk import Disk, FileMissingError
 from tallymark_store import checkpoint, incoming
 from tallymark_store.archive import manifest as archives
 from tallymark_store.checkpointer import folder
+from tallymark_store.partition import Partition
 from tallymark_store.recycling import Holds
+from tallymark_store.soundness import check_files, damage_in_use
 from tallymark_store.store import Offload, Store
-from tallymark_store.wal import RecordMeta
+from tallymark_store.wal import DamagedError, RecordMeta
 
 if TYPE_CHECKING:
     from tallymark_store.archive.archiver import Archiver
@@ -104,6 +106,7 @@ class Backups:
 
         Raises:
             UnavailableError: this store does not lead the partition, or keeps too much already.
+            DamagedError: files of its checkpoint are damaged.
             DiskError: a file can't be read.
         """
         number = call.partition
@@ -126,6 +129,8 @@ class Backups:
         try:
             files = []
             disk = self._disk.at("checkpoints").at(folder(number))
+            if manifest is not None:
+                await self._look_at(partition, disk, manifest)
             for name in names:
                 size: int = await self._offload(incoming.file_size, disk, name)
                 crc: int = await self._offload(incoming.checksum, disk, name, size)
@@ -157,6 +162,21 @@ class Backups:
             files=files,
             digest=digest,
         )
+
+    async def _look_at(self, partition: Partition, disk: Disk, manifest: checkpoint.Manifest) -> None:
+        """See that a checkpoint can be restored: a backup of what is damaged is none."""
+        try:
+            await self._offload(check_files, disk, manifest)
+        except checkpoint.CheckpointError as error:
+            number = partition.partition
+            if self._manifests.get(number) is not manifest:
+                raise UnavailableError(f"partition {number}: its checkpoint was discarded") from None
+            damage = damage_in_use(partition, error)
+            if damage is not None:
+                self._store.refuse(partition, damage)
+                raise damage from None
+            # The next checkpoint, and so the next backup, is without it.
+            raise DamagedError(f"partition {number}: {error}", partition=number) from None
 
     async def read(self, call: StoreBackupRead) -> BackupPiece:
         """A piece of what is kept.

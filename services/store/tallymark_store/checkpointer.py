@@ -195,6 +195,7 @@ class Checkpointer:
         previous = self._manifests.get(partition.partition)
         offset = partition.applied
         if offset == (0 if previous is None else previous.offset):
+            await self._tidy(partition, previous)
             return
         generation = self._store.generation(partition.partition)
         replica = self._store.replicas.get(partition.partition)
@@ -234,12 +235,17 @@ class Checkpointer:
             checkpoint.discard(disk, keeps_incoming=True, keeps_cells=True)
             return
         self._manifests[partition.partition] = written
-        if self._spilling is not None:
-            kept = [*checkpoint.files_of(written), *self._holds.files(partition.partition)]
-            await self._spilling.tidy(partition, kept)
+        await self._tidy(partition, written)
         spilled_end = partition.dedup.spilled_end
         await self._spill_ids(partition, disk, written)
         await self._sweep_ids(partition, has_spilled=partition.dedup.spilled_end > spilled_end)
+
+    async def _tidy(self, partition: Partition, manifest: checkpoint.Manifest | None) -> None:
+        """Have files of cells and alerts removed that neither the checkpoint in force nor anybody else needs."""
+        if self._spilling is None:
+            return
+        listed = [] if manifest is None else checkpoint.files_of(manifest)
+        await self._spilling.tidy(partition, [*listed, *self._holds.files(partition.partition)])
 
     async def _spill_ids(self, partition: Partition, disk: Disk, manifest: checkpoint.Manifest) -> None:
         """Look old ids up in the files of the checkpoint in force, if ids take more memory than they may."""

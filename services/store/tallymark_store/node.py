@@ -259,6 +259,7 @@ class StoreNode:
             token=self._token,
             on_damage=store.refuse,
             offload=self._offload,
+            reserve_bytes=config.wal.segment_bytes,
         )
         self.checkpointer = Checkpointer(
             store,

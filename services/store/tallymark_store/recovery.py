@@ -33,7 +33,7 @@ from tallymark_store.folding import replay
 from tallymark_store.id_budget import resident_from
 from tallymark_store.outcomes import Outcomes
 from tallymark_store.partition import Partition
-from tallymark_store.spilling import open_file
+from tallymark_store.spilling import open_file, remove_unlisted
 from tallymark_store.store import WAY_OUT
 from tallymark_store.wal import DamagedError, Recovery, Wal, WalConfig, open_wal
 from tallymark_store.window_times import WindowTimes
@@ -170,6 +170,7 @@ def _load(
     try:
         manifest = _newest(root, disk, number, start, report)
         if manifest is None:
+            remove_unlisted(disk, None)
             return partition, None
         if foreign:
             # It most probably came along with it; a wrong total that goes unnoticed is the worst that can happen.
@@ -182,6 +183,7 @@ def _load(
                 partition=number,
             )
         restore(partition, disk, manifest, salt, id_bytes)
+        remove_unlisted(disk, manifest)
     except (DamagedError, DiskError, MemoryError):
         raise
     except Exception as error:

@@ -23,6 +23,7 @@ from tallymark_store.archive import manifest as archives
 from tallymark_store.checkpointer import folder
 from tallymark_store.recycling import Holds
 from tallymark_store.replication.messages import Ask, Offer, Piece
+from tallymark_store.soundness import check_files, damage_in_use
 from tallymark_store.store import Offload, Store
 
 if TYPE_CHECKING:
@@ -158,7 +159,9 @@ class Sending:
         """Find out what is said of the files in an offer."""
         disk = self._folder(held.number)
         files = []
+        partition = self._store.partitions.get(held.number)
         try:
+            await self._offload(check_files, disk, held.manifest)
             for name in names:
                 size = await self._offload(incoming.file_size, disk, name)
                 files.append((name, size, await self._offload(incoming.checksum, disk, name, size)))
@@ -167,7 +170,12 @@ class Sending:
                 held.archive_bytes = b"" if held.archive is None else archives.encode(held.archive)
         except (DiskError, UnavailableError, checkpoint.CheckpointError) as error:
             _log.warning("partition %d: its checkpoint cannot be sent: %s", held.number, error)
+            is_held = self._held.get(held.name) is held
             self._release(held)
+            if isinstance(error, checkpoint.CheckpointError) and partition is not None and is_held:
+                damage = damage_in_use(partition, error)
+                if damage is not None:
+                    self._store.refuse(partition, damage)
             return
         if self._held.get(held.name) is not held:
             self._release(held)  # the copy has been discarded meanwhile

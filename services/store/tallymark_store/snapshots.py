@@ -45,6 +45,7 @@ from tallymark_store.recycling import Holds
 from tallymark_store.replication.messages import Ask, Offer, Piece
 from tallymark_store.replication.ports import Member, Membership, ReplicaConfig
 from tallymark_store.sending import HOLD_NS, PIECE_BYTES, Sending
+from tallymark_store.soundness import check_files
 from tallymark_store.store import Offload, Store
 
 if TYPE_CHECKING:
@@ -514,6 +515,8 @@ class Snapshots:
         for place, (_, size, crc) in enumerate(transfer.offer.files):
             if incoming.checksum(disk, f"{incoming.PREFIX}{place}", size) != crc:
                 raise checkpoint.CheckpointError(f"file {place} of the snapshot is not what was offered")
+        # What they were offered as may be what had become of them.
+        check_files(disk, incoming.staged(transfer.manifest))
         partition = Partition(
             transfer.number,
             dedup_window_ns=self._dedup_window_ns,

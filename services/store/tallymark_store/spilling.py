@@ -10,8 +10,9 @@ bounded piece at a time (ADR 12):
 Alert records have a budget of their own, and go likewise, the oldest first (`alert_spilling`).
 
 Files of about one size are merged, neighbours in age only. A file stays in the folder as long as the fold, the newest
-checkpoint or who is sent a checkpoint needs it; what is left over, also from a life before, is removed after each
-checkpoint (`tidy`), under the lock that they are taken under.
+checkpoint or who is sent a checkpoint needs it; what is left over is removed after each checkpoint (`tidy`), under the
+lock that they are taken under, and at a start (`remove_unlisted`). A file that can't be written to its end goes at
+once, and none is begun where the disk has no room for it: a full disk must not be kept full by what was tried.
 """
 
 from __future__ import annotations
@@ -35,9 +36,11 @@ from tallymark_store.fold.spilled import (
     Piece,
     SpilledFile,
     SpilledFileError,
+    file_bytes_max,
     merged_records,
 )
 from tallymark_store.partition import Partition
+from tallymark_store.room import NO_RESERVE, Room
 from tallymark_store.wal import DamagedError
 
 if TYPE_CHECKING:
@@ -49,6 +52,8 @@ Ints = npt.NDArray[np.int64]
 
 POLL_S = 0.25  # how often it is looked whether there is too much
 RETRY_S = 10.0  # after the disk refused
+RETRY_TURNS = 40  # after it refused a merge, the first time
+RETRY_TURNS_MAX = 2_400
 SPILL_TO = 0.8  # of the budget
 _CELLS_LEAST = 0.25  # of the budget: so much stays for cells, whatever sets and files take
 GROWTH = 1.05  # what is too much and cannot go is put up with, until it is so much more
@@ -78,6 +83,7 @@ class Spilling:
         alert_budget_bytes: for their alert records, likewise.
         token: of this process: no two lives of a store give their files the same names.
         on_damage: told that a partition's file cannot be trusted.
+        reserve_bytes: of the disk, that are left to others.
 
     Attributes:
         spilled_units: since the start.
@@ -96,6 +102,7 @@ class Spilling:
         offload: Offload,
         on_damage: Callable[[Partition, DamagedError], None],
         piece_records: int = PIECE_RECORDS,
+        reserve_bytes: int = 0,
     ) -> None:
         self.spilled_units = self.spilled_alerts = self.merges = 0
         self._store = store
@@ -106,30 +113,39 @@ class Spilling:
         self._offload = offload
         self._on_damage = on_damage
         self._piece_records = piece_records
+        self._room = Room(reserve_bytes)
         self._count = 0  # of names given
         self._in_vain_bytes = 0  # what was left the last time, if it was too much
         self._waits = 0  # how often that was put up with since
+        self._is_short = False  # whether more could have gone
+        self._turns = 0  # of merging
+        # By partition and kind of file: the turn from which a merge is tried again, how often it failed, its records.
+        self._failures: dict[tuple[int, str], tuple[int, int, int]] = {}
         self._writing: set[tuple[int, str]] = set()  # files that nobody lists yet
 
     async def run(self) -> None:
         """Keep within the budget for ever."""
         while True:
             await asyncio.sleep(POLL_S)
-            try:
-                await self.relieve()
-                await self.relieve_alerts()
-            except DiskError as error:
-                _log.warning("cells could not be spilled: %s", error)
-                await asyncio.sleep(RETRY_S)
-            except Exception:  # without it memory grows; never end it in silence
-                _log.exception("cells could not be spilled")
+            # One that fails doesn't keep the others from it.
+            has_failed = False
+            for step in (self.relieve, self.relieve_alerts, self.merge):
+                try:
+                    await step()
+                except DiskError as error:
+                    _log.warning("cells could not be spilled: %s", error)
+                    has_failed = True
+                except Exception:  # without it memory grows; never end it in silence
+                    _log.exception("cells could not be spilled")
+                    has_failed = True
+            if has_failed:
                 await asyncio.sleep(RETRY_S)
 
     async def relieve(self) -> None:
         """Take the coldest cells out of memory if they take more than they may.
 
         Raises:
-            DiskError: the disk refused; everything is as it was.
+            DiskError: the disk refused, of some partition; what it refused is as it was.
         """
         if self._budget_bytes is None:
             return
@@ -144,58 +160,108 @@ class Spilling:
             self._waits += 1
             return
         self._waits = 0
+        self._is_short = False
         # Large open sets stay where they are: the cells that are in use must not go in their place.
         least = min(_CELLS_LEAST * self._budget_bytes, budget)
         fraction = 1.0 - max(SPILL_TO * budget / taken, min(least / max(cells, 1), 1.0))
+        refused: DiskError | None = None
         for partition in self._served():
             try:
                 await self.spill(partition, fraction)
+            except DiskError as error:
+                refused = error
             except UnavailableError as error:
-                if isinstance(error, DamagedError):
-                    self._on_damage(partition, error)
-                else:
-                    _log.info("partition %d: cells are not spilled: %s", partition.partition, error)
-
+                self._gave_up(partition, error)
+        if refused is not None:
+            raise refused
         left = sum(self._taken())
-        self._in_vain_bytes = left if left > budget else 0
+        self._in_vain_bytes = left if left > budget and not self._is_short else 0
 
     async def relieve_alerts(self) -> None:
         """Take the oldest alert records out of memory if they take more than they may.
 
         Raises:
-            DiskError: the disk refused; everything is as it was.
+            DiskError: the disk refused, of some partition; what it refused is as it was.
         """
         budget, served = self._alert_budget_bytes, self._served()
         if budget is None or sum(partition.fold.alert_bytes() for partition in served) <= budget:
             return
         hot = alert_spilling.hot_records(budget, len(served))
+        refused: DiskError | None = None
         for partition in served:
             try:
                 await self._spill_alerts(partition, hot)
+            except DiskError as error:
+                refused = error
             except UnavailableError as error:
-                if isinstance(error, DamagedError):
-                    self._on_damage(partition, error)
-                else:
-                    _log.info("partition %d: alert records are not spilled: %s", partition.partition, error)
+                self._gave_up(partition, error)
+        if refused is not None:
+            raise refused
+
+    def _gave_up(self, partition: Partition, error: UnavailableError) -> None:
+        if isinstance(error, DamagedError):
+            self._on_damage(partition, error)
+        else:
+            _log.info("partition %d: nothing is spilled: %s", partition.partition, error)
+
+    async def merge(self) -> None:
+        """Merge neighbours of about one size, while there are enough of them, the smallest first.
+
+        Where the disk refuses, it is tried again later, the later the more often that has failed; smaller files are
+        merged meanwhile. Spilling goes on in any case.
+        """
+        self._turns += 1
+        for partition in self._served():
+            for kind, work in (("cells", self._merge), ("alerts", self._merge_alerts)):
+                key = (partition.partition, kind)
+                try:
+                    await work(partition, key)
+                except DiskError as error:
+                    _log.warning("partition %d: %s could not be merged: %s", partition.partition, kind, error)
+                except UnavailableError as error:
+                    self._gave_up(partition, error)
+
+    def _may_merge(self, key: tuple[int, str], records: int) -> bool:
+        """Whether a merge of so many records, or a smaller one, has not just failed."""
+        turn, _, least = self._failures.get(key, (0, 0, 0))
+        return self._turns >= turn or records < least
+
+    def _merge_failed(self, key: tuple[int, str], records: int) -> None:
+        _, count, _ = self._failures.get(key, (0, 0, 0))
+        self._failures[key] = (
+            self._turns + min(RETRY_TURNS << count, RETRY_TURNS_MAX),
+            min(count + 1, 16),
+            records,
+        )
 
     async def _spill_alerts(self, partition: Partition, hot: int) -> None:
         self._check(partition)
         fold = partition.fold
         start = fold.alert_files.end
         count = fold.alert_count - start - hot
-        if count <= 0:
+        if count <= 0 or len(fold.alert_files.files) >= checkpoint.ALERT_FILES_MAX:
             return
         rows = fold.oldest_alerts(count)
         file, key = await self._write_alerts(partition, start, in_pieces(rows), count)
         fold.forget_alerts(file)
         self._writing.discard(key)
         self.spilled_alerts += count
+
+    async def _merge_alerts(self, partition: Partition, key: tuple[int, str]) -> None:
+        fold = partition.fold
         while old := alert_spilling.mergeable(fold.alert_files.files):
             count = old[-1].end - old[0].start
+            if not self._may_merge(key, count):
+                return
             parts = alert_spilling.merged_parts(old)
-            file, key = await self._write_alerts(partition, old[0].start, parts, count)
+            try:
+                file, written = await self._write_alerts(partition, old[0].start, parts, count)
+            except DiskError:
+                self._merge_failed(key, count)
+                raise
             fold.alert_files.replace(old, file)
-            self._writing.discard(key)
+            self._writing.discard(written)
+            self._failures.pop(key, None)
             self.merges += 1
 
     async def _write_alerts(
@@ -209,9 +275,21 @@ class Spilling:
         self._writing.add(key)
         try:
             file: AlertFile = await self._offload(
-                alert_spilling.write_alerts, self._folder(number), name, number, start, parts, count
+                alert_spilling.write_alerts,
+                self._folder(number),
+                name,
+                number,
+                start,
+                parts,
+                count,
+                self._room,
             )
             self._check(partition)
+        except DamagedError:
+            # Files are also missing because the copy began anew meanwhile: that is no damage, least of all to the new one.
+            self._writing.discard(key)
+            self._check(partition)
+            raise
         except BaseException:
             self._writing.discard(key)
             raise
@@ -253,6 +331,10 @@ class Spilling:
             self._check(partition)
         row = 0
         while row < fold.cell_rows:
+            if len(fold.spilled.files) >= checkpoint.CELL_FILES_MAX:
+                # More could not be sent to another copy. The next turn goes on, with fewer files if they could be merged.
+                self._is_short = True
+                return
             piece = Piece(cut, fold.cell_rows, self._piece_records)
             while row < fold.cell_rows:
                 end = min(row + SLICE_ROWS, fold.cell_rows)
@@ -278,7 +360,6 @@ class Spilling:
                 first = end
                 await asyncio.sleep(0)
                 self._check(partition)
-            await self._merge(partition)
 
     async def _write(
         self, partition: Partition, records: Iterator[Ints], record_count: int, unit_count: int
@@ -291,27 +372,41 @@ class Spilling:
         self._writing.add(key)
         try:
             file: SpilledFile = await self._offload(
-                write_file, self._folder(number), name, number, records, record_count, unit_count
+                write_file,
+                self._folder(number),
+                name,
+                number,
+                records,
+                record_count,
+                unit_count,
+                self._room,
             )
             self._check(partition)
+        except DamagedError:
+            # Files are also missing because the copy began anew meanwhile: that is no damage, least of all to the new one.
+            self._writing.discard(key)
+            self._check(partition)
+            raise
         except BaseException:
             self._writing.discard(key)
             raise
         return file, key
 
-    async def _merge(self, partition: Partition) -> None:
-        """Merge neighbours of about one size, while there are enough of them."""
+    async def _merge(self, partition: Partition, key: tuple[int, str]) -> None:
         fold = partition.fold
-        while True:
-            old = _mergeable(fold.spilled.files)
-            if not old:
+        while old := _mergeable(fold.spilled.files):
+            count = sum(part.records for part in old)
+            if not self._may_merge(key, count):
                 return
             records = merged_records(partition.partition, old)
-            file, key = await self._write(
-                partition, records, sum(part.records for part in old), sum(part.units for part in old)
-            )
+            try:
+                file, written = await self._write(partition, records, count, sum(part.units for part in old))
+            except DiskError:
+                self._merge_failed(key, count)
+                raise
             fold.replace_spilled(old, file)
-            self._writing.discard(key)
+            self._writing.discard(written)
+            self._failures.pop(key, None)
             self.merges += 1
 
     async def tidy(self, partition: Partition, kept: Iterable[str]) -> None:
@@ -344,45 +439,57 @@ def _mergeable(files: list[SpilledFile]) -> list[SpilledFile]:
     Every file has about as many records as those before it or more, so that each record is written again once for each
     power of `MERGED_FILES` that there are.
     """
-    for first in range(len(files) - MERGED_FILES + 1):
-        run = files[first : first + MERGED_FILES]
-        sizes = [file.records for file in run]
-        if max(sizes) <= _SIZES * max(min(sizes), 1):
-            return run
+    runs = [files[first : first + MERGED_FILES] for first in range(len(files) - MERGED_FILES + 1)]
+    alike = [run for run in runs if _is_alike([file.records for file in run])]
     # However sizes fall, there are never many files.
-    return files[-MERGED_FILES:] if len(files) >= checkpoint.CELL_FILES_MAX // 2 else []
+    if not alike and len(files) >= checkpoint.CELL_FILES_MAX // 2:
+        alike = runs
+    # The smallest: where the disk has too little room for a large one, it goes on.
+    return min(alike, key=lambda run: sum(file.records for file in run), default=[])
+
+
+def _is_alike(sizes: list[int]) -> bool:
+    return max(sizes) <= _SIZES * max(min(sizes), 1)
 
 
 def write_file(
-    disk: Disk, name: str, partition: int, records: Iterator[Ints], record_count: int, unit_count: int
+    disk: Disk,
+    name: str,
+    partition: int,
+    records: Iterator[Ints],
+    record_count: int,
+    unit_count: int,
+    room: Room = NO_RESERVE,
 ) -> SpilledFile:
-    """Write and sync a file of units, and look at it.
+    """Write and sync a file of units, and look at it. Of one that could not be written nothing stays.
 
     Raises:
         DiskError: the disk refuses.
         DamagedError: what is merged is damaged.
     """
-    file = disk.create(name)
-    try:
-        packer = Packer(partition, records_max=record_count, units_max=unit_count)
-        for part in records:
-            place, data = packer.add(part)
-            if len(data):
+    room.check(disk, name, file_bytes_max(record_count, unit_count))
+    with room.removed_on_failure(disk, name):
+        file = disk.create(name)
+        try:
+            packer = Packer(partition, records_max=record_count, units_max=unit_count)
+            for part in records:
+                place, data = packer.add(part)
+                if len(data):
+                    file.write(place, [data])
+                    file.sync()
+            *parts, header = packer.finish()
+            for place, data in parts:
                 file.write(place, [data])
-                file.sync()
-        *parts, header = packer.finish()
-        for place, data in parts:
-            file.write(place, [data])
-        file.sync()
-        file.write(header[0], [header[1]])
-        file.sync()
-    finally:
-        file.close()
-    disk.sync_dir()
-    try:
-        return open_file(disk, name, name, partition)
-    except checkpoint.CheckpointError as error:
-        raise DamagedError(f"partition {partition}: {error}", partition=partition) from error
+            file.sync()
+            file.write(header[0], [header[1]])
+            file.sync()
+        finally:
+            file.close()
+        disk.sync_dir()
+        try:
+            return open_file(disk, name, name, partition)
+        except checkpoint.CheckpointError as error:
+            raise DamagedError(f"partition {partition}: {error}", partition=partition) from error
 
 
 def open_file(disk: Disk, place: str, name: str, partition: int) -> SpilledFile:
@@ -401,6 +508,19 @@ def open_file(disk: Disk, place: str, name: str, partition: int) -> SpilledFile:
         raise checkpoint.CheckpointError(str(error)) from None
     finally:
         file.close()
+
+
+def remove_unlisted(disk: Disk, manifest: checkpoint.Manifest | None) -> None:
+    """Remove what a life before has left: files of cells and alerts that its last checkpoint doesn't list.
+
+    Only before anybody spills. What can't be removed stays for `tidy`.
+    """
+    listed = set() if manifest is None else set(checkpoint.files_of(manifest))
+    try:
+        names = [name for name in disk.list() if name.startswith(checkpoint.SPILLED) and name not in listed]
+        _remove(disk, names)
+    except DiskError as error:
+        _log.warning("files that were left over could not be removed: %s", error)
 
 
 def _remove(disk: Disk, names: list[str]) -> None:

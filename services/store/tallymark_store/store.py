@@ -217,6 +217,8 @@ class Store:
     def refuse(self, partition: Partition, error: DamagedError) -> None:
         """A read found damage: this copy counts for nothing from here on, also after a restart."""
         _log.error("%s", error.message)
+        if self.partitions.get(partition.partition) is not partition:
+            return  # of a copy that began anew meanwhile: the one that is here now has nothing of it
         replica = self.replicas.get(partition.partition)
         if partition.error is None:
             partition.error = self.damage_error(partition.partition, to_wire(error))

@@ -23,7 +23,7 @@ class SpilledDriver(Driver):
         disk = super().checkpoints(number)
         return disk if self.calls is None else CountingDisk(disk, self.calls)
 
-    def spilling(self, budget_bytes: int = 0) -> Spilling:
+    def spilling(self, budget_bytes: int = 0, reserve_bytes: int = 0) -> Spilling:
         """One for the partitions as they are now."""
         disk: Any = self.disk.at("checkpoints")
 
@@ -42,6 +42,7 @@ class SpilledDriver(Driver):
             token=self.rng.getrandbits(64),
             offload=offload,
             on_damage=damaged,
+            reserve_bytes=reserve_bytes,
         )
 
     def spill_cells(self, budget_bytes: int = 0) -> Spilling:
@@ -51,6 +52,7 @@ class SpilledDriver(Driver):
         async def relieve() -> None:
             await spilling.relieve()
             await spilling.relieve_alerts()
+            await spilling.merge()
 
         asyncio.run(relieve())
         return spilling

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
@@ -10,13 +11,18 @@ from typing import Any
 
 import pytest
 
+from tallymark_protocol.messages import StoreBackup
 from tallymark_protocol.model import AggType, AlertThreshold, DimensionFilter, PeriodType
-from tallymark_runtime.disk import DiskError, MemoryDisk
-from tallymark_store import alert_spilling, checkpoint
+from tallymark_runtime.disk import DiskError, DiskFullError, MemoryDisk
+from tallymark_store import alert_spilling, checkpoint, incoming
 from tallymark_store import spilling as spilling_module
 from tallymark_store.checkpointer import folder
 from tallymark_store.memory_budget import cells_of
-from tallymark_store.wal import WalConfig
+from tallymark_store.partition import Partition
+from tallymark_store.replication.effects import Role
+from tallymark_store.snapshots import Snapshots
+from tallymark_store.soundness import UnsoundError, check_files, damage_in_use
+from tallymark_store.wal import DamagedError, WalConfig
 
 from .cluster_driver import Cluster
 from .payload_builder import event
@@ -180,6 +186,70 @@ def test_a_failing_disk_leaves_everything_in_memory(operation: str) -> None:
     assert driver.partitions[0].digest() == before
 
 
+@pytest.mark.parametrize("operation", ["write", "sync", "sync_dir", "map"])
+@pytest.mark.parametrize("kind", ["cells-", "alerts-"])
+def test_a_failing_disk_keeps_nothing_of_what_was_tried(operation: str, kind: str) -> None:
+    """A file that could not be written to its end goes at once: a full disk is not kept full by it."""
+    driver = filled()
+    driver.send(3)
+    driver.sync()
+    before = driver.files()
+    name = "" if operation == "sync_dir" else kind
+    if kind == "alerts-":
+        asyncio.run(driver.spilling().relieve())
+        before = driver.files()
+    driver.checkpoints(0).fail_next(operation, name=name, number=errno.ENOSPC)
+    with pytest.raises(DiskError):
+        driver.spill_cells()
+    assert {name for name in driver.files() - before if name.startswith(kind)} == set()
+    driver.spill_cells()
+    assert driver.partitions[0].fold.cell_bytes() == driver.partitions[0].fold.alert_bytes() == 0
+    driver.check_digests()
+
+
+def test_no_file_is_begun_that_may_not_fit() -> None:
+    """Where the disk has too little room, nothing is written; where there is some again, cells go."""
+    driver = filled()
+    driver.send(3)
+    driver.sync()
+    spilling = driver.spilling(reserve_bytes=1_000_000)
+    writes = driver.disk.write_count
+    driver.disk.capacity = used(driver) + 1_004_000
+    for relieve in (spilling.relieve, spilling.relieve_alerts):
+        with pytest.raises(DiskFullError):
+            asyncio.run(relieve())
+    assert driver.disk.write_count == writes
+    driver.disk.capacity += 1_000_000
+    asyncio.run(spilling.relieve())
+    asyncio.run(spilling.relieve_alerts())
+    assert driver.partitions[0].fold.cell_bytes() == driver.partitions[0].fold.alert_bytes() == 0
+
+
+def used(driver: Spilled) -> int:
+    """Bytes on the disk."""
+    driver.disk.capacity = 1 << 40
+    return (1 << 40) - driver.disk.free_bytes()
+
+
+@pytest.mark.parametrize("has_checkpoint", [True, False])
+def test_a_start_removes_what_a_life_before_has_left(has_checkpoint: bool) -> None:
+    """Files that no checkpoint lists, as where the disk was too full for one, don't stay."""
+    driver = filled()
+    driver.send(3)
+    driver.sync()
+    driver.spill_cells()
+    disk = Driver.checkpoints(driver, 0)
+    if not has_checkpoint:
+        disk.remove("MANIFEST")
+        disk.sync_dir()
+    before = driver.partitions[0].digest()
+    kept = driver.listed() if has_checkpoint else set()
+    assert driver.files() > kept
+    driver.crash()
+    assert driver.files() == kept
+    assert driver.partitions[0].digest() == before
+
+
 @pytest.mark.parametrize("at", [20, 5_000, -8])
 def test_a_damaged_file_only_costs_time_where_the_log_is_whole(at: int) -> None:
     """At a start: whether the damage is found when the file is opened, or when a record needs what is in it."""
@@ -271,6 +341,182 @@ def test_files_of_a_discarded_copy_are_not_used(monkeypatch: pytest.MonkeyPatch)
     assert partition.fold.spilled.files == files
 
 
+@pytest.mark.parametrize("kind", ["cells-", "alerts-"])
+def test_a_copy_that_begins_anew_has_no_damage(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file that is being written goes with the old copy: nobody is told that it is missing, least of all of the new."""
+    driver = filled()
+    driver.send(3)
+    driver.sync()
+    if kind == "alerts-":
+        asyncio.run(driver.spilling().relieve())
+    spilling = driver.spilling()
+    fresh = Partition(0, dedup_window_ns=1, indexes=driver.wal.partitions, salt=1)
+
+    def begins_anew(disk: Any, place: str, name: str, number: int) -> Any:
+        checkpoint.discard(Driver.checkpoints(driver, 0))
+        driver.partitions[0] = fresh
+        raise checkpoint.CheckpointError(f"checkpoint file {place} is missing")
+
+    monkeypatch.setattr(spilling_module, "open_file", begins_anew)
+    monkeypatch.setattr(alert_spilling, "open_alerts", begins_anew)
+    asyncio.run(spilling.relieve() if kind == "cells-" else spilling.relieve_alerts())
+    assert driver.partitions[0] is fresh
+    assert fresh.error is None
+
+
+async def test_damage_of_a_copy_that_is_gone_says_nothing_of_the_new_one(cluster: Cluster) -> None:
+    """A copy is refused, not whichever has its number by then."""
+    await cluster.start()
+    await cluster.wait_leader()
+    store = next(iter(cluster.nodes.values())).store
+    there = store.partitions[0]
+    gone = Partition(0, dedup_window_ns=1, indexes=store.wal.partitions, salt=1)
+    store.refuse(gone, DamagedError("partition 0: gone", partition=0))
+    assert store.partitions[0] is there
+    assert there.error is None
+    assert store.replicas[0].role is not Role.DAMAGED
+
+
+def test_a_merge_that_fails_stops_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells and alerts go on leaving memory, smaller files are merged, and it's tried again later."""
+    monkeypatch.setattr(spilling_module, "MERGED_FILES", 3)
+    monkeypatch.setattr(alert_spilling, "MERGED_FILES", 3)
+    monkeypatch.setattr(spilling_module, "RETRY_TURNS", 2)
+    driver = filled()
+    spilling = driver.spilling()
+    real, tries = spilling_module.write_file, []
+
+    def write(disk: Any, name: str, number: int, records: Any, count: int, *args: Any) -> Any:
+        if spilling._turns == turn:
+            tries.append(count)
+            raise DiskFullError("write", name, errno.ENOSPC)
+        return real(disk, name, number, records, count, *args)
+
+    turn = 1
+    monkeypatch.setattr(spilling_module, "write_file", write)
+    driver.send(3)
+    driver.sync()
+    fold = driver.partitions[0].fold
+
+    async def once() -> None:
+        await spilling.relieve()
+        await spilling.relieve_alerts()
+        await spilling.merge()
+
+    asyncio.run(once())
+    assert len(tries) == 1
+    assert spilling.merges == 1  # of alerts
+    assert fold.cell_bytes() == fold.alert_bytes() == 0
+    assert len(fold.spilled.files) == 3
+    turn = 99
+    asyncio.run(spilling.merge())
+    assert len(fold.spilled.files) == 3
+    asyncio.run(spilling.merge())
+    assert len(fold.spilled.files) == 1
+    driver.check_digests()
+
+
+def test_one_partition_that_the_disk_refuses_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The others' cells leave memory all the same."""
+    driver = filled()
+    driver.send(3)
+    driver.sync()
+    spilling = driver.spilling()
+    partitions = {7: SimpleNamespace(**vars_of(driver, 7)), 0: driver.partitions[0]}
+    monkeypatch.setattr(spilling, "_store", SimpleNamespace(partitions=partitions))
+    real = spilling.spill
+
+    async def spill(partition: Any, fraction: float) -> None:
+        if partition.partition == 7:
+            raise DiskFullError("write", "x", errno.ENOSPC)
+        await real(partition, fraction)
+
+    monkeypatch.setattr(spilling, "spill", spill)
+    with pytest.raises(DiskFullError):
+        asyncio.run(spilling.relieve())
+    assert driver.partitions[0].fold.cell_bytes() == 0
+
+
+def vars_of(driver: Spilled, number: int) -> dict[str, Any]:
+    """Of a partition that looks like another one."""
+    return {"partition": number, "error": None, "fold": driver.partitions[0].fold}
+
+
+def test_the_smallest_files_are_merged_first() -> None:
+    """So that a merge that is too large for the disk keeps no other back."""
+    large = [SimpleNamespace(records=10_000, start=10_000 * n, end=10_000 * (n + 1)) for n in range(8)]
+    small = [SimpleNamespace(records=10, start=80_000 + 10 * n, end=80_010 + 10 * n) for n in range(8)]
+    files: list[Any] = [*large, *small]
+    assert alert_spilling.mergeable(files) == small
+    assert spilling_module._mergeable(files) == small
+    assert spilling_module._mergeable(list(reversed(files))) == small[::-1]
+    assert spilling_module._mergeable(files[:12]) == large
+    assert spilling_module._mergeable(files[4:12]) == []
+
+
+def test_there_are_never_more_files_than_can_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where merges fail, cells and alerts stay in memory at some point."""
+    driver = filled()
+    monkeypatch.setattr(checkpoint, "CELL_FILES_MAX", 2)
+    monkeypatch.setattr(checkpoint, "ALERT_FILES_MAX", 2)
+    driver.send(3)
+    driver.sync()
+    spilling = driver.spilling()
+    asyncio.run(spilling.relieve())
+    asyncio.run(spilling.relieve_alerts())
+    fold = driver.partitions[0].fold
+    assert len(fold.spilled.files) == len(fold.alert_files.files) == 2
+    assert fold.cell_bytes() > 0
+    assert fold.alert_bytes() > 0
+    driver.check_digests()
+
+
+@pytest.mark.parametrize("kind", ["cell_files", "alert_files"])
+def test_rot_does_not_come_in_with_a_snapshot(kind: str) -> None:
+    """Files that were offered as they had become are not taken, though their checksums are those of the offer."""
+    driver = filled()
+    manifest = driver.manifests[0]
+    disk = Driver.checkpoints(driver, 0)
+    check_files(disk, manifest)
+    name = getattr(manifest, kind)[-1]
+    disk.flip_bit(name, 4_200 if kind != "alert_files" else 100)
+    with pytest.raises(UnsoundError, match=name) as found:
+        check_files(disk, manifest)
+    assert damage_in_use(driver.partitions[0], found.value) is not None
+    files = []
+    for place, listed in enumerate(checkpoint.files_of(manifest)):
+        disk.rename(listed, f"in-{place}")
+        size = incoming.file_size(disk, f"in-{place}")
+        files.append((listed, size, incoming.checksum(disk, f"in-{place}", size)))
+    transfer: Any = SimpleNamespace(
+        number=0, manifest=manifest, offer=SimpleNamespace(files=files, offset=manifest.offset)
+    )
+    taker: Any = SimpleNamespace(
+        _dedup_window_ns=1, _store=SimpleNamespace(wal=driver.wal), _salt=5, _id_bytes=0
+    )
+    with pytest.raises(UnsoundError):
+        Snapshots._load(taker, transfer, disk)
+
+
+async def test_rot_is_neither_sent_nor_backed_up(cluster: Cluster) -> None:
+    """Who leads looks at the files before they are offered or backed up; and counts for nothing if it reads from them."""
+    await cluster.start()
+    await fill(cluster, 0, batches=3)
+    await settled(cluster)
+    await recycle(cluster)
+    node = cluster.nodes[await cluster.wait_leader()]
+    store = node.store
+    manifest = node._manifests[0]
+    node._disk.at("checkpoints").at(folder(0)).flip_bit(manifest.cell_files[0], 4_200)
+    partition = store.partitions[0]
+    assert node._backups is not None
+    with pytest.raises(DamagedError, match=manifest.cell_files[0]):
+        await node._backups.begin(StoreBackup(0))
+    assert partition.error is not None
+
+
 def test_the_setting_is_a_budget() -> None:
     """Half of it is for cells; none by default; 0 stands for half of the machine's memory."""
     assert cells_of(-1) is None
@@ -283,6 +529,21 @@ def test_names_are_what_an_offer_may_hold() -> None:
     assert checkpoint.cells_name(2**64 - 1, 12) == "cells-ffffffffffffffff-00000012"
     assert folder(3) == "p-0003"
     assert MemoryDisk().at(folder(3)).list() == []
+
+
+async def test_what_is_left_over_goes_where_nothing_is_new(cluster: Cluster) -> None:
+    """A checkpoint that has nothing to write still removes files that nobody needs."""
+    await cluster.start()
+    await fill(cluster, 0, batches=1)
+    await settled(cluster)
+    await recycle(cluster)
+    node = next(iter(cluster.nodes.values()))
+    assert node.checkpointer is not None
+    name = checkpoint.cells_name(1, 1)
+    disk = node._disk.at("checkpoints").at(folder(0))
+    disk.create(name)
+    await node.checkpointer.take()
+    assert name not in disk.list()
 
 
 async def test_a_cluster_spills_and_agrees(cluster: Cluster) -> None:

@@ -66,6 +66,7 @@ from tallymark_store.recovery import restore as restore_checkpoint
 from tallymark_store.replicas_file import ReplicasFile
 from tallymark_store.replication.membership import encode_members
 from tallymark_store.replication.ports import DurableState, Member
+from tallymark_store.soundness import check_files
 from tallymark_store.wal import RecordKind, RecordMeta, Wal, WalConfig, open_wal
 
 _SYNC_BYTES: Final = 8 * 1024 * 1024  # of the log between two syncs
@@ -225,6 +226,12 @@ class Restorer:
             self._progress(f"partition {part.partition}: {item.name}")
             self._copy(disk, item)
         disk.sync_dir()
+        try:
+            check_files(disk, manifest)
+        except checkpoint.CheckpointError as error:
+            raise RemoteProtocolError(
+                f"the backup of partition {part.partition} has a damaged checkpoint: {error}"
+            ) from None
         checkpoint.publish(disk, manifest)
 
     def _restore_archive(self, disk: Disk, part: PartitionBackup) -> None:

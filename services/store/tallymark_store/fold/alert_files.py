@@ -189,6 +189,11 @@ class AlertFiles:
         return self.end
 
 
+def file_bytes(count: int) -> int:
+    """How long a file of so many records is."""
+    return _HEADER_BYTES + ALERT_BYTES * count + 4 * _sum_count(count)
+
+
 def _sum_count(records: int) -> int:
     return -(-records // SUMMED_RECORDS)
 

@@ -297,6 +297,11 @@ class Packer:
         return out
 
 
+def file_bytes_max(records: int, units: int) -> int:
+    """How long a file of so many records and units can be."""
+    return (BLOCK_BYTES + 24) * (records // BLOCK_RECORDS + 2) + 64 * (units * _FILTER_BITS // 512 + 1)
+
+
 def pack_in_memory(partition: int, records: Iterator[Ints], records_max: int, units_max: int) -> Bytes:
     """A file's bytes, all at once: for tests, and to compile what makes them."""
     packer = Packer(partition, records_max=records_max, units_max=units_max)

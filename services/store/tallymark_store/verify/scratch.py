@@ -70,6 +70,7 @@ class _Counted:
     async def relieve(self) -> None:
         await self._spilling.relieve()
         await self._spilling.relieve_alerts()
+        await self._spilling.merge()
         await self._spilling.tidy(self.partition, [])
 
 
