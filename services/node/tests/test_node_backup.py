@@ -13,13 +13,14 @@ from click.testing import CliRunner
 
 from tallymark import AggType, AsyncClient, DimensionFilter, Event, MetricSchema, UniqueType, current_month
 from tallymark_node import dev
-from tallymark_node.backup import layout
+from tallymark_node.backup import layout, taking
 from tallymark_node.backup.restoring import Restorer
 from tallymark_node.backup.taking import Taker
 from tallymark_node.backup.target import FolderTarget, open_target
+from tallymark_node.cli.common import failure
 from tallymark_node.config import Settings
 from tallymark_node.main import cli
-from tallymark_protocol.errors import InvalidRequestError, RemoteProtocolError
+from tallymark_protocol.errors import InvalidRequestError, RemoteProtocolError, ServerError
 from tallymark_runtime.coordinator.remote import RemoteCoordinator
 
 NOW = 1_800_000_000 * 10**9
@@ -331,6 +332,20 @@ async def test_the_commands(tmp_path: Path) -> None:
     nowhere = runner.invoke(cli, ["restore", str(tmp_path / "none"), "--list"])
     assert nowhere.exit_code == 1
     assert "there is no folder" in nowhere.output
+
+
+async def test_a_partition_without_a_leader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers answer, so it is not told as if none did."""
+    monkeypatch.setattr(taking, "RETRY_S", 0)
+
+    class Empty:
+        async def get(self, key: bytes) -> None:
+            del key
+
+    taker = Taker(FolderTarget(tmp_path), Empty(), random.Random(1))  # type: ignore[arg-type]
+    with pytest.raises(ServerError, match="nobody leads partition 0, so no backup") as caught:
+        await taker._partition(0, ())
+    assert failure(caught.value).exit_code == 1
 
 
 def test_targets_by_url(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from tallymark_protocol.errors import (
     ErrorCode,
     InvalidRequestError,
     RemoteProtocolError,
+    ServerError,
     UnavailableError,
 )
 from tallymark_protocol.messages import (
@@ -65,6 +66,10 @@ class Incomplete(msgspec.Struct, frozen=True):
 
 class _ArchiveDamagedError(RemoteProtocolError):
     """A file of an archive can't be had as it was."""
+
+
+class _LeaderlessError(UnavailableError):
+    """A partition has no leader."""
 
 
 class Summary(msgspec.Struct):
@@ -186,9 +191,14 @@ class Taker:
         for attempt in range(ATTEMPTS):
             try:
                 return await self._try_partition(number, earlier)
-            except UnavailableError:
+            except UnavailableError as error:
                 # The leader was lost, or a file was merged away: from the beginning, with what is there by now.
                 if attempt == ATTEMPTS - 1:
+                    if isinstance(error, _LeaderlessError):  # servers answer: it isn't that none does
+                        raise ServerError(
+                            f"{error.message}, so no backup was made: `tallymark cluster status` and the stores' output say why",
+                            code=error.code,
+                        ) from error
                     raise
                 await asyncio.sleep(RETRY_S * (attempt + 1))
         raise AssertionError("the last attempt returns or raises")
@@ -197,7 +207,7 @@ class Taker:
         self._progress(f"partition {number}")
         item = await self._coordinator.get(leader_key(number))
         if item is None:
-            raise UnavailableError(f"nobody leads partition {number}", code=ErrorCode.NOT_LEADER)
+            raise _LeaderlessError(f"nobody leads partition {number}", code=ErrorCode.NOT_LEADER)
         peer = self._peer(decode_value(Leader, item).address)
         plan = await peer.call(
             StoreBackup(number, digest=self._digests), BackupPlan, timeout_s=self._timeout_s
