@@ -444,6 +444,7 @@ class BackupPlan(Message, frozen=True):
     archive: bytes  # its manifest, JSON; empty where there is none
     files: list[BackupFile]
     digest: str = ""  # of the state at `log_end`, if it was asked for
+    archive_problem: str = ""  # why there is no archive in it, where there should be one
 
 
 class StoreBackupRead(Message, frozen=True, tag="store_backup_read"):

@@ -13,13 +13,14 @@ from click.testing import CliRunner
 
 from tallymark import AggType, AsyncClient, DimensionFilter, Event, MetricSchema, UniqueType, current_month
 from tallymark_node import dev
-from tallymark_node.backup import layout
+from tallymark_node.backup import layout, taking
 from tallymark_node.backup.restoring import Restorer
 from tallymark_node.backup.taking import Taker
 from tallymark_node.backup.target import FolderTarget, open_target
+from tallymark_node.cli.common import failure
 from tallymark_node.config import Settings
 from tallymark_node.main import cli
-from tallymark_protocol.errors import InvalidRequestError, RemoteProtocolError
+from tallymark_protocol.errors import InvalidRequestError, RemoteProtocolError, ServerError
 from tallymark_runtime.coordinator.remote import RemoteCoordinator
 
 NOW = 1_800_000_000 * 10**9
@@ -176,6 +177,81 @@ async def test_a_log_whose_beginning_was_dropped(tmp_path: Path, monkeypatch: py
         assert (await client.ingest([again])).n_duplicates == 1
 
 
+async def with_a_short_log(node: dev.Node, client: AsyncClient) -> None:
+    """Send until something of the log is in archive and checkpoint only, of either partition."""
+    for schema in METRICS:
+        await client.metrics.create(schema)
+    partitions = node._store.driver.partitions.values()
+    for turn in range(100):
+        await send(client, turn * 500, 500, filler="x" * 1_000)
+        await node._store.archiver.take_all()
+        await node.checkpoint()
+        if all(partition.index.log_start > 0 for partition in partitions):
+            return
+    raise AssertionError("nothing of the log was dropped")
+
+
+def command(*arguments: str):
+    return asyncio.to_thread(CliRunner().invoke, cli, list(arguments))
+
+
+async def test_an_archive_that_is_not_in_a_backup_is_told_of(tmp_path: Path) -> None:
+    """A file that rots, one that is gone, a refused archive: the rest is kept, and everybody is told; `verify`, too."""
+    first, target = tmp_path / "first", str(tmp_path / "target")
+    folder = first / "store" / "archive" / "p-0001"
+    async with dev.running(settings_of(first)) as node, AsyncClient([node.address]) as client:
+        await with_a_short_log(node, client)
+        start = node._store.driver.partitions[1].index.log_start
+        expected = [(await client.query_realtime(a, "sum")).value for a in range(7)]
+        file = min(folder.glob("events-*"))
+        content = file.read_bytes()
+        place = len(content) // 2
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        arguments = ("backup", target, "--server", node.address)
+        rotten = await command(*arguments)
+        file.unlink()
+        gone = await command(*arguments, "--json")
+        file.write_bytes(content)
+        assert (await command(*arguments)).exit_code == 0
+        node._store.archiver._refuse(1, "as it is of no use")
+        refused = await command(*arguments, "--json")
+        assert not list(folder.glob("LACKS*"))
+    assert rotten.exit_code == 4, rotten.output
+    told = f"its totals are whole, its raw events are there from offset {start} on"
+    assert rotten.stderr.startswith(f"incomplete: partition 1 without its archive: its file {file.name} is")
+    assert told in rotten.stderr
+    assert "backup 1 is in" in rotten.stdout
+    for result, reason in ((gone, "missing"), (refused, "as it is of no use")):
+        assert result.exit_code == 4
+        (lacking,) = json.loads(result.stdout)["incomplete"]
+        assert (lacking["partition"], lacking["raw_events_from"]) == (1, start)
+        assert reason in lacking["reason"]
+    listed = await command("restore", target, "--list")
+    assert listed.output.count("incomplete: partition 1") == 3
+    backups = json.loads((await command("restore", target, "--list", "--json")).output)["backups"]
+    assert [len(backup["incomplete"]) for backup in backups] == [1, 1, 0, 1]
+    assert [backup["number"] for backup in backups] == [1, 2, 3, 4]
+
+    whole = await command("restore", target, "--data-dir", str(tmp_path / "whole"), "--backup", "3")
+    assert (whole.exit_code, whole.stderr) == (0, "")
+    made = await command("restore", target, "--data-dir", str(tmp_path / "made"))
+    assert made.exit_code == 0
+    assert told in made.stderr
+    assert (await command("verify", "--data-dir", str(tmp_path / "whole"))).exit_code == 0
+    found = json.loads((await command("verify", "--data-dir", str(tmp_path / "made"), "--json")).output)
+    assert [(finding["file"], finding["partition"]) for finding in found["findings"]] == [
+        ("store/archive/p-0001", 1)
+    ]
+    assert "not in the backup" in found["findings"][0]["sentence"]
+    # Once it is started, its archive says with which offset it begins: that is all there will ever be.
+    settings = settings_of(tmp_path / "made")
+    async with dev.running(settings) as node, AsyncClient([node.address]) as client:
+        assert [(await client.query_realtime(a, "sum")).value for a in range(7)] == expected
+    found = json.loads((await command("verify", "--data-dir", str(tmp_path / "made"), "--json")).output)
+    assert found["findings"] == []
+    assert any("its archive begins at offset" in note for note in found["notes"])
+
+
 async def test_a_further_backup_copies_only_what_is_new(tmp_path: Path) -> None:
     """Files that are there already are not copied; each backup is complete, and an older one can be restored."""
     target = tmp_path / "target"
@@ -195,6 +271,8 @@ async def test_a_further_backup_copies_only_what_is_new(tmp_path: Path) -> None:
         third = await take(node, target)
         assert third.number == 3
         assert 0 < third.written_bytes < first.written_bytes
+        assert (first.written_bytes, first.written_objects) == (first.bytes, first.objects)
+        assert third.written_objects < third.objects
     restored(target, tmp_path / "old", 1)
     async with (
         dev.running(settings_of(tmp_path / "old", archive="")) as node,
@@ -251,6 +329,23 @@ async def test_the_commands(tmp_path: Path) -> None:
     made = runner.invoke(cli, ["restore", str(target), "--data-dir", str(tmp_path / "made")])
     assert made.exit_code == 0, made.output
     assert runner.invoke(cli, ["restore", str(tmp_path / "none"), "--data-dir", "x"]).exit_code == 1
+    nowhere = runner.invoke(cli, ["restore", str(tmp_path / "none"), "--list"])
+    assert nowhere.exit_code == 1
+    assert "there is no folder" in nowhere.output
+
+
+async def test_a_partition_without_a_leader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers answer, so it is not told as if none did."""
+    monkeypatch.setattr(taking, "RETRY_S", 0)
+
+    class Empty:
+        async def get(self, key: bytes) -> None:
+            del key
+
+    taker = Taker(FolderTarget(tmp_path), Empty(), random.Random(1))  # type: ignore[arg-type]
+    with pytest.raises(ServerError, match="nobody leads partition 0, so no backup") as caught:
+        await taker._partition(0, ())
+    assert failure(caught.value).exit_code == 1
 
 
 def test_targets_by_url(tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ class Backups:
                 files.append(BackupFile("checkpoint", name, size, crc))
                 held.files[name] = disk, size
             listed = None if archive is None else archives.all_here(archive.manifest)
+            problem = "" if listed is not None else await self._archive_problem(number, start)
             if archive is not None and listed is not None:
                 for file in listed.files:
                     files.append(BackupFile("archive", file.name, file.bytes, file.crc32c))
@@ -161,6 +162,7 @@ class Backups:
             archive=b"" if listed is None else msgspec.json.encode(archives.versioned(listed)),
             files=files,
             digest=digest,
+            archive_problem=problem,
         )
 
     async def _look_at(self, partition: Partition, disk: Disk, manifest: checkpoint.Manifest) -> None:
@@ -177,6 +179,18 @@ class Backups:
                 raise damage from None
             # The next checkpoint, and so the next backup, is without it.
             raise DamagedError(f"partition {number}: {error}", partition=number) from None
+
+    async def _archive_problem(self, number: int, start: int) -> str:
+        """Why a partition without an archive in force should have one; "" where it needn't."""
+        archiver = self._archiver()
+        if archiver is not None:
+            return archiver.problem(number) or ("it is not open yet" if start > 0 else "")
+        names = await self._offload(self._disk.at("archive").at(folder(number)).list)
+        if start == 0 or not {archives.NAME, archives.LACKS} & set(names):
+            return ""  # none was ever needed, or the log has everything
+        if archives.NAME in names:
+            return "archiving is off, and nobody looks after the archive that there is"
+        return "it was restored without its archive"
 
     async def read(self, call: StoreBackupRead) -> BackupPiece:
         """A piece of what is kept.
@@ -202,6 +216,13 @@ class Backups:
                     await self._offload(incoming.read_piece, disk, call.name, call.position, length)
                 )
             except FileMissingError:
+                archiver = self._archiver()
+                archive = None if archiver is None else archiver.archives.get(held.number)
+                if archive is not None and any(file.name == call.name for file in archive.manifest.files):
+                    raise DamagedError(
+                        f"partition {held.number}: the archive's file {call.name} is missing",
+                        partition=held.number,
+                    ) from None
                 self._release(call.token)
                 raise UnavailableError(
                     f"{call.name} was merged into another file meanwhile: begin again", retriable=False

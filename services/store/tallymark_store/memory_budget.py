@@ -14,6 +14,9 @@ from __future__ import annotations
 import os
 
 UNBOUNDED = -1  # of the setting
+SMALL_BYTES = (
+    16 * 1024 * 1024
+)  # with less nearly everything is read from files, and written to them, all the time
 _CELLS_SHARE = 2  # one part in so many
 _IDS_SHARE = 4
 _ALERTS_SHARE = 8
@@ -24,6 +27,17 @@ def memory_of(setting: int) -> int | None:
     if setting < 0:
         return None
     return setting or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def warning_of(setting: int) -> str:
+    """What is to be said of a setting at the start; "" where nothing is."""
+    memory = memory_of(setting)
+    if memory is None or memory >= SMALL_BYTES:
+        return ""
+    return (
+        f"memory_bytes is {setting}: so little memory makes everything slow, as nearly all of it is in files; give at "
+        f"least {SMALL_BYTES} (16 MiB), 0 for half of the machine's memory, or {UNBOUNDED} for no bound"
+    )
 
 
 def cells_of(setting: int) -> int | None:

@@ -156,6 +156,7 @@ class StoreNode:
         self.spilling: spilling.Spilling | None = None
         self.archiver: Archiver | None = None  # where there is to be an archive
         self._config = config
+        self.memory_bytes = memory_budget.memory_of(config.memory_bytes)
         self._disk = disk
         self._coordinator = coordinator
         self._clock = clock
@@ -213,6 +214,9 @@ class StoreNode:
     async def start(self) -> None:
         """Recover, register, take part."""
         config = self._config
+        warning = memory_budget.warning_of(config.memory_bytes)
+        if warning:
+            self._report(warning)
         wanted = Cluster(
             config.partition_count,
             cluster_id=f"{self._rng.getrandbits(128):032x}",

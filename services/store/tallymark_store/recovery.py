@@ -137,6 +137,12 @@ def recover(
     return Recovered(wal, partitions, manifests, recovery, replayed)
 
 
+_BELOW = (
+    "the state below that offset was in the checkpoint only, and can't be counted again here; raw events from below are "
+    "in the archive, if there is one"
+)
+
+
 def _error(message: str) -> WireError:
     return WireError(int(ErrorCode.PARTITION_DAMAGED), False, message)
 
@@ -194,7 +200,8 @@ def _load(
             sentence = f"{type(error).__name__} {error}".strip()
         if start > 0:
             raise DamagedError(
-                f"partition {number}: the log begins at offset {start}, and the checkpoint cannot be used: {sentence}",
+                f"partition {number}: the log begins at offset {start}, and the checkpoint cannot be used: {sentence}; "
+                f"{_BELOW}",
                 partition=number,
             ) from error
         report(f"partition {number}: the checkpoint cannot be used, folding the log again: {sentence}")
@@ -225,7 +232,8 @@ def _newest(
         manifest = incoming.finish(disk, number, start)
         if manifest is None:
             raise DamagedError(
-                f"partition {number}: the log begins at offset {start}, and {reason}", partition=number
+                f"partition {number}: the log begins at offset {start}, and {reason}; {_BELOW}",
+                partition=number,
             )
         report(f"partition {number}: the snapshot of offset {start} that had come in is in force now")
     incoming.clear(disk)

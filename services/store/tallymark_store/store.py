@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 CLOCKS_S = 0.02  # how often it is looked whether all members' clocks are known
 MARKER_DELAY_S = 0.05  # an idle log is marked within 100 ms of its last sync
 WAY_OUT = (
-    "nothing was dropped. A partition with copies on other stores is brought back by them, by itself; where this is "
+    "what is on the disk was left as it is. A partition with copies on other stores is brought back by them, by itself; where this is "
     "the only copy, restore the data directory as a whole from a backup. Until then the partition is refused"
 )
 Offload = Callable[..., Awaitable[Any]]  # runs a function that waits for the disk; `asyncio.to_thread`

@@ -89,7 +89,13 @@ ARCHIVE_FAILURES = Family(
     "Times that archiving was left for later, or given up for a copy.",
 )
 ARCHIVE_SECONDS = Family(
-    "tallymark_store_archive_seconds", "histogram", "Making an archive file, or a merged one.", scale=NS
+    "tallymark_store_archive_seconds",
+    "histogram",
+    "Making an archive file, a merged one, or one without what was dropped.",
+    scale=NS,
+)
+MEMORY_BUDGET = Family(
+    "tallymark_store_memory_budget_bytes", "gauge", "What `memory_bytes` gives this store."
 )
 LEASE_SECONDS = Family(
     "tallymark_store_lease_seconds",
@@ -196,6 +202,12 @@ ARCHIVED = Family(
     "Everything below is in this copy's archive; absent where there is none.",
     _PARTITION,
 )
+ARCHIVE_REFUSED = Family(
+    "tallymark_partition_archive_refused",
+    "gauge",
+    "1 while this copy's archive is left as it is, as it is of no use; absent while archiving is off.",
+    _PARTITION,
+)
 ARCHIVE_FILES = Family("tallymark_partition_archive_files", "gauge", "Files of the archive.", _PARTITION)
 ARCHIVE_BYTES = Family("tallymark_partition_archive_bytes", "gauge", "Size of those files.", _PARTITION)
 
@@ -236,7 +248,10 @@ class StoreTelemetry:
             scrape.add(SNAPSHOT_BYTES, snapshots.sending.sent_bytes, "sent")
             scrape.add(SNAPSHOT_BYTES, snapshots.received_bytes, "received")
         if service.archiver is not None:
-            _add_archive(scrape, service.archiver)
+            _add_archive(scrape, service.archiver, sorted(store.replicas))
+        memory = service.node.memory_bytes
+        if memory is not None:
+            scrape.add(MEMORY_BUDGET, memory)
         deadline_ns = service.node.lease_deadline_ns
         scrape.add(LEASE_SECONDS, deadline_ns - now_ns if deadline_ns else 0)
         scrape.add(LINK_DROPS, service.peers.dropped)
@@ -259,7 +274,9 @@ def _add_log(scrape: Scrape, wal: Wal) -> None:
     scrape.add(LOG_FULL, wal.full)
 
 
-def _add_archive(scrape: Scrape, archiver: Archiver) -> None:
+def _add_archive(scrape: Scrape, archiver: Archiver, copies: list[int]) -> None:
+    for number in copies:
+        scrape.add(ARCHIVE_REFUSED, archiver.problem(number) != "", str(number))
     scrape.add(ARCHIVED_EVENTS, archiver.events_archived)
     scrape.add(ARCHIVE_MERGES, archiver.merges)
     scrape.add(ARCHIVE_DROPPED, archiver.events_dropped)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from typing import Any
 
 import msgspec
@@ -297,6 +298,10 @@ async def test_reads_say_what_they_would_need() -> None:
             assert e.value.code == ErrorCode.EVENTS_DROPPED
             assert e.value.details["events"] == 15
             assert "whole days" in str(e.value)
+            assert " ns " not in str(e.value)
+            first = dt.datetime.fromtimestamp(e.value.details["start_ns"] // 10**9, dt.UTC)
+            assert f"timed from {first:%Y-%m-%dT%H:%M:%S}" in str(e.value)
+            assert "`--from " in str(e.value)
             assert ragged(start, end, "sum", account) is not None
     # What begins behind them, and what lies before them all, needs none of them.
     assert ragged(FIRST + 6 * DAY_NS + 1, FIRST + 8 * DAY_NS)[0].stats.count == 2

@@ -77,13 +77,25 @@ def _store(partitions, replicas):
     )
 
 
-def _figures(store, checkpointer=None, clock=None, *, lease_deadline_ns=0, unsent=None, snapshots=None):
+def _figures(
+    store,
+    checkpointer=None,
+    clock=None,
+    *,
+    lease_deadline_ns=0,
+    unsent=None,
+    snapshots=None,
+    archiver=None,
+    memory_bytes=None,
+):
     clock = clock or ManualClock()
     service = SimpleNamespace(
         driver=store,
         checkpointer=checkpointer,
-        node=SimpleNamespace(lease_deadline_ns=lease_deadline_ns, snapshots=snapshots),
-        archiver=None,
+        node=SimpleNamespace(
+            lease_deadline_ns=lease_deadline_ns, snapshots=snapshots, memory_bytes=memory_bytes
+        ),
+        archiver=archiver,
         peers=SimpleNamespace(dropped=5, unsent_bytes=lambda: unsent or {}),
     )
     telemetry = Telemetry(clock, node_id="n", version="v")
@@ -94,6 +106,21 @@ def _figures(store, checkpointer=None, clock=None, *, lease_deadline_ns=0, unsen
             found[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
     assert found["tallymark_telemetry_failures_total", (("source", "store"),)] == 0
     return found
+
+
+def test_a_refused_archive_has_a_series_that_stays():
+    """One for each copy, 0 or 1, also where nothing is archived; none where archiving is off."""
+    store = _store([_partition(0), _partition(1)], [_replica(Role.LEADER), _replica(Role.LEADER)])
+    archiver = SimpleNamespace(
+        events_archived=0, merges=0, events_dropped=0, failures=1, took_ns=Histogram((1,)), archives={},
+        problem=lambda number: "it is damaged" if number == 1 else "",
+    )  # fmt: skip
+    found = _figures(store, archiver=archiver, memory_bytes=1 << 30)
+    name = "tallymark_partition_archive_refused"
+    assert [found[name, (("partition", label),)] for label in ("0", "1")] == [0, 1]
+    assert found["tallymark_store_memory_budget_bytes", ()] == 1 << 30
+    names = {key[0] for key in _figures(store)}
+    assert not {name, "tallymark_store_memory_budget_bytes"} & names
 
 
 # ------------------------------------------------------------ counters

@@ -293,6 +293,45 @@ async def test_an_archive_that_lacks_offsets_is_not_taken_for_all_there_was() ->
     assert [finding.sentence for finding in report.findings] == []
 
 
+@pytest.mark.parametrize("shown_by", ["another archive", "files", "the backup"])
+async def test_an_archive_that_is_gone_is_found(shown_by: str) -> None:
+    """Where the log has dropped what only an archive can have had, that is said; whatever it is that shows it."""
+    directory = await small(recycled=True)
+    disk = directory.disk.at("archive").at("p-0000")
+    other = directory.disk.at("archive").at("p-0001")
+    for folder in (disk, other):
+        folder.remove(manifests.NAME)
+    if shown_by != "files":
+        for folder in (disk, other):
+            for name in folder.list():
+                folder.remove(name)
+    if shown_by == "another archive":
+        manifests.publish(other, manifests.Manifest(1, "copy-1", end_offset=2, start_offset=2))
+    if shown_by == "the backup":
+        manifests.write_lacks(disk, manifests.Lacks(7, "it was refused"))
+    sentences = [found.sentence for found in directory.verify().findings if found.file == "archive/p-0000"]
+    expected = {
+        "another archive": "archive of partition 1 shows",
+        "files": "no manifest",
+        "the backup": "not in the backup",
+    }
+    assert len(sentences) == 1
+    assert expected[shown_by] in sentences[0]
+
+
+async def test_files_of_the_log_are_removed_only_with_an_archive() -> None:
+    """No archive anywhere: a copy that began with a snapshot, unless the log's first file was removed."""
+    directory = await small(recycled=True)
+    for number in range(2):
+        disk = directory.disk.at("archive").at(f"p-{number:04d}")
+        for name in disk.list():
+            disk.remove(name)
+    removed = "wal-0000000000000000.seg" not in directory.disk.at("wal").list()
+    report = directory.verify()
+    assert report.count == (2 if removed else 0)
+    assert any("there is no archive" in note for note in report.notes) is not removed
+
+
 async def test_files_that_are_gone_or_cut_are_found() -> None:
     """A segment, a checkpoint's or an archive's file, REPLICAS or CLUSTER: the finding says which."""
     for path in files_of(await small(spilled=True)):

@@ -62,6 +62,12 @@ class PartitionBackup(msgspec.Struct, frozen=True):
     archive_files: tuple[BackupObject, ...]
     log: tuple[LogPart, ...]  # in order, without a gap; empty only where nothing was ever written
     digest: str = ""  # of the state at `end`, if it was asked for
+    archive_problem: str = ""  # why its archive was left out, if it was
+
+    @property
+    def raw_start(self) -> int:
+        """Raw events from this offset on are in it, where its archive was left out."""
+        return self.log[0].start if self.log else self.end
 
 
 class Backup(msgspec.Struct, frozen=True):
@@ -76,13 +82,25 @@ class Backup(msgspec.Struct, frozen=True):
     partitions: tuple[PartitionBackup, ...]
 
     @property
+    def objects(self) -> dict[str, int]:
+        """The bytes of all objects, by name."""
+        found = {self.items.object: self.items.bytes}
+        for partition in self.partitions:
+            for item in (*partition.checkpoint_files, *partition.archive_files):
+                found[item.object] = item.bytes
+            for part in partition.log:
+                found[part.object] = part.bytes
+        return found
+
+    @property
     def bytes(self) -> int:
         """Of all objects."""
-        size = self.items.bytes
-        for partition in self.partitions:
-            size += sum(item.bytes for item in (*partition.checkpoint_files, *partition.archive_files))
-            size += sum(part.bytes for part in partition.log)
-        return size
+        return sum(self.objects.values())
+
+    @property
+    def incomplete(self) -> list[PartitionBackup]:
+        """The partitions whose archives were left out."""
+        return [partition for partition in self.partitions if partition.archive_problem]
 
 
 def object_name(kind: str, name: str, crc32c: int, size: int) -> str:

@@ -165,6 +165,11 @@ class Restorer:
             self._restore_checkpoint(disk.at("checkpoints").at(folder(number)), part)
         if part.archive:
             self._restore_archive(disk.at("archive").at(folder(number)), part)
+        elif part.archive_problem and part.raw_start > 0:
+            from tallymark_store.archive import manifest as manifests
+
+            lacks = manifests.Lacks(part.raw_start, part.archive_problem)
+            manifests.write_lacks(disk.at("archive").at(folder(number)), lacks)
         if part.digest:
             self._check_digest(disk, wal, part)
         if end > 0:

@@ -26,6 +26,7 @@ from tallymark_protocol.errors import (
     ErrorCode,
     InvalidRequestError,
     RemoteProtocolError,
+    ServerError,
     UnavailableError,
 )
 from tallymark_protocol.messages import (
@@ -55,6 +56,22 @@ RETRY_S: Final = 0.5
 _LATE: Final = (METRICS, CLUSTER, EPOCH_BASE)  # keys that are taken as of after the partitions
 
 
+class Incomplete(msgspec.Struct, frozen=True):
+    """A partition whose archive was left out."""
+
+    partition: int
+    reason: str
+    raw_events_from: int  # offset
+
+
+class _ArchiveDamagedError(RemoteProtocolError):
+    """A file of an archive can't be had as it was."""
+
+
+class _LeaderlessError(UnavailableError):
+    """A partition has no leader."""
+
+
 class Summary(msgspec.Struct):
     """What was done."""
 
@@ -64,6 +81,7 @@ class Summary(msgspec.Struct):
     objects: int = 0
     written_objects: int = 0
     ends: list[int] = []  # by partition
+    incomplete: list[Incomplete] = []
 
 
 class Taker:
@@ -96,6 +114,7 @@ class Taker:
         self._progress = progress
         self._peers: dict[str, PeerClient] = {}
         self._summary = Summary()
+        self._written: set[str] = set()  # names of objects
 
     async def take(self, now_ns: int) -> Summary:
         """Take it.
@@ -135,9 +154,16 @@ class Taker:
             items=await self._keys(items),
             partitions=tuple(partitions),
         )
-        await self._write(layout.manifest_name(backup.number), layout.encode_manifest(backup))
-        summary = self._summary
-        summary.number, summary.bytes = backup.number, backup.bytes
+        manifest = layout.encode_manifest(backup)
+        await self._write(layout.manifest_name(backup.number), manifest)
+        summary, objects = self._summary, backup.objects
+        written = self._written & objects.keys()  # not what a try before has left, and is not needed
+        summary.number, summary.bytes = backup.number, backup.bytes + len(manifest)
+        summary.objects, summary.written_objects = len(objects) + 1, len(written) + 1
+        summary.written_bytes = sum(objects[name] for name in written) + len(manifest)
+        summary.incomplete = [
+            Incomplete(part.partition, part.archive_problem, part.raw_start) for part in backup.incomplete
+        ]
         summary.ends = [partition.end for partition in backup.partitions]
         return summary
 
@@ -165,9 +191,14 @@ class Taker:
         for attempt in range(ATTEMPTS):
             try:
                 return await self._try_partition(number, earlier)
-            except UnavailableError:
+            except UnavailableError as error:
                 # The leader was lost, or a file was merged away: from the beginning, with what is there by now.
                 if attempt == ATTEMPTS - 1:
+                    if isinstance(error, _LeaderlessError):  # servers answer: it isn't that none does
+                        raise ServerError(
+                            f"{error.message}, so no backup was made: `tallymark cluster status` and the stores' output say why",
+                            code=error.code,
+                        ) from error
                     raise
                 await asyncio.sleep(RETRY_S * (attempt + 1))
         raise AssertionError("the last attempt returns or raises")
@@ -176,25 +207,33 @@ class Taker:
         self._progress(f"partition {number}")
         item = await self._coordinator.get(leader_key(number))
         if item is None:
-            raise UnavailableError(f"nobody leads partition {number}", code=ErrorCode.NOT_LEADER)
+            raise _LeaderlessError(f"nobody leads partition {number}", code=ErrorCode.NOT_LEADER)
         peer = self._peer(decode_value(Leader, item).address)
         plan = await peer.call(
             StoreBackup(number, digest=self._digests), BackupPlan, timeout_s=self._timeout_s
         )
+        archive, problem = plan.archive, plan.archive_problem
         files: dict[str, list[BackupObject]] = {"checkpoint": [], "archive": []}
         for file in plan.files:
             if file.kind not in files:
                 raise RemoteProtocolError(f"the store backs up a file of an unknown kind: {file.kind!r:.40}")
-            files[file.kind].append(await self._file(peer, plan, number, file))
+            if file.kind == "archive" and problem:
+                continue
+            try:
+                files[file.kind].append(await self._file(peer, plan, number, file))
+            except _ArchiveDamagedError as error:
+                # An archive without a file would be taken for whole. State and log are worth having all the same.
+                archive, problem, files["archive"] = b"", error.message, []
         return PartitionBackup(
             partition=number,
             end=plan.log_end,
             checkpoint=plan.checkpoint,
-            archive=plan.archive,
+            archive=archive,
             checkpoint_files=tuple(files["checkpoint"]),
             archive_files=tuple(files["archive"]),
             log=tuple(await self._log(peer, plan, number, earlier)),
             digest=plan.digest,
+            archive_problem=problem,
         )
 
     def _peer(self, address: str) -> PeerClient:
@@ -217,14 +256,23 @@ class Taker:
         try:
             position = crc = 0
             while position < file.bytes:
-                data = (await self._read(peer, plan, file.name, position)).data
+                try:
+                    data = (await self._read(peer, plan, file.name, position)).data
+                except UnavailableError as error:
+                    if file.kind == "archive" and error.code == ErrorCode.PARTITION_DAMAGED:
+                        raise _ArchiveDamagedError(error.message) from error
+                    raise
                 if not data:
+                    if file.kind == "archive":
+                        raise _ArchiveDamagedError(f"its file {file.name} ends at byte {position}")
                     raise UnavailableError(f"{file.name} ends at {position} bytes")
                 crc = google_crc32c.extend(crc, data)
                 await asyncio.to_thread(writer.write, data)
                 position += len(data)
                 self._progress(f"partition {number}: {file.name}, {position} of {file.bytes} bytes")
             if (position, crc) != (file.bytes, file.crc32c):
+                if file.kind == "archive":
+                    raise _ArchiveDamagedError(f"its file {file.name} is damaged: its checksum is wrong")
                 raise RemoteProtocolError(
                     f"partition {number}: the store's file {file.name} is damaged: its checksum is not the one that it had"
                 )
@@ -232,11 +280,10 @@ class Taker:
             await asyncio.to_thread(writer.abort)
             raise
         await asyncio.to_thread(writer.commit)
-        self._wrote(file.bytes)
+        self._written.add(name)
         return found
 
     async def _is_there(self, name: str, size: int) -> bool:
-        self._summary.objects += 1
         return await asyncio.to_thread(self._target.size, name) == size
 
     async def _write(self, name: str, data: bytes) -> None:
@@ -250,11 +297,7 @@ class Taker:
             writer.commit()
 
         await asyncio.to_thread(write)
-        self._wrote(len(data))
-
-    def _wrote(self, size: int) -> None:
-        self._summary.written_bytes += size
-        self._summary.written_objects += 1
+        self._written.add(name)
 
     # ------------------------------------------------------------ the log
 
@@ -299,7 +342,6 @@ class Taker:
             return []  # no record ends there
         if (piece.epoch, piece.append_ns) != (last.end_epoch, last.end_append_ns):
             return []
-        self._summary.objects += len(needed)
         return needed
 
     async def _part(self, number: int, data: bytes, start: int, end: int, first: BackupPiece) -> LogPart:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tallymark_node.cli.common import (
+    STATUS_INCOMPLETE,
     STATUS_REFUSED,
     Failure,
     Options,
@@ -20,6 +21,8 @@ from tallymark_node.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from tallymark_node.backup.layout import Backup
+    from tallymark_node.backup.target import Target
     from tallymark_runtime.coordinator import Coordinator
 
 
@@ -47,12 +50,14 @@ async def backup(
     """Back the cluster up to TARGET, a folder or a URL such as s3://bucket/folder, while it serves.
 
     What is in the target already is not copied again, so backups that follow are small. Each is complete by itself, and
-    is there once the command has ended with status 0.
+    is there once the command has ended with status 0. Status 4: it is there, and can be restored, but the archive of a
+    partition is not in it, as standard error says.
     """
     from tallymark_node import output
     from tallymark_node.backup.taking import Taker, document
     from tallymark_node.backup.target import open_target
     from tallymark_node.cli.verify import Progress
+    from tallymark_node.output import printable
     from tallymark_runtime.clock import RealClock
     from tallymark_runtime.randomness import new_random
 
@@ -80,7 +85,18 @@ async def backup(
             f"backup {summary.number} is in {target}: {summary.bytes:,} bytes in {summary.objects:,} objects, of which "
             f"{summary.written_bytes:,} bytes in {summary.written_objects:,} were written now"
         )
-    return None
+    for lacking in summary.incomplete:
+        click.echo(
+            printable(_incomplete(lacking.partition, lacking.reason, lacking.raw_events_from)), err=True
+        )
+    return STATUS_INCOMPLETE if summary.incomplete else None
+
+
+def _incomplete(partition: int, reason: str, raw_events_from: int) -> str:
+    return (
+        f"incomplete: partition {partition} without its archive: {reason}; its totals are whole, its raw events are there "
+        f"from offset {raw_events_from} on"
+    )
 
 
 async def _coordinator(options: Options, url: str | None, prefix: str | None) -> Coordinator:
@@ -167,6 +183,7 @@ def restore(
     from tallymark_node.backup.target import open_target
     from tallymark_node.cli.verify import Progress
     from tallymark_node.config import load
+    from tallymark_node.output import printable
     from tallymark_protocol.errors import NotFoundError, TallymarkError
     from tallymark_runtime.disk import DiskError
     from tallymark_runtime.randomness import new_random
@@ -179,8 +196,7 @@ def restore(
         place = open_target(target)
         known = layout.numbers(place)
         if only_list:
-            for one in known:
-                output.line(_told(layout.load_manifest(place, one)))
+            _list(target, place, known, as_json=options.as_json)
             return
         assert data_dir is not None, "looked at above"
         if not known or (number is not None and number not in known):
@@ -205,14 +221,54 @@ def restore(
     finally:
         progress.end()
     if options.as_json:
-        output.document({"backup": backup.number, "data_dir": str(data_dir), "bytes": backup.bytes})
+        output.document({**_document(backup), "backup": backup.number, "data_dir": str(data_dir)})
     else:
         output.line(f"{_told(backup)} is in {data_dir}: start `tallymark dev --data-dir {data_dir}`")
+    for part in backup.incomplete:
+        click.echo(printable(_incomplete(part.partition, part.archive_problem, part.raw_start)), err=True)
 
 
-def _told(backup: object) -> str:
-    from tallymark_node.backup.layout import Backup
+def _list(target: str, place: Target, known: list[int], *, as_json: bool) -> None:
+    """Show which backups there are."""
+    from tallymark_node import output
+    from tallymark_node.backup import layout
+    from tallymark_node.output import printable
+    from tallymark_protocol.errors import NotFoundError
+
+    if not known and "://" not in target and not Path(target).is_dir():
+        raise NotFoundError(f"there is no folder {target}")
+    backups = [layout.load_manifest(place, number) for number in known]
+    if as_json:
+        output.document({"backups": [_document(backup) for backup in backups]})
+        return
+    for backup in backups:
+        output.line(_told(backup))
+        for part in backup.incomplete:
+            output.line(f"    {printable(_incomplete(part.partition, part.archive_problem, part.raw_start))}")
+
+
+def _document(backup: Backup) -> dict[str, object]:
     from tallymark_node.output import iso
 
-    assert isinstance(backup, Backup), "what a target holds"
+    return {
+        "number": backup.number,
+        "taken": iso(backup.taken_ns),
+        "taken_ns": backup.taken_ns,
+        "bytes": backup.bytes,
+        "cluster": backup.cluster.cluster_id,
+        "ends": [part.end for part in backup.partitions],
+        "incomplete": [
+            {
+                "partition": part.partition,
+                "reason": part.archive_problem,
+                "raw_events_from": part.raw_start,
+            }
+            for part in backup.incomplete
+        ],
+    }
+
+
+def _told(backup: Backup) -> str:
+    from tallymark_node.output import iso
+
     return f"backup {backup.number} of {iso(backup.taken_ns)}, {backup.bytes:,} bytes"

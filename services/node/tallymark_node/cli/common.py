@@ -3,7 +3,7 @@
 A command that talks to a server is an async function decorated with `client_command`; it gets the `Options` of its
 invocation, returns its exit status (None for 0) and lets errors of the project's tree through, which become one
 line on standard error. Exit statuses: 0 done, 1 done in part or refused by the server, 2 wrong command line, 3 no
-server, or none that could answer.
+server, or none that could answer, 4 a backup was made, and something is not in it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ PROBE_SECONDS = 5.0  # how long a server may take to accept a connection
 STATUS_REFUSED = 1
 STATUS_USAGE = 2
 STATUS_UNAVAILABLE = 3
+STATUS_INCOMPLETE = 4
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -185,6 +185,6 @@ def _show(report: Report, *, as_json: bool) -> None:
     output.line(f"looked at: {looked}")
     if report.count:
         more = f" (the first {_SHOWN_MAX} are shown)" if report.count > _SHOWN_MAX else ""
-        output.line(f"{report.count} findings{more}")
+        output.line(f"{report.count} finding{'s' if report.count != 1 else ''}{more}")
     else:
         output.line("nothing is wrong")

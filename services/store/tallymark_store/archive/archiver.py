@@ -160,6 +160,7 @@ class Archiver:
         self._refused: dict[
             int, str
         ] = {}  # by partition, the copy whose archive is of no use and can't be made anew
+        self._why_refused: dict[int, str] = {}
         self._lent: dict[object, tuple[int, frozenset[str]]] = {}  # partition, names of files
         self._taking_in: set[int] = set()  # partitions of which an archive is coming in
         # The same, and the log begins behind what comes in: it is not in force yet.
@@ -292,6 +293,13 @@ class Archiver:
             return 0
         return archive.manifest.end_offset
 
+    def problem(self, number: int) -> str:
+        """Why a copy's archive is not used, and nothing is added to it; "" where it isn't refused."""
+        replica = self._store.replicas.get(number)
+        if replica is None or self._refused.get(number) != replica.copy_id:
+            return self._damaged.get(number, "")
+        return self._why_refused.get(number, "")
+
     def reopen(self, number: int) -> None:
         """Another manifest was put in the place of a partition's: it is read again, also where the one before was refused."""
         self.archives.pop(number, None)
@@ -418,7 +426,11 @@ class Archiver:
             return None
         # A copy that began with a snapshot has no raw events from before but those that came along, and must not seem to.
         start = index.log_start
-        found = found or Manifest(number, copy_id, end_offset=start, start_offset=start)
+        if found is None:
+            found = Manifest(number, copy_id, end_offset=start, start_offset=start)
+            if start > 0:
+                # That is written down, so that it can be told from an archive that got lost.
+                await self._in_thread(manifests.publish, disk, found, self._kept(number))
         fresh = Archive(found, disk, self._clock.monotonic_ns())
         await self._in_thread(incoming.clear, disk)  # of a snapshot that was not begun with
         if self._is_current(number, fresh):  # it may have begun anew while the disk was asked
@@ -445,6 +457,7 @@ class Archiver:
         self.archives.pop(number, None)
         replica = self._store.replicas.get(number)
         self._refused[number] = "" if replica is None else replica.copy_id
+        self._why_refused[number] = why
         self._report(f"partition {number}: its archive is left as it is, and nothing is added to it: {why}")
 
     # ------------------------------------------------------------ slices and merges
@@ -474,8 +487,9 @@ class Archiver:
             archive,
             msgspec.structs.replace(archive.manifest, end_offset=planned.end_offset, files=files),
         )
-        self.events_archived += 0 if written is None else written.rows
-        self.took_ns.observe(self._clock.monotonic_ns() - began_ns)
+        if written is not None:
+            self.events_archived += written.rows
+            self.took_ns.observe(self._clock.monotonic_ns() - began_ns)
         return True
 
     async def _merge(self, number: int, archive: Archive, first: int, last: int) -> None:
@@ -548,12 +562,13 @@ class Archiver:
                 archive, msgspec.structs.replace(archive.manifest, files=files, dropped=dropped)
             )
             self.events_dropped += sum(item.events for item in swept.dropped)
+            if swept.file is not None:
+                self.took_ns.observe(self._clock.monotonic_ns() - began_ns)
         elif swept.due != file.due:
             # With the next manifest; until then it costs no more than to look once again, after a start.
             archive.due[file.name] = swept.due
         if swept.file is not None and rules is archive.rules:
             archive.swept.add(swept.file.name)
-        self.took_ns.observe(self._clock.monotonic_ns() - began_ns)
 
     async def _publish(self, archive: Archive, manifest: Manifest) -> None:
         names = {file.name for file in manifest.files}

@@ -27,6 +27,7 @@ from tallymark_runtime.disk import Disk, FileMissingError
 FORMAT_VERSION = 1
 LACKS_VERSION = 2  # of one that lacks events: earlier software would take it for whole
 NAME = "MANIFEST.json"
+LACKS = "LACKS.json"  # says of a restored partition that it came without the archive that there was
 INCOMING = "in-"  # what names of files begin with that are not to be touched here
 _NEW = NAME + ".new"
 _CHECK = ',"crc32c":"%08x"}\n'  # stands in place of the closing brace
@@ -147,6 +148,13 @@ class Manifest(msgspec.Struct, frozen=True):
     def covered(self, end: int) -> list[tuple[int, int]]:
         """The ranges of offsets below `end` of which it has everything: sorted, disjoint, none of them empty."""
         return subtract([(self.start_offset, min(self.end_offset, end))], self.gaps)
+
+
+class Lacks(msgspec.Struct, frozen=True):
+    """What is written down where a partition was restored without its archive."""
+
+    from_offset: int  # raw events from before are gone
+    why: str
 
 
 class ArchiveError(Exception):
@@ -313,6 +321,21 @@ def publish(disk: Disk, manifest: Manifest, kept: frozenset[str] = frozenset()) 
     disk.rename(_NEW, NAME)
     disk.sync_dir()
     _remove_others(disk, {NAME, *(listed.name for listed in manifest.files), *kept})
+
+
+def write_lacks(disk: Disk, lacks: Lacks) -> None:
+    """Note durably, in a partition's archive folder, that an archive is missing; a later archive takes its place.
+
+    Raises:
+        DiskError: the disk refused.
+    """
+    file = disk.create(LACKS)
+    try:
+        file.write(0, [msgspec.json.encode(lacks) + b"\n"])
+        file.sync()
+    finally:
+        file.close()
+    disk.sync_dir()
 
 
 def discard(disk: Disk) -> None:

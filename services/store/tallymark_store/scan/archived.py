@@ -7,6 +7,7 @@ anywhere, one thread at a time.
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -21,6 +22,9 @@ from tallymark_store.wal import DamagedError
 
 ByteArray = npt.NDArray[np.uint8]
 IntArray = npt.NDArray[np.int64]
+
+
+_BEGINNING = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 
 class ArchiveDamagedError(DamagedError):
@@ -213,8 +217,9 @@ def check_not_dropped(
             continue
         raise InvalidRequestError(
             f"this needs raw events that were dropped: metric {item.metric!r} keeps them for a time only, and "
-            f"{'at most ' if item.is_at_most else ''}{item.events} events timed from {item.start_ns} ns up to "
-            f"{item.end_ns} ns are gone; {else_ask}",
+            f"{'at most ' if item.is_at_most else ''}{item.events} events timed from {_utc(item.start_ns)} up to "
+            f"{_utc(item.end_ns)} are gone; {else_ask}; what is timed from then on (`--from {_utc(item.end_ns)}`), or of "
+            f"another metric, needs none of them",
             code=ErrorCode.EVENTS_DROPPED,
             details={
                 "metric_code": item.metric,
@@ -223,6 +228,13 @@ def check_not_dropped(
                 "events": item.events,
             },
         )
+
+
+def _utc(time_ns: int) -> str:
+    """A time as RFC 3339 has it, exact, without digits that say nothing."""
+    seconds, ns = divmod(time_ns, 10**9)
+    text = (_BEGINNING + dt.timedelta(seconds=seconds)).replace(tzinfo=None).isoformat()
+    return f"{text}.{ns:09d}".rstrip("0") + "Z" if ns else f"{text}Z"
 
 
 def is_covered(source: RecordSource, archived: Archived | None, first: int, last: int) -> bool:

@@ -83,7 +83,7 @@ class EventsScan:
                 np.array([start_ns], np.int64),
                 np.array([end_ns], np.int64),
                 (first, last),
-                else_ask="totals are kept, and events that are timed later, or are of other metrics, can be listed",
+                else_ask="totals are kept",
             )
         self._archived: ArchivedEvents | None = None
         if archived is not None and first < min(last, split):

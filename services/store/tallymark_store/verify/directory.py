@@ -24,6 +24,7 @@ from tallymark_protocol.payload import COLUMNS
 from tallymark_runtime.catalog import Cluster
 from tallymark_runtime.disk import Disk, DiskError, FileMissingError
 from tallymark_store import checkpoint, recovery
+from tallymark_store.archive import manifest as manifests
 from tallymark_store.checkpointer import folder
 from tallymark_store.fold.alert_files import AlertFile
 from tallymark_store.fold.spilled import SpilledFile
@@ -233,11 +234,38 @@ class _PartitionCheck:
         names = set(self._disk.at("archive").at(folder(self._number)).list())
         if names:
             self._check_archive(newest, running, has_log=not self._is_damaged and index is not None)
-        elif index is not None and index.log_start > 0:
+        if index is None or index.log_start == 0 or manifests.NAME in names:
+            return
+        lost = self._lost_archive(names)
+        if lost:
+            self._report.find(
+                f"the log begins at offset {index.log_start}, and the archive of what lies below is gone: {lost}",
+                file=self._archive,
+                partition=self._number,
+            )
+        else:
             self._report.note(
                 f"partition {self._number} was not counted again: its log begins at offset {index.log_start}, and "
                 f"there is no archive"
             )
+
+    def _lost_archive(self, names: set[str]) -> str:
+        """What shows that a partition without an archive's manifest had one; "" where nothing does.
+
+        A copy that began with a snapshot has a log that begins late, too. Where archiving is on it writes down with which
+        offset its archive begins; where it never was, there is no archive at all, and nothing of the log was ever removed.
+        """
+        if manifests.LACKS in names:
+            return "it was not in the backup that this was restored from"
+        if any(name.startswith("events-") for name in names):
+            return "files of one are there, and no manifest"
+        root = self._disk.at("archive")
+        for number in self._directory._numbers(self._wal):
+            if manifests.NAME in root.at(folder(number)).list():
+                return f"archiving was on, as the archive of partition {number} shows"
+        if not any(name == "wal-0000000000000000.seg" for name in self._disk.at("wal").list()):
+            return "files of the log were removed, which is done only once an archive has what is in them"
+        return ""
 
     # ------------------------------------------------------------ checkpoint
 
