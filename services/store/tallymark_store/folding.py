@@ -29,7 +29,6 @@ FOLD_SLICE_NS = 15_000_000  # of the loop's time at once
 OTHERS_SLICE_NS = 2_000_000  # likewise, where somebody waits for what the slice has found before
 CATCH_UP_NS = 2_000_000  # likewise, for a read that would else have to wait
 FOLD_DELAY_S = 0.1  # what is committed meanwhile is folded together
-AWAITED_DELAY_S = 0.001  # likewise, where somebody waits for what the fold finds
 FOLD_EVENTS = 65_536  # so many are not waited with
 BEHIND_EVENTS = 16_384  # nor so many of one partition: a read folds them in a moment
 BACKLOG_HIGH_BYTES = 192 * 1024 * 1024  # appended and not folded: above it, nothing more is read
@@ -82,7 +81,6 @@ class Folding:
         self._timer: asyncio.TimerHandle | None = None  # of the next slice
         self._awaited_due = False
         self._asked: set[int] = set()  # numbers of partitions to be folded with what is waited for
-        self._awaited_timer: asyncio.TimerHandle | None = None  # of the next one of what is waited for
         self._unfolded = 0  # events committed since the last slice, but for those that were waited for
         self._catch_up_until_ns = 0  # of this turn of the loop; 0: no read has had to catch up in it yet
         self._closed = False
@@ -113,14 +111,14 @@ class Folding:
         `behind` is how many offsets of their partition are not folded.
 
         That costs less, and mostly nobody waits for it: a read folds what it needs by itself. Whoever waits for alerts
-        can't know that there is one, so that moment is short; it is for partitions that are waited for only, as it costs
-        the others what it would cost them without anybody waiting.
+        can't know that there is one, so then it is folded in the next turn of the loop; but nothing else with it, as the
+        others would cost more than without anybody waiting.
         """
         if self._closed:
             return
-        if is_awaited and self._awaited_timer is None and not self._awaited_due:
-            self._awaited_timer = self._loop.call_later(AWAITED_DELAY_S, self._awaited_slice)
-        elif not is_awaited:
+        if is_awaited:
+            self.awaited_soon()
+        else:
             self._unfolded += events
             if self._unfolded >= FOLD_EVENTS or behind >= BEHIND_EVENTS:
                 self.soon()
@@ -130,9 +128,7 @@ class Folding:
     def _slice(self) -> None:
         self._due = False
         self._unfolded = 0
-        _cancel(self._timer)
-        _cancel(self._awaited_timer)
-        self._timer = self._awaited_timer = None
+        self._cancel_timer()
         if self._closed:
             return
         deadline = self._clock.monotonic_ns() + FOLD_SLICE_NS
@@ -154,8 +150,6 @@ class Folding:
 
     def _awaited_slice(self) -> None:
         self._awaited_due = False
-        _cancel(self._awaited_timer)
-        self._awaited_timer = None
         if self._closed or self._due:
             return  # a slice of all of them, which begins with these, comes in this turn or the next
         deadline = self._clock.monotonic_ns() + FOLD_SLICE_NS
@@ -338,19 +332,18 @@ class Folding:
     def close(self) -> None:
         """Fold nothing more by itself."""
         self._closed = True
-        _cancel(self._timer)
-        _cancel(self._awaited_timer)
+        self._cancel_timer()
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def finish(self, partitions: Iterable[Partition]) -> None:
         """At the end: fold all that is committed and came from here, so that nothing of it is left in memory only."""
         for partition in partitions:
             while partition.error is None and partition.fold_behind and self.fold_some(partition):
                 pass
-
-
-def _cancel(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
 
 
 def replay(wal: Wal, partition: Partition, upto: int | None = None) -> int:

@@ -109,7 +109,7 @@ async def test_what_is_committed_is_folded_in_the_end():
     awaited.clear()
     async with asyncio.timeout(30):
         while any(partition.fold_behind for partition in partitions):  # noqa: ASYNC110 - there is nothing else to ask
-            await asyncio.sleep(folding.AWAITED_DELAY_S)
+            await asyncio.sleep(folding.FOLD_DELAY_S / 10)
     assert "".join(order) == "aabb"
     made.later(folding.FOLD_EVENTS)
     partitions[0].left = 1
