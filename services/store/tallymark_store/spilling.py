@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 Ints = npt.NDArray[np.int64]
+F = TypeVar("F")  # a file, as it is read
 
 POLL_S = 0.25  # how often it is looked whether there is too much
 RETRY_S = 10.0  # after the disk refused
@@ -267,33 +268,10 @@ class Spilling:
     async def _write_alerts(
         self, partition: Partition, start: int, parts: Iterator[Ints], count: int
     ) -> tuple[AlertFile, tuple[int, str]]:
-        """Write a file of alert records; as `_write`."""
-        number = partition.partition
+        """Write a file of alert records; as `_written`."""
         self._count += 1
         name = checkpoint.alerts_name(self._token, self._count)
-        key = (number, name)
-        self._writing.add(key)
-        try:
-            file: AlertFile = await self._offload(
-                alert_spilling.write_alerts,
-                self._folder(number),
-                name,
-                number,
-                start,
-                parts,
-                count,
-                self._room,
-            )
-            self._check(partition)
-        except DamagedError:
-            # Files are also missing because the copy began anew meanwhile: that is no damage, least of all to the new one.
-            self._writing.discard(key)
-            self._check(partition)
-            raise
-        except BaseException:
-            self._writing.discard(key)
-            raise
-        return file, key
+        return await self._written(partition, name, alert_spilling.write_alerts, start, parts, count)
 
     def _taken(self) -> tuple[int, int]:
         """Bytes of memory that cells and sets take."""
@@ -364,23 +342,20 @@ class Spilling:
     async def _write(
         self, partition: Partition, records: Iterator[Ints], record_count: int, unit_count: int
     ) -> tuple[SpilledFile, tuple[int, str]]:
-        """Write a file; it is counted as being written until the caller has given it to the fold."""
-        number = partition.partition
+        """Write a file of units; as `_written`."""
         self._count += 1
         name = checkpoint.cells_name(self._token, self._count)
+        return await self._written(partition, name, write_file, records, record_count, unit_count)
+
+    async def _written(
+        self, partition: Partition, name: str, write: Callable[..., F], *args: Any
+    ) -> tuple[F, tuple[int, str]]:
+        """Write a file; it is counted as being written until the caller has given it to the fold."""
+        number = partition.partition
         key = (number, name)
         self._writing.add(key)
         try:
-            file: SpilledFile = await self._offload(
-                write_file,
-                self._folder(number),
-                name,
-                number,
-                records,
-                record_count,
-                unit_count,
-                self._room,
-            )
+            file: F = await self._offload(write, self._folder(number), name, number, *args, self._room)
             self._check(partition)
         except DamagedError:
             # Files are also missing because the copy began anew meanwhile: that is no damage, least of all to the new one.
