@@ -107,6 +107,8 @@ class Process:
     def halt(self) -> None:
         """Stop it in the middle of whatever it does: it keeps its connections and doesn't know."""
         os.kill(self.pid, signal.SIGSTOP)
+        # The signal stops one thread after the other: until all of them are, it may still write or answer.
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         self.halted = True
 
     def go_on(self) -> None:

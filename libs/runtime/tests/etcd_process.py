@@ -122,6 +122,8 @@ class EtcdMember:
     def pause(self):
         """Stop it: it keeps its connections, accepts new ones, and answers nothing."""
         self.process.send_signal(signal.SIGSTOP)
+        # The signal stops one thread after the other: until all of them are, a request may still be answered.
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self):
         """Let it go on."""
