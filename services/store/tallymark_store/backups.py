@@ -142,13 +142,14 @@ class Backups:
                 for file in listed.files:
                     files.append(BackupFile("archive", file.name, file.bytes, file.crc32c))
                     held.files[file.name] = archive.disk, file.bytes
-            while partition.applied < partition.high_watermark:
+            digest = ""
+            if call.digest:
+                digest, held.end = await self._store.folding.digest(partition, self._offload)
+            else:
                 await self._store.wait_applied(partition)
+                held.end = partition.applied
             if self._store.serving(number) is not partition:
                 raise UnavailableError(f"this copy of partition {number} was discarded")
-            # Of one moment: no await from here on.
-            held.end = partition.applied
-            digest = partition.digest() if call.digest else ""
         except BaseException:
             self._release(token)
             raise

@@ -42,7 +42,7 @@ from tallymark_runtime.catalog import MetricCatalog
 from tallymark_runtime.clock import Clock
 from tallymark_store.backups import Backups
 from tallymark_store.folding import replay
-from tallymark_store.partition import Partition
+from tallymark_store.partition import Partition, joined_digest
 from tallymark_store.reads import EventsRead, Reads, TotalsRead, empty_stats
 from tallymark_store.replication.effects import Role
 from tallymark_store.scan.archived import Archived, ArchiveDamagedError
@@ -247,6 +247,8 @@ class Calls:
         match call:
             case StoreRealtime():
                 return reads.realtime(call, self._clock.now_ns())
+            case StoreTotals() if call.account_id is None:
+                return await self._rank(partition, reads, call)
             case StoreTotals():
                 return await self._stepped(partition, lambda: reads.plan_totals(call))
             case StoreEvents():
@@ -255,9 +257,25 @@ class Calls:
                 as_of = partition.applied
                 return msgspec.structs.replace(reads.alerts(call), as_of=as_of)
 
-    async def _stepped(self, partition: Partition, plan: Callable[[], TotalsRead | EventsRead]) -> Message:
+    async def _rank(self, partition: Partition, reads: Reads, call: StoreTotals) -> Message:
+        """Rank all accounts; by the cells of a billing period in a thread."""
+        async with self._store.folding.held(partition) as run:
+            if call.consistency != Consistency.STALE:
+                await self._store.wait_applied(partition)  # others may have held the totals for long
+            read = reads.plan_totals(call)
+            if read.looks_at_all:
+                await run(self._offload(read.step))
+        return await self._stepped(partition, lambda: reads.plan_totals(call), read)
+
+    async def _stepped(
+        self,
+        partition: Partition,
+        plan: Callable[[], TotalsRead | EventsRead],
+        first: TotalsRead | None = None,
+    ) -> Message:
+        """Do a planned read, or plan one."""
         try:
-            return await self._in_steps(partition, plan())
+            return await self._in_steps(partition, plan() if first is None else first)
         except ArchiveDamagedError as error:
             self._store.folding.check_kept(partition)  # else it was another copy's, and is gone
             is_present = self.archive_damaged(partition.partition, error.message, error.reader)
@@ -371,11 +389,9 @@ class Calls:
         if partition.error is not None:
             error = partition.error
             raise UnavailableError(error.message, code=error.code, retriable=error.retriable)
-        # Of the applied offset, so nothing committed may lie beyond it, and no await comes before the digest.
-        while partition.applied < partition.high_watermark:
-            await store.wait_applied(partition)
-        counted = partition
         if call.recount:
+            while partition.applied < partition.high_watermark:
+                await store.wait_applied(partition)
             start = partition.index.log_start
             if start > 0:
                 raise UnavailableError(
@@ -397,5 +413,14 @@ class Calls:
             finally:
                 # Whatever was found then, or failed: it was another log's.
                 store.folding.check_kept(partition)
-        status = self._partition_status(call.partition, partition, counted.digest())
-        return msgspec.structs.replace(status, applied=counted.applied)
+            totals = await self._offload(counted.fold.digest)
+            store.folding.check_kept(partition)
+            digest, applied = joined_digest(totals, counted.judge_digests()), counted.applied
+        else:
+            try:
+                digest, applied = await store.folding.digest(partition, self._offload)
+            except DamagedError as error:
+                self._found_damage(partition, error)
+                raise
+        status = self._partition_status(call.partition, partition, digest)
+        return msgspec.structs.replace(status, applied=applied)

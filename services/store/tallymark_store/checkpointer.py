@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -115,7 +115,7 @@ class Checkpointer:
             await asyncio.sleep(POLL_S)
             events = self._store.events_folded - self._last_events
             waited = self._clock.monotonic_ns() - self._last_ns
-            is_due = events >= self._events_max or (events > 0 and waited >= self._interval_ns)
+            is_due = events >= self._events_due() or (events > 0 and waited >= self._interval_ns)
             if is_due or (events > 0 and self._id_budget.is_full(self._indexes())):
                 try:
                     await self.take()
@@ -127,6 +127,15 @@ class Checkpointer:
                 ):  # without checkpoints starts grow longer and longer; never end them in silence
                     _log.exception("no checkpoint could be taken")
                     await asyncio.sleep(RETRY_S)
+
+    def _events_due(self) -> int:
+        """After how many events the next one is due: at least as many as there are cells in memory.
+
+        A checkpoint writes all of those. So it writes about a hundred bytes for each event at most, and a start folds no
+        more events than it loads cells, or than the setting says.
+        """
+        cells = sum(partition.fold.cell_count for partition in self._store.partitions.values())
+        return max(self._events_max, cells)
 
     async def take(self) -> None:
         """Take a checkpoint of every partition and of the log's state.
@@ -193,14 +202,16 @@ class Checkpointer:
             self._store, self._manifests, disk, partition, self._offload, archiver=self._archiver
         )
         previous = self._manifests.get(partition.partition)
-        offset = partition.applied
-        if offset == (0 if previous is None else previous.offset):
+        if partition.applied == (0 if previous is None else previous.offset):
             await self._tidy(partition, previous)
             return
         generation = self._store.generation(partition.partition)
         replica = self._store.replicas.get(partition.partition)
-        memberships = [] if replica is None else replica.memberships_below(offset)
-        manifest, state = snapshot_parts(partition, memberships)
+        async with self._store.folding.held(partition) as run:
+            offset = partition.applied
+            memberships = [] if replica is None else replica.memberships_below(offset)
+            manifest, state = snapshot_parts(partition, memberships)
+            state |= totals_parts(await run(self._offload(partition.fold.snapshot)))
         id_floor = partition.dedup_floor(manifest.last_append_ns)
         ids = await self._gather_ids(partition, previous.offset if previous else 0, offset)
         seen = partition.judged_end
@@ -320,18 +331,22 @@ async def finish_incoming(
         _log.info("partition %d: the snapshot of offset %d was published late", number, start)
 
 
+def totals_parts(snapshot: Mapping[str, container.Part]) -> dict[str, container.Part]:
+    """The totals' part of a checkpoint, of the fold's snapshot."""
+    return {f"fold.{name}": part for name, part in snapshot.items()}
+
+
 def snapshot_parts(
     partition: Partition, memberships: Sequence[Membership] = ()
 ) -> tuple[checkpoint.Manifest, dict[str, container.Part]]:
-    """A partition's state at its applied offset, but for the remembered ids: all of it at once."""
+    """A partition's state at its applied offset, at once, but for the remembered ids and the totals."""
     offset = partition.applied
     index = partition.index
     state: dict[str, container.Part] = {
-        f"fold.{name}": part for name, part in partition.fold.snapshot().items()
+        "windows": partition.windows.entries(offset),
+        "outcomes": partition.outcomes.encode(offset),
+        "times": partition.times.below(index, offset),
     }
-    state["windows"] = partition.windows.entries(offset)
-    state["outcomes"] = partition.outcomes.encode(offset)
-    state["times"] = partition.times.below(index, offset)
     cell_files, alert_files = partition.fold.spilled.names, partition.fold.alert_files.names
     is_spilled = bool(cell_files or alert_files)
     manifest = checkpoint.Manifest(

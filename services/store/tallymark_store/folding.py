@@ -13,14 +13,16 @@ when their turn comes, so that memory stays bounded however far behind a copy is
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any
 
 import numpy as np
 
 from tallymark_protocol.errors import ErrorCode, UnavailableError
 from tallymark_protocol.payload import COLUMNS
 from tallymark_runtime.clock import Clock
-from tallymark_store.partition import Partition
+from tallymark_store.partition import Partition, joined_digest
 from tallymark_store.prepared import Bytes, Ints
 from tallymark_store.runs import RUN_BODY_BYTES_MAX, RUN_BYTES_MAX, RUN_RECORDS_MAX
 from tallymark_store.wal import DamagedError, RecordKind, RecordMeta, Wal
@@ -251,7 +253,9 @@ class Folding:
             self._catch_up_until_ns = self._clock.monotonic_ns() + CATCH_UP_NS
             self._loop.call_soon(self._end_catch_up)
         while partition.applied < partition.high_watermark:
-            if self._clock.monotonic_ns() > self._catch_up_until_ns or not self.fold_some(partition):
+            if self._clock.monotonic_ns() > self._catch_up_until_ns or partition.fold.held:
+                return False
+            if not self.fold_some(partition):
                 return False
         return True
 
@@ -268,6 +272,10 @@ class Folding:
         target = partition.high_watermark
         deadline = self._clock.monotonic_ns() + FOLD_SLICE_NS
         while partition.applied < target:
+            if partition.fold.held:
+                await partition.hold.wait()
+                self.check_kept(partition)
+                continue
             if not self.fold_some(partition):
                 raise DamagedError(
                     f"partition {partition.partition} has a damaged record at offset {partition.applied}",
@@ -277,6 +285,39 @@ class Folding:
                 await asyncio.sleep(0)
                 self.check_kept(partition)
                 deadline = self._clock.monotonic_ns() + FOLD_SLICE_NS
+
+    @contextlib.asynccontextmanager
+    async def held(self, partition: Partition) -> AsyncIterator[Callable[[Awaitable[Any]], Awaitable[Any]]]:
+        """Have a thread look at all totals of a partition, with what is yielded: nothing is folded meanwhile.
+
+        What is computed in the block before that is of the same offset, if no other await comes between. See `holding`.
+
+        Raises:
+            UnavailableError: the copy was discarded before the block began.
+        """
+        async with partition.hold.taken():
+            self.check_kept(partition)
+
+            async def run(running: Awaitable[Any]) -> Any:
+                try:
+                    return await partition.hold.run(running)
+                finally:
+                    self.soon()
+
+            yield run
+
+    async def digest(self, partition: Partition, offload: Callable[..., Awaitable[Any]]) -> tuple[str, int]:
+        """The digest of all that is replicated, as of the high watermark, and the offset that it is of.
+
+        Raises:
+            DamagedError: a record on the way there, or a file of the totals, cannot be read.
+            UnavailableError: the copy was discarded meanwhile.
+        """
+        async with self.held(partition) as run:
+            while partition.applied < partition.high_watermark:
+                await self.wait_applied(partition)
+            applied, judge = partition.applied, partition.judge_digests()
+            return joined_digest(await run(offload(partition.fold.digest)), judge), applied
 
     def check_kept(self, partition: Partition) -> None:
         """See that a partition's copy is still the one that is here, after an await: its log may be another one's.

@@ -44,6 +44,7 @@ from tallymark_protocol.schema import MetricRecord, decode_record
 from tallymark_store import batch, runs
 from tallymark_store.dedup import NEW, REPEAT, REUSED, UNKNOWN, DedupIndex, ProducerWindows
 from tallymark_store.fold import Fold, SchemaTable
+from tallymark_store.holding import Hold
 from tallymark_store.judge import WANTS_LOOKUP, event_keys, judge_events, sealed_events, time_range
 from tallymark_store.outcomes import Outcomes
 from tallymark_store.prepared import (
@@ -101,6 +102,7 @@ class Partition:
         self.outcomes = Outcomes()  # likewise
         self.times = WindowTimes(dedup_window_ns)  # of what the log has dropped
         self.fold = Fold(partition, hash_seed=salt)  # as of `fold.applied`
+        self.hold = Hold(self)
         self.last_append_ns = 0  # of the last record below `judged_end`
         # Appended by this leader, not folded, without a gap; what lies before the first of them is folded from the log.
         self._queue: deque[FoldItem] = deque()
@@ -463,7 +465,9 @@ class Partition:
 
     @property
     def fold_behind(self) -> bool:
-        """Whether a committed record waits to be folded."""
+        """Whether a committed record waits to be folded, and may be now."""
+        if self.fold.held:
+            return False
         if self._queue and self._queue[0].base_offset == self.fold.applied:
             return self._queue[0].end_offset <= self.high_watermark
         return self.fold.applied < self.high_watermark
@@ -566,16 +570,18 @@ class Partition:
         Equal on replicas at the same applied offset, and after a recount of the log. Call it with the fold at the
         high watermark.
         """
+        return joined_digest(self.fold.digest(), self.judge_digests())
+
+    def judge_digests(self) -> list[int]:
+        """What `digest` has of the judge's state, as of the applied offset. To be called when that may be."""
         applied = self.applied
         last_ns = self.index.append_ns_before(applied)
         floor = min(self.dedup_floor(last_ns), applied)
-        parts = (
-            self.fold.digest(),
+        return [
             self.dedup.digest(floor, applied),
             self.windows.digest(applied, last_ns),
             self.outcomes.digest(applied),
-        )
-        return "-".join(f"{part:032x}" for part in parts)
+        ]
 
     # ------------------------------------------------------------ records of the log
 
@@ -689,6 +695,11 @@ class Partition:
         chosen = np.flatnonzero(wants)
         if len(chosen):
             self.dedup.apply(keys_lo[chosen], keys_hi[chosen], fingerprints[chosen], base_offset + chosen)
+
+
+def joined_digest(totals: int, judge: Sequence[int]) -> str:
+    """A partition's digest, of the fold's and of what `judge_digests` has returned at the same offset."""
+    return "-".join(f"{part:032x}" for part in (totals, *judge))
 
 
 _NO_OFFSETS = np.zeros(0, dtype=np.int64)

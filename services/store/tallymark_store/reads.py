@@ -163,15 +163,23 @@ class TotalsRead:
         self._as_of = as_of
         self._scan = scan
         self.cells: dict[tuple[int, GroupKey], _Totals] = {}
-        self.ranked: list[Row] | None = None  # the answer, where cells had it
+        self.ranking: Callable[[], list[Row]] | None = None  # gives the answer, where cells have it
+        self._ranked: list[Row] | None = None
 
     @property
     def done(self) -> bool:
         """Whether `result` may be called."""
-        return self._scan is None or self._scan.done
+        return self.ranking is None and (self._scan is None or self._scan.done)
+
+    @property
+    def looks_at_all(self) -> bool:
+        """Whether the next step looks at the cells of all accounts: for a thread, while they are held."""
+        return self.ranking is not None
 
     def step(self, events_max: int = STEP_EVENTS) -> bool:
         """Do a piece of the work; return whether it is done. Raises what `TotalsScan.step` raises."""
+        if self.ranking is not None:
+            self._ranked, self.ranking = self.ranking(), None
         return self._scan is None or self._scan.step(events_max)
 
     @property
@@ -192,8 +200,8 @@ class TotalsRead:
             InvalidRequestError: when it has too many rows.
         """
         assert self.done, "a result is asked for when it is there"
-        if self.ranked is not None:
-            rows = self.ranked
+        if self._ranked is not None:
+            rows = self._ranked
         elif self._request.account_id is None:
             rows = self._ranking()
         else:
@@ -510,13 +518,18 @@ class Reads:
             read = TotalsRead(metric, request, self._fold.applied, None)
             start = plan[p.P_PERIOD_START]
             exact = tuple(request.buckets[0]) == self._fold.schemas.period_of(slot, max(start, 0))
-            read.ranked = [
-                Row(
-                    stats=stats if exact else msgspec.structs.replace(stats, alert_flags=0),
-                    account_id=account,
-                )
-                for account, stats in self._fold.top_period(slot, start, request.top).accounts
-            ]
+
+            def rank() -> list[Row]:
+                ranked = self._fold.top_period(slot, start, request.top).accounts
+                return [
+                    Row(
+                        stats=stats if exact else msgspec.structs.replace(stats, alert_flags=0),
+                        account_id=account,
+                    )
+                    for account, stats in ranked
+                ]
+
+            read.ranking = rank
             return read
         overflowed = np.empty(0, np.int64)
         days = plan[p.P_DAYS_START], plan[p.P_DAYS_END]

@@ -290,6 +290,11 @@ class Spilling:
         if self._store.partitions.get(partition.partition) is not partition or partition.error is not None:
             raise UnavailableError(f"this copy of partition {partition.partition} was discarded")
 
+    async def _may_change(self, partition: Partition) -> None:
+        """Wait until a partition's totals may change. Raises as `_check`."""
+        await partition.hold.wait()
+        self._check(partition)
+
     def _folder(self, number: int) -> Disk:
         return self._disk.at(folder(number))
 
@@ -337,7 +342,7 @@ class Spilling:
                 self.spilled_units += fold.evict(piece, first, end)
                 first = end
                 await asyncio.sleep(0)
-                self._check(partition)
+                await self._may_change(partition)
 
     async def _write(
         self, partition: Partition, records: Iterator[Ints], record_count: int, unit_count: int
@@ -356,7 +361,7 @@ class Spilling:
         self._writing.add(key)
         try:
             file: F = await self._offload(write, self._folder(number), name, number, *args, self._room)
-            self._check(partition)
+            await self._may_change(partition)
         except DamagedError:
             # Files are also missing because the copy began anew meanwhile: that is no damage, least of all to the new one.
             self._writing.discard(key)

@@ -16,7 +16,7 @@ from tallymark_protocol.payload import COLUMNS
 from tallymark_protocol.schema import MetricRecord, encode_record, make_record
 from tallymark_runtime.disk import MemoryDisk
 from tallymark_store import batch, checkpoint
-from tallymark_store.checkpointer import folder, snapshot_parts
+from tallymark_store.checkpointer import folder, snapshot_parts, totals_parts
 from tallymark_store.dedup.index import SHARD_COUNT
 from tallymark_store.folding import replay
 from tallymark_store.id_budget import IdBudget
@@ -148,6 +148,7 @@ class Driver:
         previous = self.manifests.get(number)
         since = previous.offset if previous else 0
         manifest, state = snapshot_parts(partition)
+        state |= totals_parts(partition.fold.snapshot())
         floor = partition.dedup_floor(manifest.last_append_ns)
         ids = np.concatenate(
             [partition.dedup.entries(shard, since, manifest.offset) for shard in range(SHARD_COUNT)]

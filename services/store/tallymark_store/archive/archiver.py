@@ -45,6 +45,7 @@ from tallymark_store.archive.names import MetricNames
 from tallymark_store.archive.reading import ArchiveReader, ArchiveView
 from tallymark_store.archive.writer import Written, write_file
 from tallymark_store.checkpointer import folder
+from tallymark_store.holding import to_the_end
 from tallymark_store.partition import Partition
 from tallymark_store.replication.effects import Role
 from tallymark_store.scan.archived import ArchiveDamagedError
@@ -742,6 +743,9 @@ class Archiver:
 
     # ------------------------------------------------------------ threads
 
+    def _stop(self) -> None:
+        self._stopping = True
+
     def _check(self) -> None:
         """Called in the thread between pieces of work."""
         if self._stopping:
@@ -752,19 +756,7 @@ class Archiver:
 
         A thread that went on beyond the store's end would write into a folder that is another process's by then.
         """
-        running = asyncio.ensure_future(self._offload(function, *args))
-        try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            self._stopping = True
-            while not running.done():
-                try:
-                    await asyncio.shield(running)
-                except asyncio.CancelledError:
-                    continue
-                except Exception as error:
-                    _log.debug("archiving ended: %r", error)
-            raise
+        return await to_the_end(self._offload(function, *args), self._stop)
 
 
 def _reaching(manifest: Manifest, log_start: int) -> Manifest:

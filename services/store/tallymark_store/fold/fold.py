@@ -85,6 +85,7 @@ _INDEX_BYTES = 24  # of the index, a cell: an entry or two at a load of nearly a
 _SAMPLE = 4_096  # cells that are looked at to find out how old the coldest are
 _COPIED_RECORDS = 2 * UNIT_RECORDS_MAX  # of files that a scan looks at together
 _HIGHEST = 2**63 - 1
+_HELD = "nothing changes while a thread looks at it"
 _MEMO_MIN = 64
 _MEMO_MAX = 1 << 18
 _NO_VERDICTS: Bytes = np.zeros(0, dtype=np.uint8)
@@ -147,10 +148,14 @@ class Fold:
 
     State changes only by `put_schema`, `apply` and `advance`, called in log order, each record once; it is a pure
     function of them. `apply` doesn't hold the GIL while it works, but nothing else may touch the same fold then.
+
+    Attributes:
+        held: a thread looks at the state: nothing may change it, nor move parts of it to files.
     """
 
     def __init__(self, partition: int, *, hash_seed: int = 0) -> None:
         self.partition = partition
+        self.held = False
         self.applied = 0  # exclusive: everything below this offset is in
         self.schemas = SchemaTable()  # as of `applied`
         # Layout of hash tables only, nothing logical: lets a process be unpredictable to who chooses accounts.
@@ -194,6 +199,7 @@ class Fold:
 
     def put_schema(self, record: MetricRecord, offset: int) -> None:
         """Apply the schema record at `offset`."""
+        assert not self.held, _HELD
         assert offset >= self.applied, "records are applied in log order, once"
         slot = self.schemas.put(record, offset)
         self.dimensions.put(self.schemas, slot)
@@ -202,6 +208,7 @@ class Fold:
 
     def advance(self, offset: int) -> None:
         """Everything below `offset` has been applied, or concerns no totals."""
+        assert not self.held, _HELD
         assert offset >= self.applied, "the applied offset never falls"
         self.applied = offset
 
@@ -214,6 +221,7 @@ class Fold:
             RemoteProtocolError: an accepted event names a metric that the log didn't put before it. Nothing of the
                 batch is applied then.
         """
+        assert not self.held, _HELD
         assert base_offset >= self.applied, "records are applied in log order, once"
         n = int(columns[C_EVENTS])
         assert verdicts is None or len(verdicts) == n
@@ -260,6 +268,7 @@ class Fold:
         Raises:
             RemoteProtocolError: as `apply`; nothing of the run is applied then.
         """
+        assert not self.held, _HELD
         assert places[0, P_BASE] >= self.applied, "records are applied in log order, once"
         tables = []
         total = per_event = widest = sets = property_bytes = 0
@@ -428,11 +437,13 @@ class Fold:
 
     def add_spilled(self, file: SpilledFile) -> None:
         """There is a new file, of units that are in memory; `evict` them now."""
+        assert not self.held, _HELD
         self.spilled.add(file)
         self._state = self._arrays()
 
     def replace_spilled(self, old: Sequence[SpilledFile], new: SpilledFile) -> None:
         """Files, neighbours in age, have been merged into a new one."""
+        assert not self.held, _HELD
         self.spilled.replace(old, new)
         self._state = self._arrays()
 
@@ -441,6 +452,7 @@ class Fold:
 
         Returns how many went.
         """
+        assert not self.held, _HELD
         return int(
             evicting.evict_units(
                 self._state, self.schemas.arrays.slots, piece.units, first, min(end, piece.unit_count), piece.records,
@@ -637,9 +649,10 @@ class Fold:
         agg = self._agg(slot)
         lo, hi, _, _ = _RANKED_BY[agg]
         best: Ints = np.empty((0, CELL_WORDS), dtype=np.int64)
+        heap: Ints = np.empty(max(n, 0), dtype=np.int64)
         for state in self._everywhere(2 * slot + 1, period_start, period_start + 1):
-            found = _collect(partial(reads.scan_period, state, slot, period_start))
-            table = np.concatenate([best, state.cells[found]])
+            count = reads.rank_period(state, slot, period_start, lo, -1 if hi is None else hi, heap)
+            table = np.concatenate([best, state.cells[heap[:count]]])
             best = table[
                 _rank(table[:, cell_layout.W_ACCOUNT], table[:, lo], None if hi is None else table[:, hi], n)
             ]
@@ -717,6 +730,7 @@ class Fold:
 
     def forget_alerts(self, file: AlertFile) -> None:
         """The oldest records in memory are in a file now."""
+        assert not self.held, _HELD
         # Not in place: somebody may be looking at those that go.
         count = file.end - file.start
         left = self._alert_table[count:].copy()

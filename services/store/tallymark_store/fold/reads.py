@@ -189,16 +189,53 @@ def merge_days(
 
 
 @kernel
-def scan_period(state: Any, slot: Any, start: Any, found: Any) -> int:
-    """Rows of all accounts' cells of one period; what exceeds `found` is counted, not written."""
+def _ranks_before(cells: Any, a: Any, b: Any, lo: Any, hi: Any) -> bool:
+    """Whether cell a has the larger number, or an equal one and the lower account id."""
+    low_a = cells[a, lo]
+    low_b = cells[b, lo]
+    if hi >= 0:
+        high_a = cells[a, hi]
+        high_b = cells[b, hi]
+        if high_a != high_b:
+            return bool(high_a > high_b)
+        if low_a != low_b:
+            return bool(np.uint64(low_a) > np.uint64(low_b))
+    elif low_a != low_b:
+        return bool(low_a > low_b)
+    return bool(np.uint64(cells[a, W_ACCOUNT]) < np.uint64(cells[b, W_ACCOUNT]))
+
+
+@kernel
+def rank_period(state: Any, slot: Any, start: Any, lo: Any, hi: Any, heap: Any) -> int:
+    """Rows of the cells of one period with the largest numbers, as many as `heap` has room for; how many there are.
+
+    The number is in the words `lo` and `hi` (-1: `lo` alone, signed). The heap's root ranks last; a cell that ranks
+    behind it costs a look, so nothing is sorted but what is returned.
+    """
     cells = state.cells
     key = cell_key(slot, PERIOD)
     n = 0
     for row in range(state.counters[N_CELLS]):
-        if cells[row, W_KEY] == key and cells[row, W_START] == start:
-            if n < len(found):
-                found[n] = row
+        if cells[row, W_KEY] != key or cells[row, W_START] != start:
+            continue
+        if n < len(heap):
+            at = n
             n += 1
+            while at > 0 and _ranks_before(cells, heap[(at - 1) >> 1], row, lo, hi):
+                heap[at] = heap[(at - 1) >> 1]
+                at = (at - 1) >> 1
+            heap[at] = row
+        elif n > 0 and _ranks_before(cells, row, heap[0], lo, hi):
+            at = 0
+            while 2 * at + 1 < n:
+                child = 2 * at + 1
+                if child + 1 < n and _ranks_before(cells, heap[child], heap[child + 1], lo, hi):
+                    child += 1
+                if _ranks_before(cells, heap[child], row, lo, hi):
+                    break
+                heap[at] = heap[child]
+                at = child
+            heap[at] = row
     return n
 
 
