@@ -70,7 +70,7 @@ from tallymark_store.fold.schemas import (
     find_day,
     find_period,
 )
-from tallymark_store.fold.thresholds import check
+from tallymark_store.fold.thresholds import check, threshold_row
 from tallymark_store.fold.uniques import apply_operation, member_hash, unique_value
 from tallymark_store.fold.units import DAMAGED, find_in_memory, find_unit, load_unit, unit_length
 
@@ -172,6 +172,7 @@ def _day_cell(
     offset: Any,
     account: Any,
     start: Any,
+    combo: Any,
     dims: Any,
     cells: Any,
     table: Any,
@@ -180,14 +181,18 @@ def _day_cell(
     codes: Any,
     seed: Any,
 ) -> Any:
-    """The day cell of an event whose metric has dimensions; -1 when its day has too many combinations."""
-    combo = _resolve(data, columns, i, slot, width, offset, False, dims, codes)
-    if combo >= 0:
-        key = cell_key(slot, combo)
-        h = cell_hash(account, start, key, seed)
-        row = find_cell(table, shards, cells, h, account, start, key)
-        if row >= 0:
-            return row
+    """The day cell of an event whose metric has dimensions; -1 when its day has too many combinations.
+
+    Where `combo` is known, there is no such cell yet.
+    """
+    if combo < 0:  # it may have been numbered since
+        combo = _resolve(data, columns, i, slot, width, offset, False, dims, codes)
+        if combo >= 0:
+            key = cell_key(slot, combo)
+            h = cell_hash(account, start, key, seed)
+            row = find_cell(table, shards, cells, h, account, start, key)
+            if row >= 0:
+                return row
     head_hash = cell_hash(account, start, cell_key(slot, HEAD_KEY), seed)
     head = find_head(table, shards, cells, head_hash, account, start, slot)
     if head >= 0:
@@ -226,6 +231,8 @@ def _plan_block(
     flat: Any,
     table: Any,
     shards: Any,
+    cells: Any,
+    rows: Any,
     block: Any,
     memo: Any,
     codes: Any,
@@ -282,7 +289,22 @@ def _plan_block(
         block[j, _PERIOD_ROW] = guess_cell(table, shards, flat, h)
         combo = block[j, _COMBO]
         if combo >= 0:
-            block[j, _DAY_ROW] = guess_cell(table, shards, flat, np.uint64(block[j, _DAY_HASH]))
+            row = guess_cell(table, shards, flat, np.uint64(block[j, _DAY_HASH]))
+            block[j, _DAY_ROW] = row
+            if row < 0 and slots[slot, S_DIMENSIONS] > 0:  # a new cell goes into the chain of its day
+                h = cell_hash(block[j, _ACCOUNT], block[j, _DAY_START], cell_key(slot, HEAD_KEY), seed)
+                prefetch(table, entry_position(shards, h))
+    for j in range(last - first):
+        slot = block[j, _SLOT]
+        if slot < 0:
+            continue
+        if slots[slot, S_THRESHOLDS] > 0 and block[j, _PERIOD_ROW] >= 0:
+            row = threshold_row(cells, block[j, _PERIOD_ROW])
+            if row >= 0:
+                prefetch(rows[row], 0)
+        if block[j, _COMBO] >= 0 and block[j, _DAY_ROW] < 0 and slots[slot, S_DIMENSIONS] > 0:
+            h = cell_hash(block[j, _ACCOUNT], block[j, _DAY_START], cell_key(slot, HEAD_KEY), seed)
+            guess_cell(table, shards, flat, h)
 
 
 @kernel
@@ -507,6 +529,8 @@ def fold_events(
             flat,
             table,
             shards,
+            cells,
+            rows,
             block,
             memo,
             codes,
@@ -604,6 +628,7 @@ def fold_events(
                     offset,
                     account,
                     start,
+                    block[j, _COMBO],
                     dims,
                     cells,
                     table,

@@ -132,6 +132,12 @@ def _new_row(
     cells[cell, W_LINKS] = ((used + 1) << 32) | (count << 8) | (word & 0xFF)
 
 
+@inlined
+def threshold_row(cells: Any, cell: Any) -> Any:
+    """The first row that a period cell's thresholds have, -1 if they have none yet."""
+    return ((cells[cell, W_LINKS] >> 32) & _MASK32) - 1
+
+
 @kernel
 def check(
     cells: Any,
@@ -156,7 +162,7 @@ def check(
     """
     if (cells[cell, W_LINKS] >> 8) & 0xFF != count:
         _new_row(cells, cell, thresholds, first, count, rows, counters)
-    row = ((cells[cell, W_LINKS] >> 32) & _MASK32) - 1
+    row = threshold_row(cells, cell)
     for t in range(count):
         next_lo = rows[row + t, 0]
         next_hi = rows[row + t, 1]
