@@ -492,12 +492,10 @@ def _properties_of(columns: _Columns) -> tuple[int, bytes, list[bytes]]:
         column if isinstance(column, list) else [column] * columns.count
         for column in columns.properties.values()
     ]
-    rows = list(zip(*full, strict=True))
-    items = {
-        row: tuple((key, value) for key, value in zip(keys, row, strict=True) if value is not None)
-        for row in dict.fromkeys(rows)
-    }
-    return property_column([items[row] for row in rows])
+    return property_column(
+        list(zip(*full, strict=True)),
+        lambda row: [(key, value) for key, value in zip(keys, row, strict=True) if value is not None],
+    )
 
 
 def _events(columns: _Columns) -> list[Event]:

@@ -220,17 +220,23 @@ def property_set(items: Iterable[tuple[Any, Any]]) -> bytes:
     return result
 
 
-def property_column(rows: list[Any]) -> tuple[int, bytes, list[bytes]]:
-    """Encode the properties column; a row is a tuple of items. Returns the table's entries as well."""
+def property_column(
+    rows: list[Any], items_of: Callable[[Any], Iterable[tuple[Any, Any]]] = lambda row: row
+) -> tuple[int, bytes, list[bytes]]:
+    """Encode the properties column. Returns the table's entries as well.
+
+    A row is whatever tells property sets apart, the fewer parts the better, as each is hashed; `items_of` gives its
+    items. It is called once for each different row.
+    """
     table: dict[bytes, int] = {b"": 0}
-    numbers: dict[Any, int] = {}
-    for row in dict.fromkeys(rows):
+    numbers: dict[Any, int] = dict.fromkeys(rows, 0)
+    for row in numbers:
         # Differently ordered items are different rows, but one set.
-        numbers[row] = table.setdefault(property_set(row), len(table))
+        numbers[row] = table.setdefault(property_set(items_of(row)), len(table))
     entries = list(table)[1:]
     if len(numbers) == 1:
         return (lay.CONSTANT, little_endian(array("I", (1,))), entries) if entries else (lay.ABSENT, b"", [])
-    return lay.PLAIN, little_endian(array("I", [numbers[row] for row in rows])), entries
+    return lay.PLAIN, little_endian(array("I", map(numbers.__getitem__, rows))), entries
 
 
 def check_code(code: Any) -> bytes:
