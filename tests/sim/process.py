@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -27,6 +27,8 @@ from .disk import Gate, SimDisk, SimWalThreads
 from .loop import MILLISECOND, Crash, Event, ProcessLoop, World
 from .network import Network
 from .trace import Trace
+
+_SLOW: Final = ("tallymark_store.archive.", "tallymark_store.fold.")  # modules of what takes long
 
 
 class Process:
@@ -283,9 +285,9 @@ class Process:
         return None
 
     async def _offload(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """What a thread does: of the archive in its time, so that there is much in between; all else at once."""
+        """What a thread does: of archive and totals in its time, so that there is much in between; all else at once."""
         rng = self._archive_rng
-        if rng is None or not call.__module__.startswith("tallymark_store.archive."):
+        if rng is None or not call.__module__.startswith(_SLOW):
             return call(*args, **options)
         await asyncio.sleep(rng.choice((0.0, 0.002, 0.02, 0.1)))
         result = call(*args, **options)
