@@ -28,7 +28,11 @@ from .loop import MILLISECOND, Crash, Event, ProcessLoop, World
 from .network import Network
 from .trace import Trace
 
-_SLOW: Final = ("tallymark_store.archive.", "tallymark_store.fold.")  # modules of what takes long
+_SLOW: Final = (
+    "tallymark_store.archive.",
+    "tallymark_store.fold.",
+    "tallymark_store.reads",
+)  # modules of what takes long
 
 
 class Process:
@@ -152,6 +156,7 @@ class Process:
             report=self._report,
             threads=self._threads,
             offload=self._offload,
+            aside=self._offload,
         )
         self.node = node
         try:

@@ -144,7 +144,7 @@ class Backups:
                     held.files[file.name] = archive.disk, file.bytes
             digest = ""
             if call.digest:
-                digest, held.end = await self._store.folding.digest(partition, self._offload)
+                digest, held.end = await self._store.folding.digest(partition)
             else:
                 await self._store.wait_applied(partition)
                 held.end = partition.applied

@@ -183,9 +183,8 @@ class Calls:
             store.folding.catch_up(partition)  # so that no more is missing than is not committed here
         if partition.error is not None or replica.role is Role.DAMAGED:
             raise UnavailableError(f"this copy of partition {call.partition} is damaged")
-        leads = replica.role is Role.LEADER
-        lag = 0 if leads else max(partition.high_watermark - partition.applied, 0)
-        silence_ms = 0 if leads else self._silence_ms(call.partition)
+        silence_ms = 0 if replica.role is Role.LEADER else self._silence_ms(call.partition)
+        known = partition.high_watermark
         try:
             answer = await self._compute(partition, call)
         except DamagedError as error:
@@ -193,7 +192,9 @@ class Calls:
             raise
         store.folding.check_kept(partition)
         assert isinstance(answer, TotalsResult | RealtimeResult | EventsResult | AlertsResult)
-        return msgspec.structs.replace(answer, lag=lag, silence_ms=silence_ms)
+        if partition.error is not None:
+            raise UnavailableError(f"this copy of partition {call.partition} is damaged")
+        return msgspec.structs.replace(answer, lag=max(known - answer.as_of, 0), silence_ms=silence_ms)
 
     def _found_damage(self, partition: Partition, error: DamagedError) -> None:
         """A read has found damage: this copy is to be made anew from others, if there are any."""
@@ -259,12 +260,13 @@ class Calls:
 
     async def _rank(self, partition: Partition, reads: Reads, call: StoreTotals) -> Message:
         """Rank all accounts; by the cells of a billing period in a thread."""
-        async with self._store.folding.held(partition) as run:
-            if call.consistency != Consistency.STALE:
+        read = reads.plan_totals(call)
+        if read.looks_at_all:
+            async with self._store.folding.held(partition) as run:
                 await self._store.wait_applied(partition)  # others may have held the totals for long
-            read = reads.plan_totals(call)
-            if read.looks_at_all:
-                await run(self._offload(read.step))
+                read = reads.plan_totals(call)
+                if read.looks_at_all:
+                    await run(read.step)
         return await self._stepped(partition, lambda: reads.plan_totals(call), read)
 
     async def _stepped(
@@ -413,12 +415,13 @@ class Calls:
             finally:
                 # Whatever was found then, or failed: it was another log's.
                 store.folding.check_kept(partition)
+            judge = counted.judge_digests()  # of the log as it is now: some of it may be dropped later
             totals = await self._offload(counted.fold.digest)
             store.folding.check_kept(partition)
-            digest, applied = joined_digest(totals, counted.judge_digests()), counted.applied
+            digest, applied = joined_digest(totals, judge), counted.applied
         else:
             try:
-                digest, applied = await store.folding.digest(partition, self._offload)
+                digest, applied = await store.folding.digest(partition)
             except DamagedError as error:
                 self._found_damage(partition, error)
                 raise

@@ -134,8 +134,8 @@ class Checkpointer:
         A checkpoint writes all of those. So it writes about a hundred bytes for each event at most, and a start folds no
         more events than it loads cells, or than the setting says.
         """
-        cells = sum(partition.fold.cell_count for partition in self._store.partitions.values())
-        return max(self._events_max, cells)
+        folds = [partition.fold for partition in self._store.partitions.values()]
+        return max(self._events_max, sum(fold.cell_count - fold.spilled_cell_count for fold in folds))
 
     async def take(self) -> None:
         """Take a checkpoint of every partition and of the log's state.
@@ -211,8 +211,10 @@ class Checkpointer:
             offset = partition.applied
             memberships = [] if replica is None else replica.memberships_below(offset)
             manifest, state = snapshot_parts(partition, memberships)
-            state |= totals_parts(await run(self._offload(partition.fold.snapshot)))
-        id_floor = partition.dedup_floor(manifest.last_append_ns)
+            id_floor = partition.dedup_floor(manifest.last_append_ns)
+            state |= totals_parts(await run(partition.fold.snapshot))
+        if partition.error is not None:
+            return
         ids = await self._gather_ids(partition, previous.offset if previous else 0, offset)
         seen = partition.judged_end
         try:

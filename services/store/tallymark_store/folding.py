@@ -15,13 +15,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from tallymark_protocol.errors import ErrorCode, UnavailableError
 from tallymark_protocol.payload import COLUMNS
 from tallymark_runtime.clock import Clock
+from tallymark_store.holding import HOLDS_MAX
 from tallymark_store.partition import Partition, joined_digest
 from tallymark_store.prepared import Bytes, Ints
 from tallymark_store.runs import RUN_BODY_BYTES_MAX, RUN_BYTES_MAX, RUN_RECORDS_MAX
@@ -37,6 +38,8 @@ BACKLOG_HIGH_BYTES = 192 * 1024 * 1024  # appended and not folded: above it, not
 BACKLOG_LOW_BYTES = 96 * 1024 * 1024
 _EVENTS = int(RecordKind.EVENTS)
 
+T = TypeVar("T")
+
 
 class Folding:
     """Folds for all partitions of a process.
@@ -50,6 +53,7 @@ class Folding:
         on_failed: called when the fold itself fails: totals that lack a record must not be told to anybody.
         on_folded: called with a partition after each of its records that was folded.
         is_awaited: whether somebody waits for what the fold of a partition finds: it comes before the others.
+        aside: runs what looks at held totals, HOLDS_MAX at once, without waiting for anything else.
 
     Attributes:
         events_folded: since the start; checkpoints are due by it.
@@ -67,6 +71,7 @@ class Folding:
         on_failed: Callable[[BaseException], None],
         on_folded: Callable[[Partition], None] = lambda _: None,
         is_awaited: Callable[[Partition], bool] = lambda _: False,
+        aside: Callable[..., Awaitable[Any]] = asyncio.to_thread,
     ) -> None:
         self.events_folded = 0
         self.backlog_bytes = 0
@@ -78,6 +83,8 @@ class Folding:
         self._on_failed = on_failed
         self._on_folded = on_folded
         self._is_awaited = is_awaited
+        self._aside = aside
+        self._slots = asyncio.Semaphore(HOLDS_MAX)
         self._loop = asyncio.get_running_loop()
         self._due = False
         self._timer: asyncio.TimerHandle | None = None  # of the next slice
@@ -196,7 +203,7 @@ class Folding:
                 events, size = partition.fold_steps()
                 self.backlog_bytes -= size
             else:
-                events, _ = partition.apply_logged_run(self._read_run(partition), self._columns)
+                events, _ = partition.apply_logged_run(read_run(self._wal, partition, partition.high_watermark), self._columns)
         except DamagedError as error:
             self._on_damage(partition, error)
             return False
@@ -206,41 +213,6 @@ class Folding:
         self.events_folded += events
         self._on_folded(partition)
         return True
-
-    def _read_run(self, partition: Partition) -> list[tuple[RecordMeta, Bytes]]:
-        """The next committed record of the log, with those behind it if they make a run.
-
-        Raises:
-            DamagedError: of the first of them.
-        """
-        number = partition.partition
-        index = partition.index
-        row = index.find(partition.applied)
-        assert row >= 0, "what is committed is in the log"
-        end = partition.high_watermark
-        if partition.judged_end > partition.applied:
-            end = min(end, partition.judged_end)  # a run is judged already, or not at all
-        last = index.find(end - 1) + 1
-        last = min(last, row + RUN_RECORDS_MAX)
-        lengths = index.column("length", row, last).tolist()
-        kinds = index.column("kind", row, last).tolist()
-        records: list[tuple[RecordMeta, Bytes]] = []
-        size = 0
-        for kind, length in zip(kinds, lengths, strict=True):
-            size += length
-            fits = kind == _EVENTS and length <= RUN_BODY_BYTES_MAX and size <= RUN_BYTES_MAX
-            if records and not fits:
-                break
-            try:
-                records.append(self._wal.read_record(number, row))
-            except DamagedError:
-                if not records:
-                    raise
-                break  # it is found again when its turn comes
-            row += 1
-            if not fits:
-                break
-        return records
 
     def catch_up(self, partition: Partition) -> bool:
         """Fold up to the high watermark, if that is done in a moment; whether it is.
@@ -287,26 +259,28 @@ class Folding:
                 deadline = self._clock.monotonic_ns() + FOLD_SLICE_NS
 
     @contextlib.asynccontextmanager
-    async def held(self, partition: Partition) -> AsyncIterator[Callable[[Awaitable[Any]], Awaitable[Any]]]:
-        """Have a thread look at all totals of a partition, with what is yielded: nothing is folded meanwhile.
+    async def held(self, partition: Partition) -> AsyncIterator[Callable[[Callable[[], T]], Awaitable[T]]]:
+        """Have a thread look at all totals of a partition, by what is yielded: nothing is folded meanwhile.
 
         What is computed in the block before that is of the same offset, if no other await comes between. See `holding`.
 
         Raises:
-            UnavailableError: the copy was discarded before the block began.
+            UnavailableError: the copy was discarded before the block began, or while the thread ran.
         """
-        async with partition.hold.taken():
+        async with partition.hold.taken(), self._slots:
             self.check_kept(partition)
 
-            async def run(running: Awaitable[Any]) -> Any:
+            async def run(function: Callable[[], T]) -> T:
                 try:
-                    return await partition.hold.run(running)
+                    found: T = await partition.hold.run(self._aside(function))
                 finally:
                     self.soon()
+                self.check_kept(partition)
+                return found
 
             yield run
 
-    async def digest(self, partition: Partition, offload: Callable[..., Awaitable[Any]]) -> tuple[str, int]:
+    async def digest(self, partition: Partition) -> tuple[str, int]:
         """The digest of all that is replicated, as of the high watermark, and the offset that it is of.
 
         Raises:
@@ -317,7 +291,7 @@ class Folding:
             while partition.applied < partition.high_watermark:
                 await self.wait_applied(partition)
             applied, judge = partition.applied, partition.judge_digests()
-            return joined_digest(await run(offload(partition.fold.digest)), judge), applied
+            return joined_digest(await run(partition.fold.digest), judge), applied
 
     def check_kept(self, partition: Partition) -> None:
         """See that a partition's copy is still the one that is here, after an await: its log may be another one's.
@@ -398,8 +372,42 @@ def replay(wal: Wal, partition: Partition, upto: int | None = None) -> int:
     end = partition.index.log_end if upto is None else upto
     columns = np.zeros(COLUMNS, dtype=np.int64)
     while partition.applied < end:
-        found = wal.read(partition.partition, partition.applied)
-        assert found is not None, "the log holds everything from the checkpoint on"
-        partition.apply_logged(*found, columns)
-        count += 1
+        records = read_run(wal, partition, end)
+        partition.apply_logged_run(records, columns)
+        count += len(records)
     return count
+
+
+def read_run(wal: Wal, partition: Partition, end: int) -> list[tuple[RecordMeta, Bytes]]:
+    """The record of the log at `applied`, with those behind it, below `end`, if they make a run.
+
+    Raises:
+        DamagedError: of the first of them.
+    """
+    number = partition.partition
+    index = partition.index
+    row = index.find(partition.applied)
+    assert row >= 0, "what is to be folded is in the log"
+    if partition.judged_end > partition.applied:
+        end = min(end, partition.judged_end)  # a run is judged already, or not at all
+    last = index.find(end - 1) + 1
+    last = min(last, row + RUN_RECORDS_MAX)
+    lengths = index.column("length", row, last).tolist()
+    kinds = index.column("kind", row, last).tolist()
+    records: list[tuple[RecordMeta, Bytes]] = []
+    size = 0
+    for kind, length in zip(kinds, lengths, strict=True):
+        size += length
+        fits = kind == _EVENTS and length <= RUN_BODY_BYTES_MAX and size <= RUN_BYTES_MAX
+        if records and not fits:
+            break
+        try:
+            records.append(wal.read_record(number, row))
+        except DamagedError:
+            if not records:
+                raise
+            break  # it is found again when its turn comes
+        row += 1
+        if not fits:
+            break
+    return records

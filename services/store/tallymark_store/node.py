@@ -126,6 +126,7 @@ class StoreNode:
         report: told, in sentences, what takes time or needs attention.
         threads: makes what writes and syncs the log.
         offload: runs what waits for the disk.
+        aside: runs what looks at held totals (`holding`); None: in threads of its own.
         pause_reading: called with True when clients must wait, with False when they need not any more.
         lease_coordinator: makes a connection of the lease's own; None: the lease is renewed from the loop.
 
@@ -146,6 +147,7 @@ class StoreNode:
         report: Callable[[str], None],
         threads: ThreadsFactory = WalThreads,
         offload: Offload = asyncio.to_thread,
+        aside: Offload | None = None,
         pause_reading: Callable[[bool], None] = lambda _: None,
         lease_coordinator: Callable[[], Coordinator] | None = None,
     ) -> None:
@@ -165,6 +167,7 @@ class StoreNode:
         self._report = report
         self._threads = threads
         self._offload = offload
+        self._aside = aside
         self._pause_reading = pause_reading
         self._lease_coordinator = lease_coordinator
         self._token = 0  # of this life: part of the names of files of cells
@@ -402,6 +405,7 @@ class StoreNode:
             on_discarded=self._on_discarded,
             threads=self._threads,
             offload=self._offload,
+            aside=self._aside,
         )
         store.stopped = self.failed
         self._store = store

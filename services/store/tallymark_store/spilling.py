@@ -336,13 +336,16 @@ class Spilling:
             )
             fold.add_spilled(file)
             self._writing.discard(key)
-            first = 0
-            while first < piece.unit_count:
-                end = piece.end_of_slice(first, SLICE_RECORDS)
-                self.spilled_units += fold.evict(piece, first, end)
-                first = end
-                await asyncio.sleep(0)
-                await self._may_change(partition)
+            # Rankings wait for the whole of it: behind each of them, memory would only shrink slice by slice.
+            async with partition.hold.taken():
+                first = 0
+                while first < piece.unit_count:
+                    self._check(partition)
+                    end = piece.end_of_slice(first, SLICE_RECORDS)
+                    self.spilled_units += fold.evict(piece, first, end)
+                    first = end
+                    await asyncio.sleep(0)
+            self._check(partition)
 
     async def _write(
         self, partition: Partition, records: Iterator[Ints], record_count: int, unit_count: int

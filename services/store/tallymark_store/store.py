@@ -25,6 +25,7 @@ from tallymark_runtime.clock import Clock
 from tallymark_store.appends import Appends, Requester
 from tallymark_store.counters import StoreCounters
 from tallymark_store.folding import Folding
+from tallymark_store.holding import HoldThreads
 from tallymark_store.links import Transport
 from tallymark_store.partition import Partition
 from tallymark_store.replicas_file import ReplicasFile
@@ -90,6 +91,7 @@ class Store:
         on_discarded: called when a copy begins anew: its partition is to be replaced in `partitions`.
         threads: makes what syncs the log.
         offload: runs what waits for the disk.
+        aside: runs what looks at held totals (`holding`); None: in threads of its own.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Store:
         on_discarded: Callable[[int, str], None],
         threads: ThreadsFactory = WalThreads,
         offload: Offload = asyncio.to_thread,
+        aside: Offload | None = None,
     ) -> None:
         self.wal = wal
         self.partitions = partitions
@@ -143,6 +146,7 @@ class Store:
             leadership=self,
             new_copy_id=new_copy_id,
         )
+        self._hold_threads = HoldThreads()
         self.tail = Tail(self.serving, lambda number: self.folding.awaited_soon(number))  # noqa: PLW0108 - it is made below
         self.folding = Folding(
             wal,
@@ -153,6 +157,7 @@ class Store:
             on_failed=self.log_failed,
             on_folded=self.tail.folded,
             is_awaited=self.tail.awaits,
+            aside=self._hold_threads if aside is None else aside,
         )
         self.appends = Appends(self)
         catalog.on_change = self._on_metric_change
@@ -509,3 +514,4 @@ class Store:
         self.replicating.close()
         self.folding.close()
         self.folding.finish(self.partitions.values())
+        self._hold_threads.close()

@@ -14,11 +14,10 @@ from tallymark_protocol.model import AggType, MetricSchema
 from tallymark_store import checkpoint, warmup
 from tallymark_store.checkpointer import folder
 from tallymark_store.fold import Fold
-from tallymark_store.holding import to_the_end
+from tallymark_store.holding import HOLDS_MAX, to_the_end
 
-from .cluster_driver import SUM, Cluster
+from .cluster_driver import Cluster
 from .payload_builder import event
-
 
 PERIOD_NS = 30 * 86_400 * 10**9
 
@@ -89,11 +88,10 @@ async def test_writes_go_on_while_totals_are_held(cluster: Cluster, what: str) -
     before = await node.call(StoreDigest(partition=0, recount=True))
     assert isinstance(before, PartitionStatus)
     gate = Gate()
+    node.store.folding._aside = gate
     if what == "checkpoint":
-        node.checkpointer._offload = gate  # type: ignore[union-attr]
         holding = asyncio.ensure_future(node.checkpointer.take())  # type: ignore[union-attr]
     else:
-        node._calls._offload = gate  # type: ignore[union-attr]
         call = ranking(cluster) if what == "ranking" else StoreDigest(partition=0)
         holding = asyncio.ensure_future(node.call(call))
     await cluster.until(lambda: gate.waiting)
@@ -136,7 +134,7 @@ async def test_holds_come_one_after_the_other_and_the_fold_gets_on_between(clust
     node = cluster.nodes["a"]
     await cluster.append("a", sums(1), (1, 0))
     gate = Gate()
-    node._calls._offload = gate  # type: ignore[union-attr]
+    node.store.folding._aside = gate
     asked = [asyncio.ensure_future(node.call(ranking(cluster))) for _ in range(4)]
     await cluster.until(lambda: gate.waiting)
     assert gate.waiting == 1
@@ -147,13 +145,54 @@ async def test_holds_come_one_after_the_other_and_the_fold_gets_on_between(clust
     assert counts == [1, 2, 2, 2]
 
 
+async def test_who_waits_for_a_hold_does_not_wait_for_the_next(cluster: Cluster) -> None:
+    """A plain read comes between two rankings, though the second one was asked for before."""
+    node = cluster.nodes["a"]
+    await cluster.append("a", sums(1), (1, 0))
+    gate = Gate()
+    node.store.folding._aside = gate
+    order: list[str] = []
+    first = asyncio.ensure_future(node.call(ranking(cluster)))
+    await cluster.until(lambda: gate.waiting)
+    second = asyncio.ensure_future(node.call(ranking(cluster)))
+    await cluster.append("a", sums(1), (1, 1))
+    read = asyncio.ensure_future(count_of(cluster, 7))
+    second.add_done_callback(lambda _: order.append("second"))
+    read.add_done_callback(lambda _: order.append("read"))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not order
+    gate.opened.set()
+    await asyncio.gather(first, second, read)
+    assert order == ["read", "second"]
+
+
+async def test_a_hold_waits_for_a_thread_without_holding(cluster: Cluster) -> None:
+    """Where as many totals are held as there are threads, the next partition's are folded as ever."""
+    node = cluster.nodes["a"]
+    await cluster.append("a", sums(1), (1, 0))
+    folding = node.store.folding
+    for _ in range(HOLDS_MAX):
+        await folding._slots.acquire()
+    asked = asyncio.ensure_future(node.call(ranking(cluster)))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not node.store.partitions[0].fold.held
+    await cluster.append("a", sums(1), (1, 1))
+    assert await cluster.count("a", 7) == 2
+    folding._slots.release()
+    answer = await asked
+    assert isinstance(answer, TotalsResult)
+    assert answer.rows[0].stats.count == 2
+
+
 async def test_totals_stay_held_until_the_thread_has_ended(cluster: Cluster) -> None:
     """Who asked may be gone; what it began still looks at them."""
     node = cluster.nodes["a"]
     partition = node.store.partitions[0]
     await cluster.append("a", sums(1), (1, 0))
     gate = Gate()
-    node._calls._offload = gate  # type: ignore[union-attr]
+    node.store.folding._aside = gate
     asked = asyncio.ensure_future(node.call(ranking(cluster)))
     await cluster.until(lambda: gate.waiting)
     asked.cancel()
@@ -184,7 +223,7 @@ async def test_nothing_goes_to_files_while_totals_are_held() -> None:
         await cluster.append("a", [event(account, "sum") for account in range(50)], (1, sequence))
     assert await cluster.count("a", 7) == 4
     gate = Gate()
-    node._calls._offload = gate  # type: ignore[union-attr]
+    node.store.folding._aside = gate
     holding = asyncio.ensure_future(node.call(ranking(cluster)))
     await cluster.until(lambda: gate.waiting)
     assert not partition.fold.spilled.files

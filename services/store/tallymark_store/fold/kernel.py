@@ -77,6 +77,7 @@ from tallymark_store.fold.units import DAMAGED, find_in_memory, find_unit, load_
 Ints = npt.NDArray[np.int64]
 
 BLOCK = 64
+_REINDEX_AHEAD = 16  # rows whose index entries are asked for in time
 
 # Columns of the scratch array, one row per event of a block.
 _SLOT = 0  # -1: the event doesn't count
@@ -656,9 +657,14 @@ def reindex_cells(state: Any, first: Any, seed: Any) -> Any:
     cells = state.cells
     table = state.table
     shards = state.shards
-    for row in range(first, state.counters[N_CELLS]):
+    n = state.counters[N_CELLS]
+    for row in range(first, n):
         if shards[SHARDS, FULL] != 0:
             return np.int64(row)
+        ahead = row + _REINDEX_AHEAD
+        if ahead < n:
+            h = cell_hash(cells[ahead, W_ACCOUNT], cells[ahead, W_START], cells[ahead, W_KEY], seed)
+            prefetch(table, entry_position(shards, h))
         account = cells[row, W_ACCOUNT]
         start = cells[row, W_START]
         key = cells[row, W_KEY]
@@ -669,4 +675,4 @@ def reindex_cells(state: Any, first: Any, seed: Any) -> Any:
         if combo != PERIOD and combo != NO_COMBO and head_of(cells, row) & HEAD != 0:
             h = cell_hash(account, start, cell_key(key & 0xFFFFFFFF, HEAD_KEY), seed)
             insert(table, shards, h, row)
-    return state.counters[N_CELLS]
+    return n
