@@ -203,7 +203,9 @@ class Folding:
                 events, size = partition.fold_steps()
                 self.backlog_bytes -= size
             else:
-                events, _ = partition.apply_logged_run(read_run(self._wal, partition, partition.high_watermark), self._columns)
+                events, _ = partition.apply_logged_run(
+                    read_run(self._wal, partition, partition.high_watermark), self._columns
+                )
         except DamagedError as error:
             self._on_damage(partition, error)
             return False
