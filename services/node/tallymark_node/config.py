@@ -59,8 +59,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     archive: str = ""
     archive_events: int = 500_000  # a partition is archived when so many have gathered
     archive_interval_seconds: float = 300.0  # or after so long
-    # For what can also be on disk, today remembered event ids; 0: half of the machine's; -1: no bound.
-    memory_bytes: int = -1
+    # For what can also be on disk: cells and sets, remembered event ids, alert records. 0: half of the machine's, or of
+    # its container's; -1: no bound.
+    memory_bytes: int = 0
     dedup_window_seconds: int = limits.DEDUP_WINDOW_NS // 10**9  # a constant of the cluster, too
 
     # Ingest.

@@ -139,7 +139,7 @@ def test_settings_reach_the_store_and_the_gateway() -> None:
     assert archived.recycle
     assert (archived.archive, archived.archive_events, archived.archive_interval_s) == ("on", 5, 7.5)
     assert dev.store_config(Settings(memory_bytes=7), "l:0").memory_bytes == 7
-    assert dev.store_config(Settings(), "l:0").memory_bytes == -1
+    assert dev.store_config(Settings(), "l:0").memory_bytes == 0
     gateway = dev.gateway_config(settings, 7, "l:0")
     assert gateway.core.coalesce_ns_max == 1_500_000
     assert gateway.partition_count == 7

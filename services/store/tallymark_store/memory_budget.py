@@ -12,6 +12,8 @@ that none of them depends on what the others do:
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
 
 UNBOUNDED = -1  # of the setting
 SMALL_BYTES = (
@@ -20,13 +22,27 @@ SMALL_BYTES = (
 _CELLS_SHARE = 2  # one part in so many
 _IDS_SHARE = 4
 _ALERTS_SHARE = 8
+_CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def memory_of(setting: int) -> int | None:
-    """The bytes of memory that a setting gives a store: 0 half of the machine's, `UNBOUNDED` no bound (None)."""
+    """The bytes of memory that a setting gives a store: 0 half of what there is, `UNBOUNDED` no bound (None)."""
     if setting < 0:
         return None
-    return setting or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return setting or available(_CONTAINER_LIMITS) // 2
+
+
+def available(limits: Sequence[str]) -> int:
+    """The machine's memory, or what its control group may take if that is less. `limits`: files that say so."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in limits:
+        try:
+            text = Path(name).read_text(encoding="ascii").strip()
+        except (OSError, ValueError):
+            continue  # there are two versions of control groups
+        if text.isdecimal() and int(text) > 0:  # else it is "max"
+            memory = min(memory, int(text))
+    return memory
 
 
 def warning_of(setting: int) -> str:
