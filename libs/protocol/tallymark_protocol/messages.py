@@ -62,8 +62,9 @@ class Message(msgspec.Struct, array_like=True, frozen=True):
 
 # What a read's answer says of the copy it comes from, wherever `as_of`, `lag` and `silence_ms` appear:
 # `as_of` is the applied offset it was computed at. `lag` is how many offsets below the high watermark, as that copy
-# last heard of it, are not counted; 0 at a leader. A copy that is cut off hears of no newer high watermark, so
-# `silence_ms` says how long ago it last heard from a leader: 0 at a leader, -1 if it hasn't since it started.
+# last heard of it, are not counted; 0 at a leader, but for STALE reads while it has not folded all of it. A copy that is
+# cut off hears of no newer high watermark, so `silence_ms` says how long ago it last heard from a leader: 0 at a leader,
+# -1 if it hasn't since it started.
 
 
 # ---------------------------------------------------------------- handshake

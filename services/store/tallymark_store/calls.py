@@ -51,6 +51,8 @@ from tallymark_store.store import Offload, Store
 from tallymark_store.wal import DamagedError
 
 Read = StoreTotals | StoreRealtime | StoreEvents | StoreAlerts
+STALE_FOLD_S = 0.2  # that a ranking folds first, which is about as long as it holds the totals
+
 READS = (StoreTotals, StoreRealtime, StoreEvents, StoreAlerts)
 
 
@@ -262,8 +264,9 @@ class Calls:
         """Rank all accounts; by the cells of a billing period in a thread."""
         read = reads.plan_totals(call)
         if read.looks_at_all:
-            async with self._store.folding.held(partition) as run:
-                await self._store.wait_applied(partition)  # others may have held the totals for long
+            # A stale one has what there is; but the fold is to get on between two of them.
+            fold_s = STALE_FOLD_S if call.consistency == Consistency.STALE else None
+            async with self._store.folding.held(partition, fold_s=fold_s) as run:
                 read = reads.plan_totals(call)
                 if read.looks_at_all:
                     await run(read.step)

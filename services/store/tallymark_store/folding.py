@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -249,6 +250,7 @@ class Folding:
             if partition.fold.held:
                 await partition.hold.wait()
                 self.check_kept(partition)
+                deadline = self._clock.monotonic_ns() + FOLD_SLICE_NS  # now, before somebody else holds them
                 continue
             if not self.fold_some(partition):
                 raise DamagedError(
@@ -261,26 +263,44 @@ class Folding:
                 deadline = self._clock.monotonic_ns() + FOLD_SLICE_NS
 
     @contextlib.asynccontextmanager
-    async def held(self, partition: Partition) -> AsyncIterator[Callable[[Callable[[], T]], Awaitable[T]]]:
+    async def held(
+        self, partition: Partition, *, fold_s: float | None = 0.0
+    ) -> AsyncIterator[Callable[[Callable[[], T]], Awaitable[T]]]:
         """Have a thread look at all totals of a partition, by what is yielded: nothing is folded meanwhile.
 
         What is computed in the block before that is of the same offset, if no other await comes between. See `holding`.
 
+        Args:
+            partition: whose.
+            fold_s: what is committed is folded before, as others may have held the totals, for so many seconds at most;
+                None: however long that takes.
+
         Raises:
+            DamagedError: a record on the way there cannot be read.
             UnavailableError: the copy was discarded before the block began, or while the thread ran.
         """
-        async with partition.hold.taken(), self._slots:
-            self.check_kept(partition)
-
-            async def run(function: Callable[[], T]) -> T:
-                try:
-                    found: T = await partition.hold.run(self._aside(function))
-                finally:
-                    self.soon()
+        async with partition.hold.taken():
+            # Before there is a thread for it, as that may take long where a copy is far behind; and then the rest.
+            await self._fold_first(partition, fold_s)
+            async with self._slots:
+                await self._fold_first(partition, fold_s)
                 self.check_kept(partition)
-                return found
+                yield partial(self._run_held, partition)
 
-            yield run
+    async def _fold_first(self, partition: Partition, seconds: float | None) -> None:
+        if seconds == 0.0:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.wait_applied(partition)
+
+    async def _run_held(self, partition: Partition, function: Callable[[], T]) -> T:
+        try:
+            found: T = await partition.hold.run(self._aside(function))
+        finally:
+            self.soon()
+        self.check_kept(partition)
+        return found
 
     async def digest(self, partition: Partition) -> tuple[str, int]:
         """The digest of all that is replicated, as of the high watermark, and the offset that it is of.
@@ -289,7 +309,7 @@ class Folding:
             DamagedError: a record on the way there, or a file of the totals, cannot be read.
             UnavailableError: the copy was discarded meanwhile.
         """
-        async with self.held(partition) as run:
+        async with self.held(partition, fold_s=None) as run:
             while partition.applied < partition.high_watermark:
                 await self.wait_applied(partition)
             applied, judge = partition.applied, partition.judge_digests()
@@ -396,6 +416,7 @@ def read_run(wal: Wal, partition: Partition, end: int) -> list[tuple[RecordMeta,
     last = min(last, row + RUN_RECORDS_MAX)
     lengths = index.column("length", row, last).tolist()
     kinds = index.column("kind", row, last).tolist()
+    assert last > row, "what is to be folded is in the log"
     records: list[tuple[RecordMeta, Bytes]] = []
     size = 0
     for kind, length in zip(kinds, lengths, strict=True):

@@ -167,6 +167,40 @@ async def test_who_waits_for_a_hold_does_not_wait_for_the_next(cluster: Cluster)
     assert order == ["read", "second"]
 
 
+async def test_a_far_behind_copy_keeps_no_thread_from_others(cluster: Cluster) -> None:
+    """What has to be folded before a ranking is, while the threads are free."""
+    node = cluster.nodes["a"]
+    await cluster.append("a", sums(1), (1, 0))
+    folding, partition = node.store.folding, node.store.partitions[0]
+    begun = asyncio.Event()
+    go_on = asyncio.Event()
+    wait_applied = folding.wait_applied
+
+    async def slow(of: Any) -> None:
+        begun.set()
+        await go_on.wait()
+        await wait_applied(of)
+
+    folding.wait_applied = slow
+    try:
+        entering = asyncio.ensure_future(enter(folding.held(partition, fold_s=None)))
+        await begun.wait()
+        assert folding._slots._value == HOLDS_MAX
+        # Who has only so much time goes on with what there is.
+        assert await folding._fold_first(partition, 0.001) is None
+    finally:
+        go_on.set()
+        folding.wait_applied = wait_applied
+    await entering
+    assert partition.applied == partition.high_watermark
+
+
+async def enter(block: Any) -> None:
+    """Go through a block."""
+    async with block:
+        pass
+
+
 async def test_a_hold_waits_for_a_thread_without_holding(cluster: Cluster) -> None:
     """Where as many totals are held as there are threads, the next partition's are folded as ever."""
     node = cluster.nodes["a"]

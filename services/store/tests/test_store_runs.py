@@ -222,18 +222,18 @@ async def test_a_run_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     copy.commit(copy.log_end)
     folds = Manual(driver, {0: copy})
     sizes = [int(x) for x in copy.index.column("length")[4:12]]
-    assert len(folds._read_run(copy)) == 1  # a schema
+    assert len(folding.read_run(driver.wal, copy, copy.high_watermark)) == 1  # a schema
     for _ in METRICS:
         folds.fold_some(copy)
     kinds = copy.index.column("kind")[len(METRICS) :].tolist()
-    assert len(folds._read_run(copy)) == kinds.index(RecordKind.SCHEMA) > 10
+    assert len(folding.read_run(driver.wal, copy, copy.high_watermark)) == kinds.index(RecordKind.SCHEMA) > 10
     monkeypatch.setattr(folding, "RUN_RECORDS_MAX", 3)
-    assert len(folds._read_run(copy)) == 3
+    assert len(folding.read_run(driver.wal, copy, copy.high_watermark)) == 3
     monkeypatch.setattr(folding, "RUN_RECORDS_MAX", 64)
     monkeypatch.setattr(folding, "RUN_BYTES_MAX", sum(sizes[:2]))
-    assert len(folds._read_run(copy)) == 2
+    assert len(folding.read_run(driver.wal, copy, copy.high_watermark)) == 2
     monkeypatch.setattr(folding, "RUN_BODY_BYTES_MAX", sizes[0] - 1)
-    assert len(folds._read_run(copy)) == 1
+    assert len(folding.read_run(driver.wal, copy, copy.high_watermark)) == 1
     assert folds.fold_some(copy)
     assert copy.applied == int(copy.index.column("base_offset")[5])
 
