@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,17 @@ READY_SECONDS_MAX = 280.0  # a first start compiles the kernels
 STOP_SECONDS_MAX = 30.0
 ETCD_SECONDS_MAX = 30.0
 POLL_SECONDS = 0.01
+
+
+def _is_halted(pid: int) -> bool:
+    """Whether all threads of a process are stopped, or there is none any more."""
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+        # The state comes after the name, which is in brackets and may hold anything.
+        states = [(thread / "stat").read_text().rpartition(")")[2].split()[0] for thread in threads]
+    except (FileNotFoundError, ProcessLookupError):
+        return not Path(f"/proc/{pid}").exists()
+    return all(state in "TtZX" for state in states)
 
 
 class Process:
@@ -107,8 +119,12 @@ class Process:
     def halt(self) -> None:
         """Stop it in the middle of whatever it does: it keeps its connections and doesn't know."""
         os.kill(self.pid, signal.SIGSTOP)
-        # The signal stops one thread after the other: until all of them are, it may still write or answer.
-        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        # The signal stops one thread after the other: until all of them are, it may still write or answer. It needn't be
+        # a child of this process.
+        deadline = time.monotonic() + STOP_SECONDS_MAX
+        while not _is_halted(self.pid):
+            assert time.monotonic() < deadline, f"{self.name} does not halt"
+            time.sleep(0.001)
         self.halted = True
 
     def go_on(self) -> None:
