@@ -121,10 +121,12 @@ class Process:
         os.kill(self.pid, signal.SIGSTOP)
         # The signal stops one thread after the other: until all of them are, it may still write or answer. It needn't be
         # a child of this process.
-        deadline = time.monotonic() + STOP_SECONDS_MAX
-        while not _is_halted(self.pid):
-            assert time.monotonic() < deadline, f"{self.name} does not halt"
+        for _ in range(int(STOP_SECONDS_MAX * 1_000)):
+            if _is_halted(self.pid):
+                break
             time.sleep(0.001)
+        else:
+            raise self._fail("does not halt")
         self.halted = True
 
     def go_on(self) -> None:
